@@ -1,0 +1,20 @@
+"""Long texts through language models in a fixed number of key-value slots."""
+
+from lococo.cache import LoCoCoCache
+from lococo.config import LoCoCoConfig
+from lococo.heads import load_heads, push_heads, save_heads
+from lococo.patch import is_patched, patch_model, patched, unpatch_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoCoCoCache",
+    "LoCoCoConfig",
+    "is_patched",
+    "load_heads",
+    "patch_model",
+    "patched",
+    "push_heads",
+    "save_heads",
+    "unpatch_model",
+]

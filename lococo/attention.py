@@ -1,0 +1,165 @@
+"""One segment after another: attend, score, compress (Algorithm 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from lococo import kernels
+from lococo.cache import LayerMemory, LoCoCoCache
+from lococo.config import LoCoCoConfig
+from lococo.fusion import FusionHead
+from lococo.positions import RotaryTable
+from lococo.segments import AlignedSegment, Plan, RaggedSegment, Segment
+
+NAME = "lococo"
+
+
+@dataclasses.dataclass
+class Call:
+    """One forward of a patched decoder, shared by its layers.
+
+    Attributes
+    ----------
+    cache : LoCoCoCache, optional
+        None where nothing is remembered after the call.
+    rotary_tables : dict
+        ``RotaryTable`` (or None) by layer index.
+    earlier : list of torch.Tensor
+        Last hidden states of the chunks read before this one.
+    """
+
+    config: LoCoCoConfig
+    plan: Plan
+    cache: LoCoCoCache | None
+    rotary_tables: dict[int, RotaryTable | None]
+    earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def memory(self, layer_idx: int, window: int | None) -> LayerMemory:
+        """The layer's memory: the cache's, or one that ends with this call."""
+        if self.cache is None:
+            return LayerMemory(self.config, window)
+        memory = self.cache.layers[layer_idx]
+        memory.window = window
+        return memory
+
+
+def lococo_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    lococo: Call | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of patched models, registered as ``"lococo"``.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (batch, heads, tokens, head_dim), rotated.
+    key, value : torch.Tensor
+        (batch, kv_heads, tokens, head_dim), keys rotated.
+    lococo : Call
+        Put in by the hook on the decoder.
+
+    Returns
+    -------
+    tuple
+        (batch, tokens, heads, head_dim), and None for the attention matrix that is never made.
+    """
+    if lococo is None:
+        raise ValueError(
+            f"{type(module).__name__} was called outside the forward of the model that lococo.patch_model patched"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    memory = lococo.memory(module.layer_idx, sliding_window)
+    # A sliding-window layer keeps what its window sees and has nothing to fuse.
+    head = getattr(module, "lococo_head", None) if memory.window is None else None
+    rotary = lococo.rotary_tables.get(module.layer_idx)
+    reader = _Reader(lococo.config, lococo.plan, memory, head, rotary, scale, dropout, softcap)
+    output = reader.read(query, key, value)
+    if head is not None and torch.is_grad_enabled():
+        # Distributed training wants a gradient for every parameter, also when a text was too short to be compressed.
+        output = output + 0.0 * sum(parameter.sum() for parameter in head.parameters()).to(output.dtype)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@dataclasses.dataclass
+class _Reader:
+    config: LoCoCoConfig
+    plan: Plan
+    memory: LayerMemory
+    head: FusionHead | None
+    rotary: RotaryTable | None
+    scale: float
+    dropout: float
+    softcap: float | None
+
+    def read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, tokens, head_dim) attention output of a call; the memory holds its tokens afterwards."""
+        plain_key = key if self.rotary is None else self.rotary.rotate(key, self.plan.entries, inverse=True)
+        parts = []
+        for segment in self.plan.segments:
+            self.memory.append(segment, self.plan, key, plain_key, value)
+            parts.append(self._attend(segment, segment.take(query)))
+            for compression in segment.compressions:
+                self.memory.compress(compression, self.head, self.rotary)
+        return self._assemble(parts, query)
+
+    def _attend(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
+        keys, values = self.memory.keys[:, :, : segment.stop], self.memory.values[:, :, : segment.stop]
+        visibility = kernels.Visibility(self._mask(segment), self._bias(segment), self.softcap)
+        if self.memory.entries.scores is not None:
+            with torch.no_grad():
+                is_query = None if isinstance(segment, AlignedSegment) else segment.queries()
+                received = kernels.attention_mass(query, keys, self.scale, visibility, is_query)
+                self.memory.entries.scores[:, :, : segment.stop] += received
+        return kernels.attend(query, keys, values, self.scale, visibility, self.config.attention, self.dropout)
+
+    def _mask(self, segment: Segment) -> torch.Tensor | None:
+        mask = segment.visible() if isinstance(segment, RaggedSegment) else None
+        window = self.memory.window
+        if window is None or max(row.seen for row in self.plan.rows) <= window:
+            return mask
+        born = self.memory.entries.born[:, :, None, : segment.stop]
+        births = segment.take(self.plan.places[:, None, :, None].expand(born.shape[0], 1, -1, 1))
+        in_window = births - born < window  # (batch, kv_heads, width, stop)
+        if mask is None:
+            mask = kernels.lower_right(segment.width, segment.stop, born.device)
+        return mask & in_window
+
+    def _bias(self, segment: Segment) -> torch.Tensor | None:
+        log_mass = self.memory.entries.log_mass
+        if log_mass is None or self.head is None or self.head.is_closed:
+            return None
+        return self.head.mass_scale.to(log_mass.dtype) * log_mass[:, :, : segment.stop]
+
+    def _assemble(self, parts: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+        segments = self.plan.segments
+        if segments and isinstance(segments[0], AlignedSegment):
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        output = torch.zeros_like(query)
+        for segment, part in zip(segments, parts, strict=True):
+            output = segment.put(output, part)
+        return output
+
+
+def no_mask(*args, **kwargs) -> None:
+    """Mask function of patched models: the decoder's hook has already read the padding mask."""
+    return None
+
+
+AttentionInterface.register(NAME, lococo_attention)
+AttentionMaskInterface.register(NAME, no_mask)

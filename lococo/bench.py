@@ -1,0 +1,67 @@
+"""Measuring memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lococo.evaluation.methods import as_method, method_config
+from lococo.evaluation.results import write_result
+from lococo.generation import cache_bytes
+
+
+@torch.no_grad()
+def cache_growth(
+    model: nn.Module,
+    methods: Sequence[str],
+    num_slots: int,
+    block_size: int,
+    tokens: int,
+    step: int,
+    output: Path,
+    command: str,
+) -> list[dict[str, Any]]:
+    """Read random tokens step by step and note the bytes of the cache; writes ``<output>.json``, ``.md``, ``.png``.
+
+    Cache bytes do not depend on what is read, so random tokens show what a text would.
+    """
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for name in methods:
+        config, cache = method_config(name, num_slots, block_size), None
+        slots = None if config is None else num_slots
+        with as_method(model, config):
+            for stop in tqdm(range(step, tokens + 1, step), desc=name, unit_scale=step, unit="token", disable=None):
+                part = ids[:, stop - step : stop].to(model.device)
+                cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                rows.append({"method": name, "num_slots": slots, "tokens": stop, "cache_bytes": cache_bytes(cache)})
+    write_result(output, command, model.device, rows)
+    _plot(rows, output.with_suffix(".png"))
+    return rows
+
+
+def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [row for row in rows if row["method"] == method]
+        slots = line[0]["num_slots"]
+        axes.plot(
+            [row["tokens"] for row in line],
+            [row["cache_bytes"] / 2**20 for row in line],
+            label=method if slots is None else f"{method}, {slots} slots",
+            linestyle="-" if slots is None else "--",
+        )
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("cache (MiB)")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,285 @@
+"""What a layer remembers between calls: slots, the open block, and how far each row has been read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lococo.config import LoCoCoConfig
+from lococo.fusion import FusionHead
+from lococo.positions import RotaryTable
+from lococo.segments import Compression, Plan, Row, Segment
+from lococo.slots import Budget, Entries, compress
+
+
+class LayerMemory(CacheLayerMixin):
+    """One layer's entries, in buffers of ``num_slots + block_size`` made at the first write.
+
+    Without gradients everything is written in place; with gradients every write makes a new tensor, so that
+    back-propagation reaches the tokens of earlier segments.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+    window : int, optional
+        Tokens a query of this layer sees, where the model limits them.
+
+    Attributes
+    ----------
+    entries : Entries
+        What the compressor sees. With ``positions="slot"`` its keys are un-rotated, so that a key which stays for
+        thousands of segments is rounded once, not at every move.
+    keys : torch.Tensor
+        (batch, kv_heads, capacity, head_dim), what attention reads: ``entries.keys`` or, un-rotated there, their
+        rotation.
+    """
+
+    is_sliding = False
+
+    def __init__(self, config: LoCoCoConfig, window: int | None = None) -> None:
+        self.config = config
+        self.window = window
+        self.entries: Entries | None = None
+        self.keys: torch.Tensor | None = None
+        self.columns = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the buffers exist."""
+        return self.entries is not None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """(batch, kv_heads, capacity, head_dim)."""
+        return None if self.entries is None else self.entries.values
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the buffers for keys and values of (batch, kv_heads, tokens, head_dim)."""
+        config, budget = self.config, Budget.of(self.config, self.window)
+        shape = (*key_states.shape[:2], config.capacity)
+
+        wide = torch.promote_types(key_states.dtype, torch.float32)
+
+        def numbers(wanted: bool) -> torch.Tensor | None:
+            return torch.zeros(shape, dtype=wide, device=key_states.device) if wanted else None
+
+        ranked = budget.heavy > 0 or (budget.fused > 0 and config.residual != "none")
+        self.entries = Entries(
+            keys=key_states.new_zeros(*shape, key_states.shape[-1]),
+            values=value_states.new_zeros(*shape, value_states.shape[-1]),
+            scores=numbers(ranked),
+            born=numbers(self.window is not None or (ranked and config.score == "mean")),
+            log_mass=numbers(config.has_mass and budget.fused > 0),
+        )
+        self.keys = self.entries.keys if config.positions == "absolute" else torch.zeros_like(self.entries.keys)
+
+    def append(
+        self, segment: Segment, plan: Plan, key: torch.Tensor, plain_key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write a segment's tokens into its entries.
+
+        Parameters
+        ----------
+        key, value : torch.Tensor
+            (batch, kv_heads, tokens, head_dim) of the whole call.
+        plain_key : torch.Tensor
+            ``key`` un-rotated with ``positions="slot"``, else ``key`` itself.
+        """
+        if self.entries is None:
+            self.lazy_initialization(key, value)
+        in_place = not torch.is_grad_enabled()
+        if in_place and self.values.requires_grad:
+            self._map(torch.Tensor.detach)
+            self._map(torch.Tensor.clone)
+        entries, shared = self.entries, self.keys is self.entries.keys
+        per_token = (key.shape[0], key.shape[1], plan.places.shape[1])
+        if entries.scores is not None and self.config.score == "last":
+            entries.scores.mul_(1.0 - segment.opens)
+        zero = key.new_zeros(()).expand(per_token)
+        self.keys = segment.write(self.keys, key, in_place)
+        self.entries = Entries(
+            keys=self.keys if shared else segment.write(entries.keys, plain_key, in_place),
+            values=segment.write(entries.values, value, in_place),
+            scores=_optional(entries.scores, lambda scores: segment.write(scores, zero, in_place)),
+            born=_optional(
+                entries.born, lambda born: segment.write(born, plan.places[:, None].expand(per_token), in_place)
+            ),
+            log_mass=_optional(entries.log_mass, lambda mass: segment.write(mass, zero, in_place)),
+        )
+
+    def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
+        """Replace the first entries of some rows by their M slots."""
+        rows, num_slots = compression.rows, self.config.num_slots
+        in_place = not torch.is_grad_enabled()
+
+        def entries_of(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor if rows is None else tensor[rows])[:, :, : compression.entries]
+
+        def replace(memory: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            if not in_place:
+                whole = torch.slice_scatter(memory if rows is None else memory[rows], slots, dim=2, end=num_slots)
+                return whole if rows is None else memory.index_copy(0, rows, whole)
+            if rows is None:
+                memory[:, :, :num_slots] = slots
+            else:
+                memory[rows, :, :num_slots] = slots
+            return memory
+
+        shared = self.keys is self.entries.keys
+        slots = compress(self.entries.map(entries_of), compression.now, self.config, head, self.window)
+        self.entries = Entries(
+            *(
+                None if memory is None else replace(memory, new)
+                for memory, new in zip(self.entries.tensors(), slots.tensors(), strict=True)
+            )
+        )
+        if shared:
+            self.keys = self.entries.keys
+        else:
+            keys = slots.keys
+            if rotary is not None:
+                keys = rotary.rotate(keys, torch.arange(num_slots, device=keys.device)[None])
+            self.keys = replace(self.keys, keys)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every buffer once."""
+        if self.entries is None:
+            return []
+        held = [tensor for tensor in self.entries.tensors() if tensor is not None]
+        return held if self.keys is self.entries.keys else [*held, self.keys]
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.entries is not None:
+            shared = self.keys is self.entries.keys
+            self.entries = self.entries.map(function)
+            self.keys = self.entries.keys if shared else function(self.keys)
+
+    # What Transformers asks of a cache layer.
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the new keys and values on: they are remembered by the attention, segment by segment."""
+        return key_states, value_states
+
+    def get_seq_length(self, *args) -> int:
+        """Columns read, padding included: Transformers derives positions and mask offsets from it."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        """Length and offset of the mask over everything read. None is ever built from them."""
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.columns + length, 0
+
+    def get_max_length(self) -> int:
+        """-1: texts have no length limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything, keep the buffers."""
+        self._map(torch.Tensor.detach)
+        self._map(torch.Tensor.zero_)
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes row ``beam_idx[i]``."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows named."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise: see ``LoCoCoCache.crop``."""
+        raise ValueError(CROP_ERROR)
+
+
+CROP_ERROR = (
+    "a LoCoCoCache cannot be cropped: tokens blended into slots cannot be taken out again. Assisted and prompt-lookup "
+    "decoding need the full cache: use lococo.unpatch_model(model)"
+)
+
+
+def _optional(tensor: torch.Tensor | None, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+    return None if tensor is None else function(tensor)
+
+
+class LoCoCoCache(Cache):
+    """The ``past_key_values`` of a patched model: M slots and an open block per layer, whatever the length read.
+
+    Made by the model's forward and by ``generate``; pass one back in to go on reading.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+    num_layers : int
+    """
+
+    def __init__(self, config: LoCoCoConfig, num_layers: int) -> None:
+        super().__init__(layers=[LayerMemory(config) for _ in range(num_layers)])
+        self.config = config
+        self.rows: tuple[Row, ...] = (Row(),)
+        self.ends_in_padding = False
+        self.is_reading = False
+        self.rotary_tables: dict = {}
+
+    @property
+    def seen_tokens(self) -> int:
+        """Columns read so far, padding included."""
+        return self.layers[0].columns
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, -1 before the first forward."""
+        return -1 if self.layers[0].entries is None else self.layers[0].entries.values.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers. They are made at the first forward and do not grow."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+
+    def advance(self, plan: Plan, columns: int) -> None:
+        """Note that a planned call has been read."""
+        self.rows = plan.rows
+        for layer in self.layers:
+            layer.columns += columns
+
+    def reset(self) -> None:
+        """Forget everything, keep the buffers."""
+        super().reset()
+        self.rows, self.ends_in_padding, self.is_reading = (Row(),), False, False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes row ``beam_idx[i]`` (beam search)."""
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        if len(self.rows) > 1:
+            self.rows = tuple(row for row in self.rows for _ in range(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows named."""
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def crop(self, *args, **kwargs) -> None:
+        """Raise ``ValueError``: fusing cannot be undone."""
+        raise ValueError(CROP_ERROR)
+
+    def _select_rows(self, indices: torch.Tensor) -> None:
+        # Rows that are all alike need no look at the indices, which may be on a GPU.
+        if len(set(self.rows)) > 1:
+            self.rows = tuple(self.rows[index] for index in indices.tolist())
+        else:
+            self.rows = self.rows[:1]

@@ -1,0 +1,221 @@
+"""The slot budget of a compressed cache and how its slots are filled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_NAME = "lococo_config.json"
+
+NORMALIZATIONS = ("sum", "softmax")
+RESIDUALS = ("slot", "layer", "none")
+POSITIONS = ("absolute", "slot")
+SCORES = ("sum", "mean", "last")
+ATTENTIONS = ("sdpa", "eager", "flex", "flash_attention_2")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoCoCoConfig:
+    """How many key-value slots a layer keeps, and what goes into them.
+
+    The budget is ``num_slots = num_sinks + num_heavy + num_recent + num_fused``; what the three selections leave over
+    is fused (``num_fused`` is derived). A selection that is not given takes its share of our default preset: 4 sinks,
+    7/32 recents, 3/8 fused and heavy hitters in the rest.
+
+    Parameters
+    ----------
+    num_slots : int
+        M, slots kept per layer and KV head whatever the length of the text.
+    block_size : int
+        B, tokens read between two compressions.
+    num_sinks, num_heavy, num_recent : int, optional
+        Slots holding unchanged copies of the first tokens, of the tokens with the highest score, of the last tokens.
+    kernel_size : int
+        Width of the fusion convolution over the entries (odd).
+    head_rank : int, optional
+        Rank r of a low-rank convolution (2d -> r with the kernel, r -> num_fused pointwise). None: one full kernel.
+    normalization : {"sum", "softmax"}
+        How a row of ReLU outputs becomes weights: divided by its sum (Eq. 7), or softmax (the released code).
+    residual : {"slot", "layer", "none"}
+        What a fused slot starts from: ``W = (1 - g) onehot + g conv`` with one gate g per slot or per layer, or the
+        convolution alone (the paper's text).
+    gate_init : float
+        Starting value of g, 0 to 1. 0 is exact token selection.
+    init_std : float, optional
+        Standard deviation of normal initial convolution weights. None: PyTorch's own initialisation.
+    mass_bias : bool
+        Give a slot blended from n tokens the attention mass of n tokens: a bias of a learned scale times log n.
+    positions : {"absolute", "slot"}
+        Rotary positions of the text, or of the place in the cache (no position past ``num_slots + block_size``).
+    score : {"sum", "mean", "last"}
+        Ranking of heavy hitters: attention received in total (H2O), per query that could see the token, or from the
+        current block alone.
+    decode_block_size : int, optional
+        Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
+    prefill_chunk_size : int
+        Tokens that go through the model at once when a long prompt is read without gradients.
+    attention : {"sdpa", "eager", "flex", "flash_attention_2"}
+        Attention kernel.
+    """
+
+    num_slots: int = 512
+    block_size: int = 512
+    num_sinks: int | None = None
+    num_heavy: int | None = None
+    num_recent: int | None = None
+    kernel_size: int = 21
+    head_rank: int | None = None
+    normalization: Literal["sum", "softmax"] = "sum"
+    residual: Literal["slot", "layer", "none"] = "slot"
+    gate_init: float = 0.0
+    init_std: float | None = None
+    mass_bias: bool = True
+    positions: Literal["absolute", "slot"] = "absolute"
+    score: Literal["sum", "mean", "last"] = "mean"
+    decode_block_size: int | None = None
+    prefill_chunk_size: int = 2048
+    attention: Literal["sdpa", "eager", "flex", "flash_attention_2"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "block_size", "kernel_size", "prefill_chunk_size"):
+            _check_count(name, getattr(self, name), least=1)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd so that the convolution is centred, got {self.kernel_size}")
+        for name in ("head_rank", "decode_block_size"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), least=1)
+        if self.decode_block_size is not None and self.decode_block_size > self.block_size:
+            raise ValueError(
+                f"decode_block_size must not exceed block_size={self.block_size}, got {self.decode_block_size}"
+            )
+        self._fill_budget()
+        for name, allowed in (
+            ("normalization", NORMALIZATIONS),
+            ("residual", RESIDUALS),
+            ("positions", POSITIONS),
+            ("score", SCORES),
+            ("attention", ATTENTIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0.0 <= self.gate_init <= 1.0:
+            raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
+        if self.init_std is not None and not self.init_std > 0:
+            raise ValueError(f"init_std must be positive, got {self.init_std}")
+
+    def _fill_budget(self) -> None:
+        slots = self.num_slots
+        sinks = min(4, slots) if self.num_sinks is None else self.num_sinks
+        recent = min(slots * 7 // 32, slots - sinks) if self.num_recent is None else self.num_recent
+        heavy = self.num_heavy
+        if heavy is None:
+            heavy = max(0, slots - sinks - recent - min(slots * 3 // 8, slots - sinks - recent))
+        for name, value in (("num_sinks", sinks), ("num_heavy", heavy), ("num_recent", recent)):
+            _check_count(name, value, least=0)
+            object.__setattr__(self, name, value)
+        if sinks + heavy + recent > slots:
+            raise ValueError(
+                f"the budget does not add up: num_sinks={sinks} + num_heavy={heavy} + num_recent={recent} = "
+                f"{sinks + heavy + recent} must not exceed num_slots={slots}"
+            )
+
+    @property
+    def num_fused(self) -> int:
+        """Slots that hold blends: what sinks, heavy hitters and recents leave of ``num_slots``."""
+        return self.num_slots - self.num_sinks - self.num_heavy - self.num_recent  # type: ignore[operator]
+
+    @property
+    def capacity(self) -> int:
+        """Entries a layer can hold between two compressions, ``num_slots + block_size``."""
+        return self.num_slots + self.block_size
+
+    @property
+    def has_mass(self) -> bool:
+        """Whether slots carry a log-mass that biases their attention logits."""
+        return self.mass_bias and self.num_fused > 0
+
+    @classmethod
+    def paper(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
+        """The paper's text (Eq. 6-7): all slots fused, weights divided by their sum, no residual."""
+        preset = dict(num_sinks=0, num_heavy=0, num_recent=0, residual="none", mass_bias=False)
+        return cls(num_slots, **{**preset, **overrides})
+
+    @classmethod
+    def reference(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
+        """The authors' released code: half heavy hitters of the last block, half fused on a residual, softmax."""
+        preset = dict(
+            num_sinks=0,
+            num_heavy=num_slots // 2,
+            num_recent=0,
+            normalization="softmax",
+            residual="layer",
+            gate_init=0.5,
+            init_std=1.0,
+            mass_bias=False,
+            score="last",
+        )
+        return cls(num_slots, **{**preset, **overrides})
+
+    @classmethod
+    def h2o(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
+        """H2O (Zhang et al. 2023): half heavy hitters by accumulated attention, half recents."""
+        preset = dict(num_sinks=0, num_heavy=num_slots // 2, num_recent=num_slots - num_slots // 2, score="sum")
+        return cls(num_slots, **{**preset, **overrides})
+
+    @classmethod
+    def streaming_llm(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
+        """StreamingLLM (Xiao et al. 2023): 4 sinks, recents in the rest, positions inside the cache."""
+        sinks = overrides.pop("num_sinks", min(4, num_slots))
+        preset = dict(num_sinks=sinks, num_heavy=0, num_recent=num_slots - sinks, positions="slot")
+        return cls(num_slots, **{**preset, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoCoCoConfig:
+        """A config from ``to_dict`` output; fields this version does not know are named in a warning and left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"unknown LoCoCoConfig fields are ignored: {', '.join(unknown)}", stacklevel=2)
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write ``lococo_config.json`` into a folder (made if missing)."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / f".{CONFIG_NAME}.tmp"
+        temporary.write_text(json.dumps({"config": self.to_dict()}, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> LoCoCoConfig:
+        """Read the config of a heads folder.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder has no ``lococo_config.json``.
+        ValueError
+            If that file is no JSON object with a ``config``, or the config in it is invalid.
+        """
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: not a folder written by save_heads or save_pretrained")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            values = dict(content["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a LoCoCo config: {error!r}") from error
+        return cls.from_dict(values)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

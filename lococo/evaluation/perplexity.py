@@ -1,0 +1,117 @@
+"""Perplexity of a model as it is, full or patched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHUNK = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A stretch of one document: ``length`` tokens that follow each other."""
+
+    domain: str
+    document: str
+    ids: torch.Tensor  # (1, length)
+
+
+def windows(
+    documents: Iterable[Mapping[str, str]], tokenizer, length: int, limit: int | None = None
+) -> Iterator[Window]:
+    """Windows of one length, no token in two: the first of every document, then the second of every document, ...
+
+    Parameters
+    ----------
+    documents : iterable of mappings
+        ``text``, and where known ``id`` and ``domain``.
+    length : int
+        Tokens per window; what is left of a document is not used.
+    limit : int, optional
+        At most so many.
+    """
+    encoded = [
+        (document.get("domain", "text"), document.get("id", str(index)), tokenizer(document["text"]).input_ids)
+        for index, document in enumerate(documents)
+    ]
+    given = 0
+    for turn in range(max((len(ids) // length for _, _, ids in encoded), default=0)):
+        for domain, name, ids in encoded:
+            if len(ids) < (turn + 1) * length or given == limit:
+                continue
+            given += 1
+            part = ids[turn * length : (turn + 1) * length]
+            yield Window(domain, f"{name}@{turn}", torch.tensor([part]))
+
+
+@torch.no_grad()
+def token_nlls(model: nn.Module, ids: torch.Tensor, first: int = 1) -> torch.Tensor:
+    """Negative log-likelihood of each token of a text given those before it.
+
+    The text goes through the model in chunks, each with the cache of the last, so that no more than a chunk's logits
+    are held.
+
+    Parameters
+    ----------
+    ids : torch.Tensor
+        (1, tokens).
+    first : int
+        First token that counts.
+
+    Returns
+    -------
+    torch.Tensor
+        (tokens - first,) in nats.
+
+    Raises
+    ------
+    ValueError
+        If no token is left to count.
+    """
+    tokens = ids.shape[1]
+    if not 1 <= first < tokens:
+        raise ValueError(f"first must lie between 1 and {tokens - 1} for a text of {tokens} tokens, got {first}")
+    ids = ids.to(model.device)
+    cache, nlls = None, []
+    for start in range(0, tokens - 1, CHUNK):
+        stop = min(start + CHUNK, tokens - 1)
+        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        nlls.append(F.cross_entropy(output.logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
+    return torch.cat(nlls)[first - 1 :]
+
+
+def perplexity(
+    model: nn.Module, texts: str | Sequence[str] | Sequence[torch.Tensor], tokenizer=None, *, first: int = 1
+) -> float:
+    """Perplexity over the tokens of some texts, each read from its start with an empty cache.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Patched or not.
+    texts : str, sequence of str, or sequence of torch.Tensor
+        Strings need ``tokenizer``; tensors are token ids (1, tokens).
+    first : int
+        First token of each text that counts.
+
+    Raises
+    ------
+    ValueError
+        If there is no text, a text is shorter than ``first + 1`` tokens, or strings come without a tokenizer.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise ValueError("texts is empty: perplexity needs at least one text")
+    if isinstance(texts[0], str):
+        if tokenizer is None:
+            raise ValueError("texts are strings: pass the model's tokenizer, or token ids as tensors")
+        texts = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    nlls = torch.cat([token_nlls(model, ids, first) for ids in texts])
+    return math.exp(nlls.double().mean().item())

@@ -1,0 +1,121 @@
+"""Result files: one JSON per topic, a Markdown table and a picture beside it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("lococo", "torch", "transformers")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_result(path: Path, command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``<path>.json`` and the table ``<path>.md`` of it.
+
+    Parameters
+    ----------
+    path : Path
+        Without a suffix: ``docs/results/perplexity``.
+    command : str
+        What made it, as a user would type it.
+    rows : sequence of dict
+        Flat, all with the same keys.
+    """
+    content = {
+        "command": command,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "rows": list(rows),
+    }
+    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
+    write_atomically(path.with_suffix(".md"), note + markdown_table(rows))
+
+
+def device_name(device: torch.device | str) -> str:
+    """The GPU's name, or the processor's architecture and cores."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with the rows' keys as its head; numbers to four significant digits, None empty."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _commit() -> str:
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return asked.stdout.strip()
+
+
+class Journal:
+    """Rows measured so far, one JSON line each, so that a killed run goes on where it stopped.
+
+    Parameters
+    ----------
+    path : Path
+        Made at the first row; removed by ``finish``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Any] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the run was killed while it wrote this line
+                self.rows[entry["key"]] = entry["value"]
+
+    def measure(self, key: Iterable[Any], function: Callable[[], Any]) -> Any:
+        """The value under a key, measured now if no earlier run has."""
+        name = json.dumps(list(key))
+        if name not in self.rows:
+            self.rows[name] = function()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": name, "value": self.rows[name]}) + "\n")
+        return self.rows[name]
+
+    def finish(self) -> None:
+        """Remove the file: the result stands in its own."""
+        self.path.unlink(missing_ok=True)

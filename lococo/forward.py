@@ -1,0 +1,271 @@
+"""What happens around a forward of the patched decoder: its cache, its plan, and long prompts in pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from lococo.attention import Call
+from lococo.cache import LoCoCoCache
+from lococo.config import LoCoCoConfig
+from lococo.models import attention_layers, uses_rotary
+from lococo.positions import RotaryTable
+from lococo.segments import Row, plan_call
+
+PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a caller inside the library asks of the decoder's hook.
+
+    Attributes
+    ----------
+    cache : LoCoCoCache, optional
+        Cache to read into, without the model handing it out as ``past_key_values``.
+    keep : int, optional
+        Hidden states needed at the end of the text. None: all.
+    """
+
+    cache: LoCoCoCache | None = None
+    keep: int | None = None
+
+
+def ask_for_last_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the model around the decoder: ``logits_to_keep`` tells what the decoder may forget."""
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, int) and keep > 0 and kwargs.get("labels") is None:
+        kwargs["lococo"] = Request(keep=keep)
+        return args, kwargs
+    return None
+
+
+def before_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of the decoder: put a ``Call`` into its arguments, read a long prompt up to its last chunk.
+
+    Raises
+    ------
+    ValueError
+        For what a compressed cache cannot do: a foreign cache with content, a 4-D mask, packed sequences, attention
+        matrices.
+    """
+    config: LoCoCoConfig = decoder.lococo_patch.config
+    kwargs = _by_name(decoder, args, kwargs)
+    request = kwargs.pop("lococo", None) or Request()
+    _refuse_unsupported(decoder, kwargs)
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        return (), kwargs  # the model's own error says what is missing
+    cache = request.cache or _cache_for(decoder, config, kwargs)
+    earlier: list[torch.Tensor] = []
+    if _reads_in_chunks(decoder, config, kwargs, tokens.shape[1]):
+        if cache is None:
+            cache = LoCoCoCache(config, decoder.config.num_hidden_layers)
+        earlier = _read_up_to_last_chunk(decoder, config, cache, kwargs, tokens.shape[1], request.keep)
+        tokens = tokens[:, -_last_chunk(tokens.shape[1], config.prefill_chunk_size, request.keep) :]
+    batch, num_tokens = tokens.shape[:2]
+    real = _padding(kwargs.get("attention_mask"), batch, num_tokens, cache)
+    _check_state(cache, batch)
+    rows = (Row(),) if cache is None else cache.rows
+    plan = plan_call(rows, num_tokens, config, real, tokens.device)
+    if config.positions == "slot":
+        kwargs["position_ids"] = plan.entries
+    elif kwargs.get("position_ids") is None and len(plan.rows) > 1:
+        kwargs["position_ids"] = plan.places
+    elif kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None:
+        kwargs["position_ids"] = plan.places + (0 if cache is None else cache.seen_tokens - cache.rows[0].seen)
+    if cache is not None:
+        cache.is_reading = True
+    kwargs["lococo"] = Call(config, plan, cache, _rotary_tables(decoder, config, cache, tokens.device), earlier)
+    return (), kwargs
+
+
+def after_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of the decoder: the cache has read the call; put the chunks' hidden states together."""
+    call = kwargs.get("lococo")
+    if not isinstance(call, Call):
+        return output
+    if call.cache is not None:
+        call.cache.advance(call.plan, call.plan.places.shape[1])
+        call.cache.is_reading = False
+    if not call.earlier:
+        return output
+    if isinstance(output, tuple):
+        return (torch.cat([*call.earlier, output[0]], dim=1), *output[1:])
+    output.last_hidden_state = torch.cat([*call.earlier, output.last_hidden_state], dim=1)
+    return output
+
+
+def _by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _refuse_unsupported(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions") or (
+        kwargs.get("output_attentions") is None and getattr(decoder.config, "output_attentions", False)
+    ):
+        raise ValueError("output_attentions=True: a patched model never makes attention matrices; unpatch it for them")
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping) or (mask is not None and mask.dim() != 2):
+        shape = "a mapping" if isinstance(mask, Mapping) else f"shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got {shape}"
+        )
+    position_ids, past = kwargs.get("position_ids"), kwargs.get("past_key_values")
+    if position_ids is not None and position_ids.dim() != 2:
+        raise ValueError(f"position_ids must be 2-D (batch, tokens), got shape {tuple(position_ids.shape)}")
+    if position_ids is not None and mask is None and past is None and (position_ids.diff(dim=-1) != 1).any():
+        raise ValueError(
+            "position_ids that start again inside a row (packed sequences) are not supported: give each text a row "
+            "and pad it with an attention_mask"
+        )
+
+
+def _cache_for(decoder: nn.Module, config: LoCoCoConfig, kwargs: dict[str, Any]) -> LoCoCoCache | None:
+    given = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+    if isinstance(given, LoCoCoCache):
+        if given.config != config or len(given.layers) != decoder.config.num_hidden_layers:
+            raise ValueError(
+                f"past_key_values was made for {given.config} and {len(given.layers)} layers, the model is patched "
+                f"with {config} and has {decoder.config.num_hidden_layers} layers"
+            )
+    elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
+        raise ValueError(
+            f"past_key_values is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
+            "LoCoCoCache: start without past_key_values, or unpatch the model"
+        )
+    if decoder.training and torch.is_grad_enabled():
+        # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
+        kwargs["use_cache"] = False
+        if getattr(decoder, "is_gradient_checkpointing", False):
+            if isinstance(given, LoCoCoCache) and given.seen_tokens:
+                raise ValueError("past_key_values cannot be used with gradient checkpointing: its layers run twice")
+            kwargs["past_key_values"] = None
+            return None
+        use_cache = False
+    if given is None and not use_cache:
+        return None
+    cache = given if isinstance(given, LoCoCoCache) else LoCoCoCache(config, decoder.config.num_hidden_layers)
+    kwargs["past_key_values"] = cache
+    return cache
+
+
+def _check_state(cache: LoCoCoCache | None, batch: int) -> None:
+    if cache is None:
+        return
+    if cache.is_reading:
+        raise ValueError("the last forward with this LoCoCoCache did not finish: call cache.reset() and start again")
+    if cache.batch_size not in (-1, batch):
+        raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
+
+
+def _padding(
+    mask: torch.Tensor | None, batch: int, num_tokens: int, cache: LoCoCoCache | None
+) -> list[list[bool]] | None:
+    """Which of the call's columns are tokens, row by row; None if all are."""
+    if mask is None:
+        return None
+    seen = 0 if cache is None else cache.seen_tokens
+    if mask.shape[0] != batch or mask.shape[1] not in (num_tokens, seen + num_tokens):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {seen + num_tokens}): "
+            f"{seen} columns already read and {num_tokens} new ones"
+        )
+    real = mask[:, -num_tokens:].bool()
+    if num_tokens == 1 and seen and real.is_cuda and cache is not None and not cache.ends_in_padding:
+        # Decoding must not wait for the GPU; padding here would start in the middle of a text.
+        torch._assert_async(real.all())
+        return None
+    has_padding = not bool(real.all())
+    if cache is not None:
+        cache.ends_in_padding = has_padding and not bool(real[:, -1].all())
+    return real.tolist() if has_padding else None
+
+
+def _reads_in_chunks(decoder: nn.Module, config: LoCoCoConfig, kwargs: dict[str, Any], num_tokens: int) -> bool:
+    wants_hidden = kwargs.get("output_hidden_states")
+    wants_hidden = decoder.config.output_hidden_states if wants_hidden is None else wants_hidden
+    return num_tokens > config.prefill_chunk_size and not torch.is_grad_enabled() and not wants_hidden
+
+
+def _last_chunk(num_tokens: int, chunk: int, keep: int | None) -> int:
+    return min(num_tokens, max(keep or 0, num_tokens % chunk or chunk))
+
+
+def _read_up_to_last_chunk(
+    decoder: nn.Module,
+    config: LoCoCoConfig,
+    cache: LoCoCoCache,
+    kwargs: dict[str, Any],
+    num_tokens: int,
+    keep: int | None,
+) -> list[torch.Tensor]:
+    """Read all chunks but the last into the cache and leave ``kwargs`` with the last. Returns their hidden states."""
+    stop = num_tokens - _last_chunk(num_tokens, config.prefill_chunk_size, keep)
+    seen, mask = cache.seen_tokens, kwargs.get("attention_mask")
+    if mask is not None and mask.shape[1] == num_tokens:
+        mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    hidden = []
+    for start in range(0, stop, config.prefill_chunk_size):
+        end = min(start + config.prefill_chunk_size, stop)
+        output = decoder(
+            **{
+                **kwargs,
+                **_columns(kwargs, slice(start, end)),
+                "attention_mask": None if mask is None else mask[:, : seen + end],
+                "return_dict": True,
+                "lococo": Request(cache=cache),
+            }
+        )
+        if keep is None:
+            hidden.append(output.last_hidden_state)
+    kwargs.update(_columns(kwargs, slice(stop, num_tokens)))
+    if mask is not None:
+        kwargs["attention_mask"] = mask
+    return hidden
+
+
+def _columns(kwargs: dict[str, Any], columns: slice) -> dict[str, Any]:
+    parts = {}
+    for name in PER_TOKEN_ARGUMENTS:
+        tensor = kwargs.get(name)
+        if tensor is not None:
+            parts[name] = tensor[columns] if tensor.dim() == 1 else tensor[:, columns]
+    return parts
+
+
+def _rotary_tables(
+    decoder: nn.Module, config: LoCoCoConfig, cache: LoCoCoCache | None, device: torch.device
+) -> dict[int, RotaryTable | None]:
+    if config.positions == "absolute":
+        return {}
+    tables = {} if cache is None else cache.rotary_tables
+    if not tables:
+        tables.update(rotary_tables(decoder, config, device))
+    return tables
+
+
+def rotary_tables(decoder: nn.Module, config: LoCoCoConfig, device: torch.device) -> dict[int, RotaryTable | None]:
+    """One table per layer, the same object for layers that rotate alike; None for a layer without positions."""
+    by_type: dict[Any, RotaryTable] = {}
+    layer_types = getattr(decoder.config, "layer_types", None)
+    tables: dict[int, RotaryTable | None] = {}
+    for index, layer in attention_layers(decoder).items():
+        if not uses_rotary(layer):
+            tables[index] = None
+            continue
+        layer_device = next(layer.parameters()).device
+        kind = (layer_types[index] if layer_types else None, layer_device)
+        if kind not in by_type:
+            by_type[kind] = RotaryTable(decoder, layer, config.capacity, layer_device)
+        tables[index] = by_type[kind]
+    return tables

@@ -1,0 +1,92 @@
+"""The learned head of a layer: entries in, mixing weights out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lococo.config import LoCoCoConfig
+
+ROW_SUM_EPS = 1e-6
+
+
+class FusionHead(nn.Module):
+    """Weights that blend a layer's entries into its fused slots (Cai et al. 2024, Eq. 6-7).
+
+    One convolution over the entries, shared by all KV heads of the layer, sees the key and value of each entry side
+    by side. With ``residual`` a fused slot starts as a copy of one entry, its anchor, and a gate g opens it to the
+    blend: ``W = (1 - g) onehot(anchor) + g normalise(ReLU(conv))``. A closed gate (0) is token selection.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+        Gives ``num_fused`` output channels, the kernel, its rank, the normalisation and the residual.
+    head_dim : int
+        d, size of a key and of a value.
+    """
+
+    def __init__(self, config: LoCoCoConfig, head_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        fused, kernel, rank = config.num_fused, config.kernel_size, config.head_rank
+        self.normalization = config.normalization
+        self.conv = nn.Conv1d(2 * head_dim, rank or fused, kernel, padding=kernel // 2, bias=rank is None, **factory)
+        self.expand = nn.Conv1d(rank, fused, 1, **factory) if rank else None
+        if config.init_std is not None:
+            nn.init.normal_(self.conv.weight, std=config.init_std)
+        gates = {"slot": fused, "layer": 1, "none": 0}[config.residual]
+        self.gate = nn.Parameter(torch.full((gates,), config.gate_init, **factory)) if gates else None
+        self.mass_scale = nn.Parameter(torch.ones(1, **factory)) if config.has_mass else None
+        self._closed: tuple[int, int, bool] | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether every gate is shut, so that the blend need not be computed. Reads the gates again only after a change."""
+        if self.gate is None or torch.compiler.is_compiling() or self.gate.is_meta:
+            return False
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return False
+        state = (self.gate.data_ptr(), self.gate._version)
+        if self._closed is None or self._closed[:2] != state:
+            self._closed = (*state, bool((self.gate <= 0).all()))
+        return self._closed[2]
+
+    def forward(
+        self, keys: torch.Tensor, values: torch.Tensor, anchors: torch.Tensor, rest: torch.Tensor
+    ) -> torch.Tensor:
+        """Mixing weights of every fused slot over the entries.
+
+        Parameters
+        ----------
+        keys, values : torch.Tensor
+            (batch, kv_heads, entries, head_dim), in time order.
+        anchors : torch.Tensor
+            (batch, kv_heads, num_fused), the entry each fused slot starts from.
+        rest : torch.Tensor
+            (batch, kv_heads, entries), True where an entry may be blended: no slot holds a copy of it.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, kv_heads, num_fused, entries) in float32 or wider; rows sum to 1.
+        """
+        batch, kv_heads = keys.shape[:2]
+        pairs = torch.cat([keys, values], dim=-1).flatten(0, 1).transpose(1, 2)  # (batch * kv_heads, 2d, entries)
+        logits = self.conv(pairs.to(self.conv.weight.dtype))
+        if self.expand is not None:
+            logits = self.expand(logits)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # row sums of many small weights
+        logits = logits.unflatten(0, (batch, kv_heads)).to(wide).relu()
+        weights = self._normalise(logits, rest[:, :, None])
+        if self.gate is None:
+            return weights
+        gate = self.gate.to(wide).clamp(0, 1)[:, None]  # (num_fused or 1, 1)
+        residual = (1 - gate).expand(anchors.shape[-1], 1).expand(*anchors.shape, 1)
+        return (gate * weights).scatter_add(-1, anchors[..., None], residual)
+
+    def _normalise(self, logits: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        if self.normalization == "softmax":
+            return logits.masked_fill(~rest, float("-inf")).softmax(dim=-1)
+        # A row of zeros, common after ReLU, becomes the mean of the rest instead of a division by zero.
+        weights = (logits + ROW_SUM_EPS) * rest
+        return weights / weights.sum(dim=-1, keepdim=True)

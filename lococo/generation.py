@@ -1,0 +1,140 @@
+"""Reading a long prompt and answering, with what it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers.cache_utils import Cache
+
+from lococo.cache import LoCoCoCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a prompt and its answer took.
+
+    Attributes
+    ----------
+    answer : torch.Tensor
+        (new_tokens,) token ids.
+    slots : int, optional
+        KV slots per layer. None: every token.
+    cache_bytes : int
+        Bytes of the cache at the end.
+    full_cache_bytes : int
+        Bytes that keys and values of every token read take.
+    reading_seconds, answering_seconds : float
+    """
+
+    prompt_tokens: int
+    answer: torch.Tensor
+    slots: int | None
+    cache_bytes: int
+    full_cache_bytes: int
+    reading_seconds: float
+    answering_seconds: float
+
+    def summary(self) -> str:
+        """Four lines for a person to read."""
+        slots = "every token kept" if self.slots is None else f"{self.slots} slots per layer"
+        share = self.cache_bytes / self.full_cache_bytes
+        new_tokens = self.answer.numel()
+        return "\n".join(
+            [
+                f"tokens read     {self.prompt_tokens:,} ({slots})",
+                f"cache           {_mib(self.cache_bytes)}, full cache {_mib(self.full_cache_bytes)} ({share:.1%})",
+                f"reading         {self.prompt_tokens / self.reading_seconds:,.0f} tokens/s",
+                f"answering       {new_tokens / self.answering_seconds:,.1f} tokens/s ({new_tokens} tokens)",
+            ]
+        )
+
+
+def read_and_answer(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int = 64,
+    chunk: int = 512,
+    progress: bool = True,
+    streamer=None,
+    **generate_kwargs,
+) -> Reading:
+    """Read a prompt piece by piece, then generate; for patched models and others alike.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model.
+    input_ids : torch.Tensor
+        (1, tokens).
+    chunk : int
+        Tokens between two movements of the progress bar.
+    streamer : transformers streamer, optional
+        Gets the answer token by token.
+
+    Raises
+    ------
+    ValueError
+        If the prompt has fewer than two tokens.
+    """
+    tokens = input_ids.shape[1]
+    if tokens < 2:
+        raise ValueError(f"the prompt needs at least 2 tokens, got {tokens}")
+    started = time.perf_counter()
+    cache = _read(model, input_ids[:, :-1], chunk, progress)
+    read = time.perf_counter()
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **generate_kwargs,
+    )
+    answered = time.perf_counter()
+    held = cache_bytes(cache)
+    return Reading(
+        prompt_tokens=tokens,
+        answer=output[0, tokens:],
+        slots=cache.config.num_slots if isinstance(cache, LoCoCoCache) else None,
+        cache_bytes=held,
+        full_cache_bytes=(output.shape[1] - 1) * bytes_per_token(cache),
+        reading_seconds=read - started,
+        answering_seconds=answered - read,
+    )
+
+
+@torch.no_grad()
+def _read(model: nn.Module, input_ids: torch.Tensor, chunk: int, progress: bool) -> Cache:
+    cache = None
+    with tqdm(total=input_ids.shape[1], unit="token", desc="reading", disable=None if progress else True) as bar:
+        for part in input_ids.split(chunk, dim=1):
+            cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            bar.update(part.shape[1])
+    if input_ids.is_cuda:
+        torch.cuda.synchronize(input_ids.device)
+    return cache
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a cache's tensors hold."""
+    if isinstance(cache, LoCoCoCache):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def bytes_per_token(cache: Cache) -> int:
+    """Bytes of one token's keys and values over all layers of one row."""
+    return sum(
+        states.shape[1] * states.shape[3] * states.element_size()
+        for layer in cache.layers
+        for states in (layer.keys, layer.values)
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,465 @@
+"""Saving, loading and pushing trained heads: JSON and safetensors, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+from transformers import PreTrainedModel
+
+from lococo.config import CONFIG_NAME, LoCoCoConfig
+from lococo.patch import head_modules, is_patched, lococo_config
+
+HEADS_NAME = "lococo_heads.safetensors"
+CARD_NAME = "README.md"
+FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
+FORMAT_VERSION = 1
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+HEAD_FIELDS = ("num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
+
+
+def save_heads(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    training: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the heads of a patched model into a folder, whole or not at all.
+
+    The folder holds ``lococo_config.json``, ``lococo_heads.safetensors`` (tensors ``layers.{index}.{parameter}``) and
+    a ``README.md`` model card. An existing heads folder is replaced. Of a base model loaded from a local path only
+    the last part of that path is written.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A patched model.
+    folder : path
+        Where to write; made if missing, parents included.
+    training, metrics : dict, optional
+        How the heads were trained and their measured figures, as plain JSON values.
+    dtype : torch.dtype, optional
+        Floating dtype of the saved tensors. None: that of each parameter.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched, a head holds a value that is not finite in ``dtype``, ``dtype`` is not a floating
+        dtype, or ``training`` or ``metrics`` are not plain finite JSON values.
+    FileExistsError
+        If ``folder`` is a file, or holds anything that is not of a heads folder.
+    """
+    folder = Path(folder)
+    files = _heads_files(model, folder.resolve().name, training, metrics, dtype)
+    _check_replaceable(folder)
+    _replace_folder(folder.resolve(), files)
+    return folder
+
+
+def load_heads(
+    model: nn.Module,
+    folder_or_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """Copy saved heads into a patched model, after checking all of them.
+
+    Dtype and device of the model's heads stay as they are. When an error is raised, the model is as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model patched with a config whose heads are like the saved ones.
+    folder_or_id : path or str
+        A folder written by `save_heads`, or a Hub id ``"org/name"``.
+    revision : str, optional
+        Branch, tag or commit on the Hub.
+    token : str or bool, optional
+        Hub access token.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same model.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched, was patched for other heads or has another shape than the heads' base model, or
+        if a tensor is missing, surplus, of another shape, not finite in the dtype of the model's head, or unreadable.
+    OSError
+        If there is no such folder, or the Hub could not deliver it.
+    """
+    parameters = _head_parameters(model)
+    folder = _local_folder(folder_or_id, revision, token)
+    _check_config(LoCoCoConfig.from_pretrained(folder), lococo_config(model), folder)
+    _check_base_shape(folder / CONFIG_NAME, base_shape(model))
+    tensors = _read_tensors(folder / HEADS_NAME)
+    _check_tensors(tensors, parameters, folder / HEADS_NAME)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def read_heads_config(
+    folder_or_id: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None
+) -> LoCoCoConfig:
+    """The config saved heads were trained with.
+
+    Parameters
+    ----------
+    folder_or_id, revision, token
+        As in `load_heads`.
+
+    Returns
+    -------
+    LoCoCoConfig
+        Fields this version does not know are named in a warning and left out.
+
+    Raises
+    ------
+    ValueError
+        If the config is invalid.
+    OSError
+        If there is no such folder, no config in it, or the Hub could not deliver it.
+    """
+    return LoCoCoConfig.from_pretrained(_local_folder(folder_or_id, revision, token))
+
+
+def push_heads(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload LoCoCo heads",
+    **save_kwargs: Any,
+) -> str:
+    """Upload the heads of a patched model to the Hub.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A patched model.
+    repo_id : str
+        ``"org/name"``; the repository is made if missing.
+    private : bool, optional
+        Visibility of a new repository. None: the organisation's default.
+    token : str or bool, optional
+        Hub access token with the right to write.
+    commit_message : str
+        Title of the commit.
+    **save_kwargs
+        ``training``, ``metrics`` and ``dtype`` as in `save_heads`.
+
+    Returns
+    -------
+    str
+        Address of the repository.
+
+    Raises
+    ------
+    ValueError
+        If ``repo_id`` is not of the form ``"org/name"``, or for the reasons of `save_heads`.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id must have the form 'org/name', got {repo_id!r}")
+    from huggingface_hub import HfApi
+
+    files = _heads_files(model, repo_id, **save_kwargs)
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_files(Path(folder), files)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+    return str(repository)
+
+
+def base_shape(model: nn.Module) -> dict[str, int]:
+    """What heads must agree on with their base model: ``num_layers``, ``num_kv_heads`` and ``head_dim``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Transformers model, patched or not, also inside PEFT or DDP.
+
+    Returns
+    -------
+    dict
+        The three sizes by name.
+
+    Raises
+    ------
+    ValueError
+        If there is no Transformers model in it.
+    """
+    config = _base_config(model).get_text_config()
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
+
+
+def _base_config(model: nn.Module) -> Any:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module.config
+    raise ValueError(f"{type(model).__name__} must be, or hold, a Transformers model")
+
+
+def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every head parameter by its name in the file, ``layers.{index}.{parameter}``."""
+    if not is_patched(model):
+        raise ValueError(
+            f"{type(model).__name__} is not patched, so it has no heads; "
+            "call lococo.patch_model(model) first, or lococo.patch_model(model, heads=...) to patch and load at once"
+        )
+    parameters = {
+        f"layers.{index}.{name}": parameter
+        for index, head in head_modules(model).items()
+        for name, parameter in _active_head(head).named_parameters()
+    }
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; load the model's weights first")
+    return parameters
+
+
+def _active_head(head: Any) -> nn.Module:
+    """The head itself, or the copy that PEFT's ``modules_to_save`` trains in its place."""
+    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+
+
+def _heads_files(
+    model: nn.Module,
+    source: str,
+    training: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, bytes]:
+    """Contents of a heads folder by file name; ``source`` is where its card says the heads are."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
+    tensors = {
+        name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
+        for name, parameter in _head_parameters(model).items()
+    }
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor)
+    _check_json("training", training)
+    _check_json("metrics", metrics)
+    content = _config_content(model, training, metrics)
+    return {
+        CONFIG_NAME: (json.dumps(content, indent=2) + "\n").encode(),
+        HEADS_NAME: safetensors_bytes(tensors, metadata={"format": "pt"}),
+        CARD_NAME: _model_card(content, source).encode(),
+    }
+
+
+def _config_content(
+    model: nn.Module, training: dict[str, Any] | None, metrics: dict[str, Any] | None
+) -> dict[str, Any]:
+    from lococo import __version__
+
+    base = _base_config(model)
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": lococo_config(model).to_dict(),
+        "base_model": {
+            "name_or_path": _public_name(base.name_or_path or ""),
+            "model_type": base.model_type,
+            **base_shape(model),
+        },
+        "versions": {
+            "lococo": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+        "training": training,
+        "metrics": metrics,
+    }
+
+
+def _public_name(name_or_path: str) -> str:
+    """A Hub id as it is; of a local path the last part, so that no folder of the author is published."""
+    if HUB_ID.fullmatch(name_or_path) and not os.path.exists(name_or_path):
+        return name_or_path
+    return re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
+
+
+def _model_card(content: dict[str, Any], source: str) -> str:
+    name = content["base_model"]["name_or_path"]
+    base = name or content["base_model"]["model_type"]
+    slots = content["config"]["num_slots"]
+    # The Hub takes nothing but an id here.
+    base_model = f'base_model: "{name}"\n' if HUB_ID.fullmatch(name) else ""
+    card = f"""---
+library_name: lococo
+{base_model}tags:
+- lococo
+- kv-cache-compression
+---
+
+# LoCoCo heads for {base}
+
+Trained heads that keep the key-value cache of {base} at {slots} slots per layer and KV head, whatever the length of
+the text. The base model itself is unchanged and not in this folder.
+
+```python
+import lococo
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+lococo.patch_model(model, heads={json.dumps(source)})
+```
+
+## Config
+
+{_table("field", content["config"])}"""
+    if content["metrics"]:
+        card += f"\n## Metrics\n\n{_table('metric', content['metrics'])}"
+    return card
+
+
+def _table(header: str, values: dict[str, Any]) -> str:
+    rows = [(header, "value"), ("---", "---"), *((name, json.dumps(value)) for name, value in values.items())]
+    return "".join("| {} | {} |\n".format(*(str(cell).replace("|", r"\|") for cell in row)) for row in rows)
+
+
+def _check_json(name: str, values: dict[str, Any] | None) -> None:
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold plain finite JSON values, got {values!r}: {error}") from error
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    # Not every dtype, float8 for one, has isfinite.
+    finite = tensor.float().isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{name} must be finite, but {int((~finite).sum())} of {tensor.numel()} values in {tensor.dtype} are not"
+        )
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a target that holds anything a heads folder does not."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; heads are saved into a folder")
+    names = {entry.name for entry in folder.iterdir()}
+    if names and CONFIG_NAME not in names:
+        raise FileExistsError(f"{folder} is no heads folder (no {CONFIG_NAME}) and not empty; give a new folder")
+    surplus = sorted(names.difference(FILE_NAMES))
+    if surplus:
+        raise FileExistsError(
+            f"{folder} would be replaced, but also holds {', '.join(surplus)}; move them away or give a new folder"
+        )
+
+
+def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        _write_files(new, files)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+
+
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def _local_folder(folder_or_id: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
+    """The folder itself, or a download of the heads files of a Hub repository."""
+    if os.path.isdir(folder_or_id):
+        return Path(folder_or_id)
+    name = os.fspath(folder_or_id)
+    if not HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a Hub id of the form 'org/name'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILE_NAMES)))
+    except OSError as error:
+        raise OSError(f"{name!r} is not a folder here, and the Hub did not deliver it: {error}") from error
+
+
+def _check_config(saved: LoCoCoConfig, current: LoCoCoConfig, folder: Path) -> None:
+    for field in HEAD_FIELDS:
+        theirs, ours = getattr(saved, field), getattr(current, field)
+        if theirs != ours:
+            raise ValueError(
+                f"the heads in {folder} were trained with {field}={theirs!r}, but the model is patched with "
+                f"{field}={ours!r}; lococo.patch_model(model, heads=...) patches it with their config"
+            )
+
+
+def _check_base_shape(path: Path, shape: dict[str, int]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version={content.get('format_version')!r}, "
+            f"this version of lococo reads {FORMAT_VERSION}, written by save_heads"
+        )
+    try:
+        saved = {name: content["base_model"][name] for name in shape}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} must give the base_model's {', '.join(shape)}: {error!r}") from error
+    if saved != shape:
+        raise ValueError(f"the heads were trained for a base model of shape {saved}, but this model has {shape}")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: not a folder written by save_heads")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file, save or download it again: {error}") from error
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter], path: Path) -> None:
+    missing = sorted(parameters.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - parameters.keys())
+    if missing or surplus:
+        raise ValueError(
+            f"{path} must hold exactly the tensors of the model's heads; "
+            f"missing: {', '.join(missing) or 'none'}; surplus: {', '.join(surplus) or 'none'}"
+        )
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)} in {path}, "
+                f"but shape {tuple(parameter.shape)} in the model"
+            )
+        _check_finite(name, tensors[name].to(parameter.dtype))

@@ -1,0 +1,126 @@
+"""What the families that go through Transformers' attention interface have in common."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lococo.models.gemma3 import local_or_global_rotary
+
+# These rotate by the longest text seen so far, so that a key's angle does not follow from its position alone.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def find_decoder(model: nn.Module) -> PreTrainedModel:
+    """The innermost ``PreTrainedModel`` that holds the attention layers.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it is of a kind that cannot be patched; names the model and the reason.
+    """
+    name = type(model).__name__
+    holders = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and any(map(_is_decoder_attention, module.modules()))
+    ]
+    if not holders:
+        raise ValueError(
+            f"{name} is not supported: it has no Transformers decoder whose attention layers go through the attention "
+            "interface (layer_idx, is_causal, num_key_value_groups)"
+        )
+    decoder = holders[-1]
+    config = decoder.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is not supported: encoder-decoder models keep a second cache for the encoder")
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{name} is not supported: its attention does not go through Transformers' attention interface"
+        )
+    layers = attention_layers(decoder)
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"{name} is not supported: {len(layers)} of its {config.num_hidden_layers} layers are softmax attention, "
+            "the others keep a state of their own"
+        )
+    if any(hasattr(layer, "sinks") for layer in layers.values()):
+        raise ValueError(f"{name} is not supported: its attention has learned sinks (s_aux)")
+    if any(hasattr(layer, "kv_lora_rank") for layer in layers.values()):
+        raise ValueError(f"{name} is not supported: it caches latent vectors (multi-head latent attention)")
+    if not hasattr(sys.modules[type(layers[0]).__module__], "apply_rotary_pos_emb"):
+        raise ValueError(f"{name} is not supported: its positions are not rotary")
+    return decoder
+
+
+def attention_layers(decoder: nn.Module) -> dict[int, nn.Module]:
+    """Attention modules by layer index."""
+    layers = [module for module in decoder.modules() if _is_decoder_attention(module)]
+    return {module.layer_idx: module for module in sorted(layers, key=lambda module: module.layer_idx)}
+
+
+def _is_decoder_attention(module: nn.Module) -> bool:
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", False)
+        and hasattr(module, "num_key_value_groups")
+    )
+
+
+def base_shape(model: PreTrainedModel) -> dict[str, Any]:
+    """What trained heads depend on: number of layers, KV heads and head dimension."""
+    config = model.config.get_text_config()
+    layer = next(iter(attention_layers(find_decoder(model)).values()))
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_kv_heads": config.num_attention_heads // layer.num_key_value_groups,
+        "head_dim": layer.head_dim,
+    }
+
+
+def uses_rotary(attention: nn.Module) -> bool:
+    """Whether this layer rotates its keys (SmolLM3 leaves some layers without positions)."""
+    return bool(getattr(attention, "use_rope", True))
+
+
+def rotary_embedding(
+    decoder: nn.Module, attention: nn.Module, like: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a layer's rotary embedding at some positions.
+
+    Parameters
+    ----------
+    like : torch.Tensor
+        Gives dtype and device.
+    positions : torch.Tensor
+        (1, tokens).
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Each (1, tokens, rotary_dim).
+
+    Raises
+    ------
+    ValueError
+        If the model's rope type makes a key's angle depend on the length of the text.
+    """
+    parameters = (
+        getattr(decoder.config, "rope_scaling", None) or getattr(decoder.config, "rope_parameters", None) or {}
+    )
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"positions='slot' needs angles that follow from the position alone, the model's rope type is "
+            f"{rope_type!r}; use positions='absolute'"
+        )
+    rotary = local_or_global_rotary(decoder, attention) or decoder.rotary_emb
+    extra = {}
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        extra["layer_type"] = decoder.config.layer_types[attention.layer_idx]
+    return rotary(like, positions, **extra)

@@ -1,0 +1,190 @@
+"""Putting the compressed cache into a model and taking it out again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lococo.attention import NAME
+from lococo.config import LoCoCoConfig
+from lococo.forward import after_forward, ask_for_last_logits, before_forward, rotary_tables
+from lococo.fusion import FusionHead
+from lococo.models import attention_layers, find_decoder
+
+HEAD = "lococo_head"
+
+
+@dataclasses.dataclass
+class Patch:
+    """What ``unpatch_model`` needs to put a decoder back; kept on it as ``lococo_patch``."""
+
+    config: LoCoCoConfig
+    attention: str | None
+    hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute and remember whether the instance had one of its own."""
+        self.attributes.append((module, name, name in vars(module), vars(module).get(name)))
+        setattr(module, name, value)
+
+    def undo(self, decoder: nn.Module) -> None:
+        """Take hooks, attributes and heads out."""
+        for hook in self.hooks:
+            hook.remove()
+        for module, name, had_own, value in reversed(self.attributes):
+            if had_own:
+                setattr(module, name, value)
+            else:
+                delattr(module, name)
+        decoder.config._attn_implementation = self.attention
+        for layer in attention_layers(decoder).values():
+            if hasattr(layer, HEAD):
+                delattr(layer, HEAD)
+        del decoder.lococo_patch
+
+
+def patch_model(
+    model: nn.Module,
+    config: LoCoCoConfig | None = None,
+    *,
+    heads: str | os.PathLike | None = None,
+) -> nn.Module:
+    """Make every attention layer of a model keep M key-value slots, however long the text.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Transformers decoder (Llama, Mistral, Qwen, Gemma, Phi-3, GLM, ...), also inside PEFT. Changed in place.
+    config : LoCoCoConfig, optional
+        The slot budget. None: that of ``heads``, or our default preset.
+    heads : str or path, optional
+        Folder or Hub id of trained heads to load.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same model.
+
+    Raises
+    ------
+    ValueError
+        If the model is already patched or of an unsupported kind, or the heads do not fit it. The model is then as it
+        was.
+    """
+    if is_patched(model):
+        raise ValueError(
+            f"{type(model).__name__} is already patched with {lococo_config(model)}; call lococo.unpatch_model first"
+        )
+    if config is None and heads is not None:
+        from lococo.heads import read_heads_config
+
+        config = read_heads_config(heads)
+    config = config or LoCoCoConfig()
+    decoder = find_decoder(model)
+    if config.positions == "slot":
+        rotary_tables(decoder, config, torch.device("cpu"))  # a rope type that cannot be used says so here
+    patch = Patch(config, decoder.config._attn_implementation)
+    decoder.lococo_patch = patch
+    try:
+        _apply(patch, model, decoder)
+        if heads is not None:
+            from lococo.heads import load_heads
+
+            load_heads(model, heads)
+    except BaseException:
+        patch.undo(decoder)
+        raise
+    return model
+
+
+def _apply(patch: Patch, model: nn.Module, decoder: PreTrainedModel) -> None:
+    if patch.config.num_fused:
+        for layer in attention_layers(decoder).values():
+            weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+            head = FusionHead(patch.config, layer.head_dim, device=weight.device, dtype=weight.dtype)
+            setattr(layer, HEAD, head.train(layer.training))
+    decoder.config._attn_implementation = NAME
+    patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
+    patch.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True))
+    for holder in _holders(model, decoder):
+        patch.set(holder, "_is_stateful", True)  # assisted decoding, which must crop the cache, then says so itself
+        names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
+        patch.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
+        if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:
+            patch.hooks.append(holder.register_forward_pre_hook(ask_for_last_logits, with_kwargs=True))
+
+
+def _holders(model: nn.Module, decoder: nn.Module) -> list[PreTrainedModel]:
+    """The decoder and the Transformers models around it."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in models if any(child is decoder for child in module.modules())]
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Give a model its full key-value cache back, bit for bit. Returns the model.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    decoder = _patched_decoder(model)
+    decoder.lococo_patch.undo(decoder)
+    return model
+
+
+@contextlib.contextmanager
+def patched(
+    model: nn.Module, config: LoCoCoConfig | None = None, *, heads: str | os.PathLike | None = None
+) -> Iterator[nn.Module]:
+    """A patched model inside a ``with`` block. Arguments as in ``patch_model``."""
+    patch_model(model, config, heads=heads)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``patch_model`` is in force on a model or a part of it."""
+    return any(hasattr(module, "lococo_patch") for module in model.modules())
+
+
+def lococo_config(model: nn.Module) -> LoCoCoConfig:
+    """The config a model was patched with.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    return _patched_decoder(model).lococo_patch.config
+
+
+def head_modules(model: nn.Module) -> dict[int, FusionHead]:
+    """Fusion heads of a patched model by layer index; empty if its preset fuses nothing.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    layers = attention_layers(_patched_decoder(model))
+    return {index: getattr(layer, HEAD) for index, layer in layers.items() if hasattr(layer, HEAD)}
+
+
+def _patched_decoder(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if "lococo_patch" in vars(module):
+            return module
+    raise ValueError(f"{type(model).__name__} is not patched: call lococo.patch_model first")

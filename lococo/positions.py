@@ -1,0 +1,48 @@
+"""Rotating keys between positions, in whatever way the model's own code rotates them."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from lococo.models import rotary_embedding
+
+
+class RotaryTable:
+    """Cosines and sines of the positions 0 to capacity - 1, and the model's own way to apply them.
+
+    Parameters
+    ----------
+    decoder : torch.nn.Module
+        The model that owns the rotary embedding.
+    attention : torch.nn.Module
+        An attention layer of it; its modeling file gives ``apply_rotary_pos_emb``.
+    capacity : int
+        Number of positions, ``num_slots + block_size``.
+    """
+
+    def __init__(self, decoder: nn.Module, attention: nn.Module, capacity: int, device: torch.device) -> None:
+        positions = torch.arange(capacity, device=device)[None]
+        cos, sin = rotary_embedding(decoder, attention, torch.zeros((), device=device), positions)
+        # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
+        scaling = cos[:, :1, :1]
+        self.cos, self.sin = cos / scaling, sin / scaling  # (1, capacity, rotary_dim), float32
+        self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+    def rotate(self, keys: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+        """Rotate keys from position 0 to ``positions``, or back.
+
+        Parameters
+        ----------
+        keys : torch.Tensor
+            (batch, kv_heads, tokens, head_dim).
+        positions : torch.Tensor
+            (1 or batch, tokens).
+        """
+        cos, sin = self.cos[0, positions], self.sin[0, positions]
+        # In float32, and with one head in the place of the query that the function also wants.
+        exact = keys.float()
+        _, rotated = self._apply(exact[:, :1], exact, cos, -sin if inverse else sin)
+        return rotated.to(keys.dtype)

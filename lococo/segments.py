@@ -1,0 +1,237 @@
+"""Cutting a call into segments: which token of which row is read when, and into which entry it goes.
+
+Everything here is host-side bookkeeping, done once per forward and shared by all layers. Every row keeps its own
+block boundaries, counted in its own tokens, so neither padding nor the way a text is split over calls moves them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from lococo.config import LoCoCoConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How far a row has been read: entries in its slots, in its open block, and tokens in all."""
+
+    slots: int = 0
+    pending: int = 0
+    seen: int = 0
+
+    @property
+    def entries(self) -> int:
+        """Entries in use, the place of the next token."""
+        return self.slots + self.pending
+
+    def read(self, tokens: int, limit: int, num_slots: int) -> tuple[Row, int]:
+        """The row after some tokens, none past the end of the block, and the number of entries to compress (or 0)."""
+        row = Row(self.slots, self.pending + tokens, self.seen + tokens)
+        if row.pending < limit:
+            return row, 0
+        overfull = row.entries > num_slots
+        return Row(num_slots if overfull else row.entries, 0, row.seen), row.entries if overfull else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """Rows whose first ``entries`` entries become M slots after a segment. ``rows`` is None for the whole batch."""
+
+    entries: int
+    now: int | torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedSegment:
+    """Tokens at the same columns and entries in every row. ``opens``: the first of them begins a block."""
+
+    columns: slice
+    start: int
+    opens: bool
+    compressions: tuple[Compression, ...]
+
+    @property
+    def width(self) -> int:
+        """Queries per row."""
+        return self.columns.stop - self.columns.start
+
+    @property
+    def stop(self) -> int:
+        """Entries that the last query sees."""
+        return self.start + self.width
+
+    def take(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The segment's part of (batch, heads, tokens, d)."""
+        return tokens[:, :, self.columns]
+
+    def write(self, memory: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """Put the segment's part of (batch, heads, tokens, ...) into (batch, heads, capacity, ...)."""
+        part = tokens[:, :, self.columns].to(memory.dtype)
+        if in_place:
+            memory[:, :, self.start : self.stop] = part
+            return memory
+        return torch.slice_scatter(memory, part, dim=2, start=self.start, end=self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedSegment:
+    """Tokens at columns and entries of their own in every row; a row may have none."""
+
+    rows: torch.Tensor  # (tokens,), row of each token
+    columns: torch.Tensor  # (tokens,), its column in the call
+    places: torch.Tensor  # (tokens,), its place among its row's queries
+    entries: torch.Tensor  # (tokens,), the entry it goes to
+    starts: torch.Tensor  # (batch, 1), first entry of each row's segment
+    counts: torch.Tensor  # (batch, 1), tokens of each row
+    opens: torch.Tensor  # (batch, 1, 1), 1 where a row begins a block, else 0
+    width: int
+    stop: int
+    batch: int
+    compressions: tuple[Compression, ...]
+
+    def take(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The rows' parts of (batch, heads, tokens, d), left-aligned and zero-padded to ``width``."""
+        part = tokens.new_zeros(self.batch, self.width, tokens.shape[1], tokens.shape[3])
+        part = part.index_put((self.rows, self.places), tokens.transpose(1, 2)[self.rows, self.columns])
+        return part.transpose(1, 2)
+
+    def write(self, memory: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """Put the rows' parts of (batch, heads, tokens, ...) into (batch, heads, capacity, ...)."""
+        part = tokens.transpose(1, 2)[self.rows, self.columns].to(memory.dtype)
+        by_entry = memory.transpose(1, 2)
+        if in_place:
+            by_entry[self.rows, self.entries] = part
+            return memory
+        return by_entry.index_put((self.rows, self.entries), part).transpose(1, 2)
+
+    def put(self, output: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, tokens, d) with the rows' results (batch, heads, width, d) at their columns."""
+        results = part.transpose(1, 2)[self.rows, self.places]
+        return output.transpose(1, 2).index_put((self.rows, self.columns), results).transpose(1, 2)
+
+    def queries(self) -> torch.Tensor:
+        """(batch, 1, width), True where a row has a token."""
+        return (torch.arange(self.width, device=self.counts.device) < self.counts)[:, None]
+
+    def visible(self) -> torch.Tensor:
+        """(batch, 1, width, stop), True where a query sees an entry: all up to its own."""
+        last = self.starts + torch.arange(self.width, device=self.starts.device)  # (batch, width)
+        return (torch.arange(self.stop, device=self.starts.device) <= last[..., None])[:, None]
+
+
+Segment = AlignedSegment | RaggedSegment
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The segments of one call and the rows after it."""
+
+    segments: tuple[Segment, ...]
+    rows: tuple[Row, ...]
+    entries: torch.Tensor  # (1 or batch, tokens), the entry of each token: its position with positions="slot"
+    places: torch.Tensor  # (1 or batch, tokens), each token's place in its row's text
+
+
+def plan_call(
+    rows: Sequence[Row],
+    num_tokens: int,
+    config: LoCoCoConfig,
+    real: Sequence[Sequence[bool]] | None = None,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """Cut a call into segments.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        State before the call: one for the whole batch while no row has had padding, else one per row.
+    num_tokens : int
+        Columns of the call.
+    real : sequence of sequences of bool, optional
+        (batch, num_tokens), False for padding. None: no padding in this call.
+    """
+    limit = config.block_size
+    if num_tokens == 1 and config.decode_block_size is not None:
+        limit = config.decode_block_size
+    if real is None and len(set(rows)) == 1:
+        plan = _plan_aligned(rows[0], num_tokens, config.num_slots, limit, device)
+        return dataclasses.replace(plan, rows=plan.rows * len(rows))
+    if real is None:
+        real = [[True] * num_tokens] * len(rows)
+    if len(rows) == 1:
+        rows = list(rows) * len(real)
+    return _plan_ragged(rows, real, config.num_slots, limit, device)
+
+
+def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device: torch.device | str) -> Plan:
+    segments, entries, column = [], [], 0
+    places = torch.arange(row.seen, row.seen + num_tokens, device=device)[None]
+    while column < num_tokens:
+        tokens = min(max(limit - row.pending, 1), num_tokens - column)
+        start, opens = row.entries, row.pending == 0
+        row, overfull = row.read(tokens, limit, num_slots)
+        compressions = (Compression(overfull, row.seen),) if overfull else ()
+        segments.append(AlignedSegment(slice(column, column + tokens), start, opens, compressions))
+        entries.append(torch.arange(start, start + tokens))
+        column += tokens
+    return Plan(tuple(segments), (row,), torch.cat(entries)[None].to(device), places)
+
+
+def _plan_ragged(
+    rows: Sequence[Row], real: Sequence[Sequence[bool]], num_slots: int, limit: int, device: torch.device | str
+) -> Plan:
+    state = list(rows)
+    waiting = [[column for column, is_real in enumerate(flags) if is_real] for flags in real]
+    entries = torch.zeros(len(real), len(real[0]), dtype=torch.long)
+    places = torch.zeros_like(entries)
+    segments = []
+    while any(waiting):
+        before, tokens, overfull = list(state), [], []
+        for index, row in enumerate(before):
+            count = min(max(limit - row.pending, 1), len(waiting[index]))
+            for place, column in enumerate(waiting[index][:count]):
+                tokens.append((index, column, place, row.entries + place))
+                entries[index, column] = row.entries + place
+                places[index, column] = row.seen + place
+            waiting[index] = waiting[index][count:]
+            state[index], full = row.read(count, limit, num_slots) if count else (row, 0)
+            overfull.append(full)
+        segments.append(_ragged_segment(tokens, before, _compressions(overfull, state, device), device))
+    return Plan(tuple(segments), tuple(state), entries.to(device), places.to(device))
+
+
+def _ragged_segment(
+    tokens: list[tuple[int, int, int, int]],
+    rows: list[Row],
+    compressions: tuple[Compression, ...],
+    device: torch.device | str,
+) -> RaggedSegment:
+    table = torch.tensor(tokens).T
+    counts = torch.bincount(table[0], minlength=len(rows))
+    row_of, column, place, entry = table.to(device)
+    return RaggedSegment(
+        rows=row_of,
+        columns=column,
+        places=place,
+        entries=entry,
+        starts=torch.tensor([[row.entries] for row in rows], device=device),
+        counts=counts[:, None].to(device),
+        opens=torch.tensor([float(row.pending == 0) for row in rows], device=device)[:, None, None],
+        width=int(counts.max()),
+        stop=int(table[3].max()) + 1,
+        batch=len(rows),
+        compressions=compressions,
+    )
+
+
+def _compressions(overfull: list[int], state: list[Row], device: torch.device | str) -> tuple[Compression, ...]:
+    groups = []
+    for entries in sorted(set(overfull) - {0}):
+        members = [index for index, count in enumerate(overfull) if count == entries]
+        now = torch.tensor([state[index].seen for index in members], device=device)[:, None, None]
+        groups.append(Compression(entries, now, torch.tensor(members, device=device)))
+    return tuple(groups)

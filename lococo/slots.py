@@ -1,0 +1,208 @@
+"""Which entries are kept and which are blended: entries in, M slots out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lococo.config import LoCoCoConfig
+from lococo.fusion import FusionHead
+
+SMALLEST_WEIGHT = 1e-9
+
+
+@dataclasses.dataclass
+class Entries:
+    """What a layer remembers of the text, in time order.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        (batch, kv_heads, entries, head_dim).
+    scores : torch.Tensor, optional
+        (batch, kv_heads, entries), attention received so far, summed over queries and the query heads of a group.
+    born : torch.Tensor, optional
+        (batch, kv_heads, entries), place in the text, in tokens; a blend's is the mean of its tokens'.
+    log_mass : torch.Tensor, optional
+        (batch, kv_heads, entries), log of the number of tokens an entry stands for.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor | None = None
+    born: torch.Tensor | None = None
+    log_mass: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Entries:
+        """The same function on every tensor that is there."""
+        return Entries(*(None if tensor is None else function(tensor) for tensor in self.tensors()))
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The fields in order, None where a configuration has no use for one."""
+        return self.keys, self.values, self.scores, self.born, self.log_mass
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+
+class Budget(NamedTuple):
+    """How a layer's slots are shared out. See ``LoCoCoConfig``."""
+
+    sinks: int
+    heavy: int
+    recent: int
+    fused: int
+
+    @classmethod
+    def of(cls, config: LoCoCoConfig, window: int | None = None) -> Budget:
+        """The configured budget; in a sliding-window layer all but the recents go to entries the window still sees."""
+        sinks, heavy, recent, fused = config.num_sinks, config.num_heavy, config.num_recent, config.num_fused
+        if window is not None:
+            sinks, heavy, fused = 0, config.num_slots - recent, 0  # type: ignore[operator]
+        return cls(sinks, heavy, recent, fused)  # type: ignore[arg-type]
+
+
+class Choice(NamedTuple):
+    """Entries chosen for the slots, in time order."""
+
+    anchors: torch.Tensor  # (batch, kv_heads, num_slots), entry each slot copies or starts from
+    fused: torch.Tensor  # (batch, kv_heads, num_fused), slots that are blended
+
+
+def rank(
+    entries: Entries, now: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
+) -> torch.Tensor | None:
+    """Score by which heavy hitters are chosen, higher is better; None if nothing is chosen by score.
+
+    Parameters
+    ----------
+    now : int or torch.Tensor
+        Tokens read so far; a tensor of shape (batch, 1, 1) where rows differ.
+    window : int, optional
+        Tokens a query of this layer sees; entries out of sight of the next query rank last.
+    """
+    if entries.scores is None:
+        return None
+    score = entries.scores
+    if config.score == "mean":
+        score = score / (now - entries.born)
+    if window is not None:
+        score = score.masked_fill(now - entries.born >= window, float("-inf"))
+    return score
+
+
+def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like: torch.Tensor) -> Choice:
+    """Sinks first, recents last, between them the best of the others by rank (ties: the earlier one).
+
+    Parameters
+    ----------
+    ranking : torch.Tensor, optional
+        (batch, kv_heads, entries). None: the earliest entries after the sinks.
+    like : torch.Tensor
+        (batch, kv_heads, ...), for the device and the leading sizes.
+    """
+    sinks, heavy, recent, fused = budget
+    batch, kv_heads = like.shape[:2]
+    index = torch.arange(num_entries, device=like.device).expand(batch, kv_heads, num_entries)
+    if ranking is None:
+        best = index[..., : heavy + fused]
+    else:
+        best = ranking[..., sinks : num_entries - recent].sort(dim=-1, descending=True, stable=True).indices
+    in_time, place_by_rank = best[..., : heavy + fused].sort(dim=-1)
+    anchors = torch.cat([index[..., :sinks], sinks + in_time, index[..., num_entries - recent :]], dim=-1)
+    is_fused = (place_by_rank >= heavy).to(torch.uint8)
+    fused_slots = sinks + is_fused.sort(dim=-1, descending=True, stable=True).indices[..., :fused]
+    return Choice(anchors, fused_slots)
+
+
+def compress(
+    entries: Entries,
+    now: int | torch.Tensor,
+    config: LoCoCoConfig,
+    head: FusionHead | None,
+    window: int | None = None,
+) -> Entries:
+    """M slots from more than M entries (Algorithm 2's compressor).
+
+    Sinks, heavy hitters and recents are copies; every fused slot is a blend of the entries nobody copied, with the
+    same weights for keys, values, scores and places.
+
+    Parameters
+    ----------
+    entries : Entries
+        More than ``num_slots`` of them.
+    now : int or torch.Tensor
+        Tokens read so far; (batch, 1, 1) where rows differ.
+    head : FusionHead, optional
+        None where nothing is fused.
+    window : int, optional
+        Size of the layer's sliding window.
+
+    Returns
+    -------
+    Entries
+        ``num_slots`` entries in time order.
+    """
+    budget = Budget.of(config, window)
+    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
+    if budget.fused == 0 or head is None or head.is_closed:
+        return slots
+    blend = _blend(entries, choice, head)
+    return Entries(*map(_scatter_into(choice.fused), slots.tensors(), blend.tensors()))
+
+
+def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
+    fused_anchors = choice.anchors.gather(-1, choice.fused)
+    rest = torch.ones(entries.keys.shape[:3], dtype=torch.bool, device=entries.keys.device)
+    rest = rest.scatter(-1, choice.anchors, False).scatter(-1, fused_anchors, True)
+    weights = head(entries.keys, entries.values, fused_anchors, rest)
+    mix = weights.to(entries.keys.dtype)
+    fixed = weights.detach()
+    return Entries(
+        keys=mix @ entries.keys,
+        values=mix @ entries.values,
+        scores=_average(fixed, entries.scores),
+        born=_average(fixed, entries.born),
+        log_mass=None if entries.log_mass is None else log_mass(weights, entries.log_mass),
+    )
+
+
+def log_mass(weights: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+    """Log of the number of tokens a blend stands for: entropy of its weights plus the log-mass it inherits.
+
+    A copy keeps its mass; the even blend of n tokens has mass n.
+
+    Parameters
+    ----------
+    weights : torch.Tensor
+        (batch, kv_heads, num_fused, entries), rows sum to 1.
+    carried : torch.Tensor
+        (batch, kv_heads, entries).
+    """
+    # The entropy's slope at 0 is infinite, so weights that are (almost) nothing count as nothing.
+    entropy = torch.special.entr(torch.where(weights > SMALLEST_WEIGHT, weights, 1.0)).sum(dim=-1)
+    return entropy + _average(weights, carried)
+
+
+def _average(weights: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else (weights @ values[..., None]).squeeze(-1)
+
+
+def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() == 4:
+        index = index[..., None].expand(*index.shape, tensor.shape[-1])
+    return tensor.gather(2, index)
+
+
+def _scatter_into(places: torch.Tensor) -> Callable:
+    def scatter(slots: torch.Tensor | None, blend: torch.Tensor | None) -> torch.Tensor | None:
+        if slots is None:
+            return None
+        index = places if slots.dim() == 3 else places[..., None].expand(*places.shape, slots.shape[-1])
+        return slots.scatter(2, index, blend.to(slots.dtype))
+
+    return scatter

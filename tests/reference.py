@@ -1,0 +1,392 @@
+"""A naive reference of the compressed cache, one token and one head at a time, for comparison in tests.
+
+It shares no code with the package. Everything is meant to run in float64, for one row of a batch without padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from lococo.config import LoCoCoConfig
+
+Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class Entry:
+    """One entry of one KV head: a token, or a blend of tokens.
+
+    Parameters
+    ----------
+    key, value : Tensor (d)
+        Differentiable. Keys are kept as they came: rotated for absolute positions, un-rotated for slot positions.
+    score : float
+        Attention received.
+    born : float
+        Index of the token, 0-based.
+    log_mass : Tensor ()
+        Differentiable. 0 for a token.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    score: float
+    born: float
+    log_mass: torch.Tensor
+
+
+@dataclasses.dataclass
+class NaiveHead:
+    """Weights of one layer's fusion head, the same for all KV heads. C is F, or the rank r of a low-rank head.
+
+    Parameters
+    ----------
+    weight : Tensor (C, 2d, kernel)
+    bias : Tensor (C), optional
+        None for a low-rank head.
+    up_weight : Tensor (F, r), optional
+        Given for a low-rank head.
+    up_bias : Tensor (F), optional
+    gate : Tensor (F) or (1), optional
+        One gate per slot or one for the layer; not used with residual "none".
+    mass_scale : Tensor () or float
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    up_weight: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    mass_scale: torch.Tensor | float = 1.0
+
+
+def naive_lococo(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LoCoCoConfig,
+    head: NaiveHead | None = None,
+    rotate: Rotate | None = None,
+    scale: float | None = None,
+    blocks: list[int] | None = None,
+) -> tuple[torch.Tensor, list[list[Entry]]]:
+    """One attention layer over a compressed cache.
+
+    Parameters
+    ----------
+    q : Tensor (num_heads, L, d)
+    k, v : Tensor (num_kv_heads, L, d)
+        q and k come rotated for absolute positions, un-rotated for slot positions.
+    config : LoCoCoConfig
+    head : NaiveHead, optional
+        Needed where slots are fused.
+    rotate : callable, optional
+        ``rotate(x (..., n, d), positions (n))``, needed for slot positions and used for them only.
+    scale : float, optional
+        Factor on ``q . k``; default ``d ** -0.5``.
+    blocks : list of int, optional
+        Lengths of the blocks that end in a compression, default all full blocks of ``config.block_size``. Tokens
+        after them are read without one.
+
+    Returns
+    -------
+    output : Tensor (num_heads, L, d)
+    entries : list of lists of Entry
+        What each KV head holds at the end, in time order.
+    """
+    num_heads, length, dim = q.shape
+    num_kv_heads = k.shape[0]
+    group = num_heads // num_kv_heads
+    scale = dim**-0.5 if scale is None else scale
+    blocks = [config.block_size] * (length // config.block_size) if blocks is None else list(blocks)
+    if sum(blocks) > length:
+        raise ValueError(f"blocks cover {sum(blocks)} tokens, but there are only {length}")
+    if config.positions == "slot" and rotate is None:
+        raise ValueError("slot positions need rotate")
+
+    outputs, held = [], []
+    for h in range(num_kv_heads):
+        queries = q[h * group : (h + 1) * group]
+        output, entries = _read(queries, k[h], v[h], config, head, rotate, scale, blocks)
+        outputs.append(output)
+        held.append(entries)
+    return torch.cat(outputs), held
+
+
+def _read(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    config: LoCoCoConfig,
+    head: NaiveHead | None,
+    rotate: Rotate | None,
+    scale: float,
+    blocks: list[int],
+) -> tuple[torch.Tensor, list[Entry]]:
+    """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end."""
+    length = keys.shape[0]
+    left_over = length - sum(blocks)
+    entries: list[Entry] = []
+    outputs = []
+    now = 0
+    for number, block in enumerate([*blocks, left_over]):
+        if config.score == "last":
+            for entry in entries:
+                entry.score = 0.0
+        for token in range(now, now + block):
+            entries.append(Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(())))
+            outputs.append(_attend(queries[:, token], entries, config, head, rotate, scale))
+        now += block
+        if number < len(blocks) and len(entries) > config.num_slots:
+            entries = _compress(entries, config, head, now)
+    return torch.stack(outputs, dim=1), entries
+
+
+def _attend(
+    queries: torch.Tensor,
+    entries: list[Entry],
+    config: LoCoCoConfig,
+    head: NaiveHead | None,
+    rotate: Rotate | None,
+    scale: float,
+) -> torch.Tensor:
+    """Queries (G, d) of the last entry's token over all entries -> (G, d). Adds to the scores of the entries."""
+    keys = torch.stack([entry.key for entry in entries])
+    values = torch.stack([entry.value for entry in entries])
+    if config.positions == "slot":
+        positions = torch.arange(len(entries))
+        keys = rotate(keys, positions)
+        queries = torch.cat([rotate(query[None], positions[-1:]) for query in queries])
+
+    bias = keys.new_zeros(len(entries))
+    if config.has_mass and head is not None:
+        bias = head.mass_scale * torch.stack([entry.log_mass for entry in entries])
+
+    outputs = []
+    for query in queries:
+        probabilities = torch.softmax(keys @ query * scale + bias, dim=0)
+        outputs.append(probabilities @ values)
+        for entry, probability in zip(entries, probabilities.tolist(), strict=True):
+            entry.score += probability
+    return torch.stack(outputs)
+
+
+def _compress(entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None, now: int) -> list[Entry]:
+    """N entries -> ``config.num_slots`` entries, after ``now`` tokens."""
+    num_entries = len(entries)
+    sinks = list(range(config.num_sinks))
+    recents = list(range(num_entries - config.num_recent, num_entries))
+    candidates = list(range(config.num_sinks, num_entries - config.num_recent))
+
+    def rank(index: int) -> float:
+        entry = entries[index]
+        return entry.score / (now - entry.born) if config.score == "mean" else entry.score
+
+    candidates.sort(key=lambda index: (-rank(index), index))
+    heavy = candidates[: config.num_heavy]
+    anchors = sorted(candidates[config.num_heavy : config.num_heavy + config.num_fused])
+
+    slots = {index: entries[index] for index in sinks + heavy + recents}
+    rest = [index for index in range(num_entries) if index not in slots]
+    if anchors:
+        if head is None:
+            raise ValueError("fused slots need a head")
+        weights = _fusion_weights(entries, rest, anchors, config, head)
+        for channel, anchor in enumerate(anchors):
+            slots[anchor] = _fuse(entries, weights[channel], config)
+    return [slots[index] for index in sorted(slots)]
+
+
+def _fusion_weights(
+    entries: list[Entry], rest: list[int], anchors: list[int], config: LoCoCoConfig, head: NaiveHead
+) -> torch.Tensor:
+    """W (F, N): row f holds what each entry gives to fused slot f; 0 for entries that are not in rest."""
+    activations = torch.relu(_convolve(entries, head))
+    rows = []
+    for channel, anchor in enumerate(anchors):
+        blend = _normalize(activations[channel], rest, config.normalization)
+        if config.residual != "none":
+            gate = head.gate[channel if config.residual == "slot" else 0].clamp(0.0, 1.0)
+            onehot = torch.zeros_like(blend)
+            onehot[anchor] = 1.0
+            blend = (1.0 - gate) * onehot + gate * blend
+        rows.append(blend)
+    return torch.stack(rows)
+
+
+def _convolve(entries: list[Entry], head: NaiveHead) -> torch.Tensor:
+    """Zero-padded 1-D convolution (cross-correlation) over the N entries, and the pointwise step -> (F, N)."""
+    num_entries = len(entries)
+    kernel_size = head.weight.shape[-1]
+    inputs = [torch.cat([entry.key, entry.value]) for entry in entries]
+    columns = []
+    for centre in range(num_entries):
+        column = torch.zeros_like(head.weight[:, 0, 0]) if head.bias is None else head.bias
+        for tap in range(kernel_size):
+            index = centre + tap - kernel_size // 2
+            if 0 <= index < num_entries:
+                column = column + head.weight[:, :, tap] @ inputs[index]
+        if head.up_weight is not None:
+            column = head.up_weight @ column
+            if head.up_bias is not None:
+                column = column + head.up_bias
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+
+
+def _normalize(activation: torch.Tensor, rest: list[int], normalization: str) -> torch.Tensor:
+    """Activations (N) of one channel -> weights (N) that add up to 1 over rest and are 0 elsewhere."""
+    chosen = activation[rest]
+    if normalization == "softmax":
+        chosen = torch.softmax(chosen, dim=0)
+    else:
+        chosen = (chosen + 1e-6) / (chosen + 1e-6).sum()
+    return torch.zeros_like(activation).index_put((torch.tensor(rest),), chosen)
+
+
+def _fuse(entries: list[Entry], weights: torch.Tensor, config: LoCoCoConfig) -> Entry:
+    """The blend of N entries under weights (N)."""
+    fixed = weights.tolist()
+    log_mass = weights.new_zeros(())
+    if config.has_mass:
+        counted = weights[weights > 1e-9]
+        log_mass = (counted * (1.0 / counted).log()).sum()
+        log_mass = log_mass + sum(weight * entry.log_mass for weight, entry in zip(weights, entries, strict=True))
+    return Entry(
+        key=sum(weight * entry.key for weight, entry in zip(weights, entries, strict=True)),
+        value=sum(weight * entry.value for weight, entry in zip(weights, entries, strict=True)),
+        score=math.fsum(weight * entry.score for weight, entry in zip(fixed, entries, strict=True)),
+        born=math.fsum(weight * entry.born for weight, entry in zip(fixed, entries, strict=True)),
+        log_mass=log_mass,
+    )
+
+
+def naive_h2o(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_slots: int, block_size: int, scale: float
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """H2O (Zhang et al. 2023) at absolute positions: half heavy hitters by accumulated attention, half recents.
+
+    Tokens are evicted after each full block that leaves more than ``num_slots`` of them, per KV head; the attention a
+    token received is added up over the query heads of its group.
+
+    Parameters
+    ----------
+    q : Tensor (num_heads, L, d)
+    k, v : Tensor (num_kv_heads, L, d)
+        q and k rotated.
+    num_slots, block_size : int
+    scale : float
+
+    Returns
+    -------
+    output : Tensor (num_heads, L, d)
+    kept : list of lists of int
+        Token indices each KV head holds at the end.
+    """
+    num_heads, length, _ = q.shape
+    num_kv_heads = k.shape[0]
+    num_heavy = num_slots // 2
+    output = torch.zeros_like(q)
+    kept_per_head = []
+    for h in range(num_kv_heads):
+        kept: set[int] = set()
+        received = [0.0] * length
+        for token in range(length):
+            kept.add(token)
+            seen = sorted(kept)
+            for query_head in range(num_heads):
+                if query_head // (num_heads // num_kv_heads) != h:
+                    continue
+                attention = (q[query_head, token] @ k[h, seen].T * scale).softmax(-1)
+                output[query_head, token] = attention @ v[h, seen]
+                for index, other in enumerate(seen):
+                    received[other] += attention[index].item()
+            if (token + 1) % block_size == 0 and len(kept) > num_slots:
+                recent = set(seen[len(seen) - (num_slots - num_heavy) :])
+                others = sorted(kept - recent)
+                # sorted() keeps the order of equals, reversed or not: of two equal tokens the earlier one stays.
+                heavy = set(sorted(others, key=lambda other: received[other], reverse=True)[:num_heavy])
+                kept = recent | heavy
+        kept_per_head.append(sorted(kept))
+    return output, kept_per_head
+
+
+def naive_streaming_llm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_slots: int,
+    num_sinks: int,
+    block_size: int,
+    scale: float,
+    rotate: Rotate | None = None,
+) -> tuple[torch.Tensor, list[int]]:
+    """StreamingLLM (Xiao et al. 2023): the first tokens and the last ones.
+
+    Tokens are evicted after each full block that leaves more than ``num_slots`` of them.
+
+    Parameters
+    ----------
+    q : Tensor (num_heads, L, d)
+    k, v : Tensor (num_kv_heads, L, d)
+    num_slots, num_sinks, block_size : int
+    scale : float
+    rotate : callable, optional
+        ``rotate(x (..., n, d), positions (n))``: q and k come un-rotated and positions are those inside the cache.
+
+    Returns
+    -------
+    output : Tensor (num_heads, L, d)
+    kept : list of int
+        Token indices held at the end, the same for all heads.
+    """
+    num_heads, length, _ = q.shape
+    group = num_heads // k.shape[0]
+    output = torch.zeros_like(q)
+    kept: list[int] = []
+    for token in range(length):
+        kept.append(token)
+        for query_head in range(num_heads):
+            query = q[query_head, token][None]
+            keys = k[query_head // group, kept]
+            if rotate is not None:
+                query = rotate(query, torch.tensor([len(kept) - 1]))
+                keys = rotate(keys, torch.arange(len(kept)))
+            attention = torch.softmax(query @ keys.T * scale, dim=-1)
+            output[query_head, token] = (attention @ v[query_head // group, kept])[0]
+        if (token + 1) % block_size == 0 and len(kept) > num_slots:
+            first_recent = token + 1 - (num_slots - num_sinks)
+            kept = [index for index in kept if index < num_sinks or index >= first_recent]
+    return output, kept
+
+
+def rope_rotate(dim: int, theta: float = 10000.0) -> Rotate:
+    """Rotary embedding in the half-split convention of Llama.
+
+    Parameters
+    ----------
+    dim : int
+        d, even.
+    theta : float
+
+    Returns
+    -------
+    rotate : callable
+        ``rotate(x (..., n, d), positions (n)) -> (..., n, d)``.
+    """
+    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angles = positions.to(torch.float64)[:, None] * frequencies
+        first, second = x[..., : dim // 2], x[..., dim // 2 :]
+        return torch.cat(
+            [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
+        )
+
+    return rotate

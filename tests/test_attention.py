@@ -1,0 +1,182 @@
+"""The whole algorithm on one layer against the naive float64 reference, gradients included."""
+
+import types
+
+import pytest
+import torch
+from reference import NaiveHead, naive_h2o, naive_lococo, naive_streaming_llm, rope_rotate
+
+from lococo.attention import Call, lococo_attention
+from lococo.config import LoCoCoConfig
+from lococo.fusion import FusionHead
+from lococo.segments import Row, plan_call
+
+HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 45
+OPEN = {"gate_init": 0.4}
+
+CONFIGS = {
+    "default": LoCoCoConfig(16, 8),
+    "default-open": LoCoCoConfig(16, 8, **OPEN),
+    "default-slot-positions": LoCoCoConfig(16, 8, positions="slot", **OPEN),
+    "softmax": LoCoCoConfig(16, 8, normalization="softmax", **OPEN),
+    "layer-gate": LoCoCoConfig(16, 8, residual="layer", **OPEN),
+    "low-rank": LoCoCoConfig(16, 8, head_rank=3, **OPEN),
+    "score-sum": LoCoCoConfig(16, 8, score="sum", **OPEN),
+    "score-last": LoCoCoConfig(16, 8, score="last", **OPEN),
+    "no-mass": LoCoCoConfig(16, 8, mass_bias=False, **OPEN),
+    "slots-no-multiple-of-block": LoCoCoConfig(13, 8, num_sinks=2, **OPEN),
+    "block-larger-than-slots": LoCoCoConfig(6, 11, num_sinks=1, num_recent=2, num_heavy=1, **OPEN),
+    "compress-every-token": LoCoCoConfig(16, 1, **OPEN),
+    "paper": LoCoCoConfig.paper(12, block_size=8),
+    "reference": LoCoCoConfig.reference(12, block_size=8),
+    "h2o": LoCoCoConfig.h2o(12, block_size=8),
+    "h2o-slot-positions": LoCoCoConfig.h2o(12, block_size=8, positions="slot"),
+    "streaming": LoCoCoConfig.streaming_llm(12, block_size=8),
+}
+
+
+class ReferenceRotary:
+    """What ``RotaryTable`` does, by the reference's rotation."""
+
+    def __init__(self):
+        self.by_position = rope_rotate(DIM)
+
+    def rotate(self, keys, positions, inverse=False):
+        return self.by_position(keys, -positions[0] if inverse else positions[0])
+
+
+def random_qkv(seed=0, length=LENGTH):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (HEADS, KV_HEADS, KV_HEADS)
+    return [torch.randn(heads, length, DIM, generator=generator, dtype=torch.float64) for heads in shapes]
+
+
+def random_head(config, seed=0):
+    if not config.num_fused:
+        return None
+    torch.manual_seed(seed)
+    return FusionHead(config, DIM, dtype=torch.float64)
+
+
+def naive_head(head):
+    if head is None:
+        return None
+    up = head.expand
+    return NaiveHead(
+        weight=head.conv.weight,
+        bias=head.conv.bias,
+        up_weight=None if up is None else up.weight[..., 0],
+        up_bias=None if up is None else up.bias,
+        gate=head.gate,
+        mass_scale=1.0 if head.mass_scale is None else head.mass_scale,
+    )
+
+
+def read(config, q, k, v, head=None, scale=DIM**-0.5):
+    """One layer over a batch of one, as the model calls it: keys and queries rotated at the positions it was given."""
+    plan = plan_call([Row()], q.shape[1], config)
+    rotary = {}
+    if config.positions == "slot":
+        rotary = {0: ReferenceRotary()}
+        q, k = (rotary[0].rotate(tensor, plan.entries) for tensor in (q, k))
+    module = types.SimpleNamespace(layer_idx=0, lococo_head=head)
+    call = Call(config, plan, cache=None, rotary_tables=rotary)
+    output, _ = lococo_attention(module, q[None], k[None], v[None], scaling=scale, lococo=call)
+    return output[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["in-place", "out-of-place"])
+def test_equals_naive_reference(name, with_gradients):
+    config = CONFIGS[name]
+    q, k, v = random_qkv()
+    head = random_head(config)
+    with torch.set_grad_enabled(with_gradients):
+        output = read(config, q, k, v, head)
+    expected, _ = naive_lococo(q, k, v, config, naive_head(head), rotate=rope_rotate(DIM))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
+    full, _ = naive_lococo(q, k, v, LoCoCoConfig.h2o(LENGTH))
+    assert (output - full).abs().max() > 1e-2, "nothing was compressed"
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.num_fused])
+def test_gradients_equal_naive_reference(name):
+    config = CONFIGS[name]
+    head = random_head(config)
+    inputs = [tensor.requires_grad_() for tensor in random_qkv()]
+    variables = [*inputs, *head.parameters()]
+    weights = torch.randn(HEADS, LENGTH, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    output = read(config, *inputs, head)
+    expected, _ = naive_lococo(*inputs, config, naive_head(head), rotate=rope_rotate(DIM))
+    got = torch.autograd.grad((output * weights).sum(), variables)
+    wanted = torch.autograd.grad((expected * weights).sum(), variables)
+    for gradient, reference in zip(got, wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-7, atol=1e-8)
+    assert any(gradient.abs().max() > 1e-3 for gradient in got[3:]), "the head has no influence"
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 8, 20])
+@pytest.mark.parametrize("num_slots", [12, 13])
+def test_h2o_preset_is_h2o(block_size, num_slots):
+    q, k, v = random_qkv(seed=2)
+    output = read(LoCoCoConfig.h2o(num_slots, block_size=block_size), q, k, v)
+    expected, _ = naive_h2o(q, k, v, num_slots, block_size, DIM**-0.5)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 8, 20])
+@pytest.mark.parametrize("positions", ["slot", "absolute"])
+def test_streaming_preset_is_streaming_llm(block_size, positions):
+    q, k, v = random_qkv(seed=3)
+    config = LoCoCoConfig.streaming_llm(12, block_size=block_size, positions=positions)
+    output = read(config, q, k, v)
+    rotate = rope_rotate(DIM) if positions == "slot" else None
+    expected, _ = naive_streaming_llm(q, k, v, 12, 4, block_size, DIM**-0.5, rotate)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "slot"])
+@pytest.mark.parametrize("score", ["mean", "sum", "last"])
+def test_closed_gate_is_selection_with_the_same_budget(positions, score):
+    q, k, v = random_qkv(seed=4)
+    fused = LoCoCoConfig(16, 8, positions=positions, score=score)
+    copies = LoCoCoConfig(
+        16,
+        8,
+        num_sinks=4,
+        num_recent=fused.num_recent,
+        num_heavy=12 - fused.num_recent,
+        positions=positions,
+        score=score,
+    )
+    assert fused.num_fused and not copies.num_fused
+    expected = read(copies, q, k, v)
+    with torch.no_grad():
+        assert torch.equal(read(fused, q, k, v, random_head(fused)), expected)
+    blended = read(fused, q, k, v, random_head(fused))  # with gradients the closed gate takes the long way
+    torch.testing.assert_close(blended, expected, rtol=0, atol=1e-12)
+
+
+def test_scores_never_carry_gradient_but_keys_and_values_do():
+    config = LoCoCoConfig(16, 8, **OPEN)
+    q, k, v = (tensor.requires_grad_() for tensor in random_qkv(seed=5))
+    output = read(config, q, k, v, random_head(config))
+    first_block = torch.autograd.grad(output[:, -1].sum(), (k, v))
+    assert all(gradient[:, :8].abs().sum() > 0 for gradient in first_block), "no gradient through the slots"
+
+
+def test_zero_rows_are_safe_in_half_precision():
+    for dtype in (torch.float16, torch.bfloat16):
+        config = LoCoCoConfig.paper(12, block_size=8)
+        head = FusionHead(config, DIM, dtype=dtype)
+        torch.nn.init.constant_(head.conv.bias, -100.0)
+        q, k, v = (tensor.to(dtype) for tensor in random_qkv(seed=6))
+        output = read(config, q, k, v, head)
+        assert output.isfinite().all()
+
+
+def test_attention_outside_a_patched_model_says_so():
+    q, k, v = random_qkv()
+    with pytest.raises(ValueError, match="outside the forward of the model"):
+        lococo_attention(torch.nn.Identity(), q[None], k[None], v[None])

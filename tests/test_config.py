@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from lococo.config import CONFIG_NAME, LoCoCoConfig
+
+PRESETS = [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.reference, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 7, 128, 512])
+def test_every_budget_adds_up(preset, num_slots):
+    config = preset(num_slots)
+    parts = (config.num_sinks, config.num_heavy, config.num_recent, config.num_fused)
+    assert sum(parts) == num_slots
+    assert min(parts) >= 0
+
+
+def test_presets_are_what_they_are_named_after():
+    paper, reference = LoCoCoConfig.paper(128), LoCoCoConfig.reference(128)
+    assert (paper.num_fused, paper.normalization, paper.residual) == (128, "sum", "none")
+    assert (reference.num_heavy, reference.num_fused, reference.score) == (64, 64, "last")
+    assert (reference.normalization, reference.residual, reference.gate_init) == ("softmax", "layer", 0.5)
+    h2o, streaming = LoCoCoConfig.h2o(128), LoCoCoConfig.streaming_llm(128)
+    assert (h2o.num_heavy, h2o.num_recent, h2o.score) == (64, 64, "sum")
+    assert (streaming.num_sinks, streaming.num_recent, streaming.positions) == (4, 124, "slot")
+
+
+def test_default_has_a_closed_gate_and_fused_slots():
+    config = LoCoCoConfig(128)
+    assert config.gate_init == 0 and config.num_fused > 0 and config.score == "mean"
+
+
+@pytest.mark.parametrize("preset", [LoCoCoConfig.paper, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm])
+def test_presets_take_overrides(preset):
+    assert preset(64, block_size=32, kernel_size=3).kernel_size == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_slots": 0}, "num_slots must be an integer of at least 1, got 0"),
+        ({"num_slots": 12.5}, "got 12.5"),
+        ({"num_slots": True}, "got True"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"kernel_size": 20}, "kernel_size must be odd .* got 20"),
+        ({"num_sinks": -1}, "num_sinks must be an integer of at least 0, got -1"),
+        (
+            {"num_slots": 16, "num_sinks": 8, "num_heavy": 8, "num_recent": 8},
+            r"num_sinks=8 \+ num_heavy=8 \+ num_recent=8 = 24 must not exceed num_slots=16",
+        ),
+        ({"head_rank": 0}, "head_rank must be an integer of at least 1, got 0"),
+        ({"decode_block_size": 99, "block_size": 8}, "must not exceed block_size=8, got 99"),
+        ({"normalization": "l2"}, "normalization must be one of sum, softmax, got 'l2'"),
+        ({"residual": "yes"}, "residual must be one of"),
+        ({"positions": "relative"}, "positions must be one of absolute, slot, got 'relative'"),
+        ({"score": "max"}, "score must be one of"),
+        ({"attention": "xformers"}, "attention must be one of"),
+        ({"gate_init": 1.5}, "gate_init must lie between 0 and 1, got 1.5"),
+        ({"init_std": 0.0}, "init_std must be positive, got 0.0"),
+    ],
+)
+def test_bad_values_are_named_with_the_rule(values, message):
+    with pytest.raises(ValueError, match=message):
+        LoCoCoConfig(**values)
+
+
+def test_unknown_keyword_is_an_error():
+    with pytest.raises(TypeError, match="num_slot"):
+        LoCoCoConfig(num_slot=3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_saved_config_loads_equal(preset, tmp_path):
+    config = preset(48, block_size=16)
+    config.save_pretrained(tmp_path)
+    assert LoCoCoConfig.from_pretrained(tmp_path) == config
+    assert list(tmp_path.iterdir()) == [tmp_path / CONFIG_NAME]
+
+
+def test_unknown_fields_in_a_file_warn_and_are_left_out(tmp_path):
+    content = {"config": {**LoCoCoConfig(32).to_dict(), "from_the_future": 1}}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert LoCoCoConfig.from_pretrained(tmp_path) == LoCoCoConfig(32)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"config": 3}'])
+def test_broken_config_file_is_named(tmp_path, text):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=CONFIG_NAME):
+        LoCoCoConfig.from_pretrained(tmp_path)
+
+
+def test_missing_config_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save_heads"):
+        LoCoCoConfig.from_pretrained(tmp_path)

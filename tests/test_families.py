@@ -1,0 +1,270 @@
+"""Every family of models that goes through the attention interface obeys the same laws; the others are refused."""
+
+import pytest
+import torch
+import transformers
+from tiny import SIZES, tiny_ids, tiny_llama
+from torch import nn
+
+import lococo
+from lococo.config import LoCoCoConfig
+
+LENGTH = 41
+WINDOW = 9
+SMALL = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5)
+LARGE = LoCoCoConfig(num_slots=48, block_size=16, kernel_size=5, gate_init=0.5)
+SPLITS = {
+    "one-by-one": [1] * LENGTH,
+    "sevens": [7] * 5 + [6],
+    "eights": [8] * 5 + [1],
+    "mixed": [1, 7, 8, 25],
+}
+PARTIAL = dict(head_dim=8, partial_rotary_factor=0.5)
+FAMILIES = {
+    "Llama": ("Llama", {}),
+    "Mistral": ("Mistral", dict(sliding_window=None)),
+    "Mistral-window": ("Mistral", dict(sliding_window=WINDOW)),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen2-half-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)),
+    "Qwen3": ("Qwen3", dict(head_dim=8)),
+    "Gemma2": (
+        "Gemma2",
+        dict(head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=5, attn_logit_softcapping=2.0),
+    ),
+    "Gemma3": (
+        "Gemma3",
+        dict(
+            head_dim=8,
+            sliding_window=WINDOW,
+            query_pre_attn_scalar=5,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+    "Phi3": ("Phi3", {}),
+    "Phi3-partial": ("Phi3", dict(partial_rotary_factor=0.5)),
+    "Olmo2": ("Olmo2", {}),
+    "Granite": (
+        "Granite",
+        dict(embedding_multiplier=2.0, attention_multiplier=0.3, residual_multiplier=0.5, logits_scaling=2.0),
+    ),
+    "SmolLM3": ("SmolLM3", dict(no_rope_layers=[1, 0])),
+    "Glm": ("Glm", PARTIAL),
+    "Glm4": ("Glm4", PARTIAL),
+}
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+HALF_HEAD = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
+LENGTH_DEPENDENT_ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3][:HALF_HEAD],
+        "long_factor": [2.0, 3.0, 4.0, 5.0][:HALF_HEAD],
+        "original_max_position_embeddings": 64,
+    },
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_position = pytest.mark.parametrize("positions", ["absolute", "slot"])
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def build(family, **overrides):
+    """The unpatched model of a family, with Transformers' own eager attention."""
+    name, features = FAMILIES[family]
+    names = [f"{name}Text", name] if name == "Gemma3" else [name]
+    config_class = next(getattr(transformers, f"{n}Config") for n in names if hasattr(transformers, f"{n}Config"))
+    config = config_class(**{**SIZES, **features, **overrides}, attn_implementation="eager")
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def patch(model, config, **changes):
+    """Patch with heads that are the same for the same config."""
+    values = {**config.to_dict(), **changes}
+    torch.manual_seed(1)
+    return lococo.patch_model(model, LoCoCoConfig.from_dict(values))
+
+
+def read(model, ids, split=None, mask=None):
+    """Logits of ``ids``, read in calls of the given lengths."""
+    if split is None:
+        return model(ids, attention_mask=mask).logits
+    cache, logits, stop = None, [], 0
+    for part in ids.split(split, dim=1):
+        stop += part.shape[1]
+        seen_mask = None if mask is None else mask[:, :stop]
+        output = model(part, attention_mask=seen_mask, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def pad_left(rows, padding=0):
+    """(batch, longest row) ids with their mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.stack([nn.functional.pad(row, (width - len(row), 0), value=padding) for row in rows])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    return ids, mask
+
+
+def greedy(model, ids, num_tokens):
+    """The answer token by token, the whole text read again for each."""
+    for _ in range(num_tokens):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def anatomy(model):
+    """All that a patch could leave behind: names, types, hooks and configuration of every module."""
+    modules = {}
+    for name, module in model.named_modules():
+        hooks = {key: dict(value) for key, value in vars(module).items() if "_hooks" in key and value is not None}
+        modules[name] = (type(module), set(vars(module)), hooks)
+    configs = {id(module.config): dict(vars(module.config)) for module in model.modules() if hasattr(module, "config")}
+    return modules, configs, list(model.state_dict())
+
+
+def assert_close(left, right):
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+def gap(left, right):
+    return (left - right).abs().max().item()
+
+
+@every_position
+@every_family
+def test_a_text_that_fits_the_slots_is_read_as_by_the_unpatched_model(family, positions):
+    model, ids = build(family), tiny_ids(2, LENGTH)
+    full = read(model, ids)
+    patch(model, LARGE, positions=positions)
+    assert_close(read(model, ids), full)
+    assert_close(read(model, ids, SPLITS["mixed"]), full)
+
+
+@every_position
+@every_family
+def test_the_split_of_a_text_over_calls_does_not_matter(family, positions):
+    model, ids = build(family), tiny_ids(2, LENGTH)
+    full = read(model, ids)
+    patch(model, SMALL, positions=positions)
+    whole = read(model, ids)
+    for split in SPLITS.values():
+        assert_close(read(model, ids, split), whole)
+    if family != "Mistral-window":  # which loses nothing, see below
+        assert gap(whole, full) > 1e-2
+
+
+@every_position
+@every_family
+def test_left_padding_does_not_matter(family, positions):
+    model, rows = patch(build(family), SMALL, positions=positions), [tiny_ids(1, n)[0] for n in (LENGTH, 38, 30)]
+    ids, mask = pad_left(rows)
+    alone = [read(model, row[None])[0] for row in rows]
+    for split in [None, *SPLITS.values()]:
+        together = read(model, ids, split, mask)
+        for row, logits in enumerate(alone):
+            assert_close(together[row, -len(logits) :], logits)
+
+
+@every_family
+def test_generate_goes_on_as_if_everything_were_read_again(family):
+    model, ids = patch(build(family), SMALL), tiny_ids(1, 23)
+    model.generation_config.eos_token_id = None
+    expected = greedy(model, ids, num_tokens=18)
+    assert model.generate(ids, max_new_tokens=18, do_sample=False).tolist() == expected.tolist()
+
+
+@every_family
+def test_unpatching_leaves_no_trace(family):
+    model, ids = build(family), tiny_ids(1, LENGTH)
+    logits, before = read(model, ids), anatomy(model)
+    for positions in ("absolute", "slot"):
+        patch(model, SMALL, positions=positions)
+        assert anatomy(model) != before
+        read(model, ids, SPLITS["mixed"])
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+        lococo.unpatch_model(model)
+        assert anatomy(model) == before
+        assert torch.equal(read(model, ids), logits)
+
+
+@every_family
+def test_slot_positions_stay_below_the_capacity(family):
+    model = patch(build(family, max_position_embeddings=32), SMALL, positions="slot")
+    assert gap(read(model, tiny_ids(1, 64)), read(patched_again(model, "absolute"), tiny_ids(1, 64))) > 0
+    patched_again(model, "slot")
+    seen = []
+
+    def record(module, args, kwargs):
+        seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
+    for module in rotaries:
+        module.register_forward_pre_hook(record, with_kwargs=True)
+    logits = read(model, tiny_ids(1, 64))
+    assert logits.isfinite().all()
+    assert model.generate(tiny_ids(1, 64), max_new_tokens=20, do_sample=False).shape == (1, 84)
+    assert rotaries and max(ids.max() for ids in seen) == SMALL.capacity - 1
+
+
+def patched_again(model, positions):
+    return patch(lococo.unpatch_model(model), SMALL, positions=positions)
+
+
+@every_position
+def test_a_sliding_window_that_fits_the_slots_loses_nothing(positions):
+    model, ids = build("Mistral-window"), tiny_ids(2, LENGTH)
+    full = read(model, ids)
+    patch(model, SMALL, positions=positions)
+    assert_close(read(model, ids), full)
+    lococo.unpatch_model(model)
+    patch(model, SMALL, num_slots=WINDOW - 2, positions=positions)
+    assert gap(read(model, ids), full) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["Phi3-partial", "Glm", "Glm4"])
+def test_partial_rotary_embeddings_are_partial(family):
+    model = build(family)
+    assert model.model.rotary_emb.inv_freq.shape[0] == HALF_HEAD // 2
+
+
+@every_position
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rope_type_that_follows_from_the_position(rope, positions):
+    model, ids = tiny_llama(rope_scaling=ROPES[rope], attn_implementation="eager"), tiny_ids(2, LENGTH)
+    assert model.model.rotary_emb.rope_type == rope
+    full = read(model, ids)
+    assert_close(read(patch(model, LARGE, positions=positions), ids), full)
+    lococo.unpatch_model(model)
+    patch(model, SMALL, positions=positions)
+    whole = read(model, ids)
+    assert gap(whole, full) > 1e-2
+    for split in SPLITS.values():
+        assert_close(read(model, ids, split), whole)
+
+
+@pytest.mark.parametrize("rope", LENGTH_DEPENDENT_ROPES)
+def test_slot_positions_refuse_angles_that_depend_on_the_length(rope):
+    model, ids = tiny_llama(rope_scaling=dict(LENGTH_DEPENDENT_ROPES[rope]), attn_implementation="eager"), tiny_ids()
+    full, before = read(model, ids[:, :LENGTH]), anatomy(model)
+    with pytest.raises(ValueError, match=f"'slot'.*'{rope}'.*'absolute'"):
+        patch(model, SMALL, positions="slot")
+    assert anatomy(model) == before
+    assert_close(read(patch(model, LARGE), ids[:, :LENGTH]), full)
