@@ -2,6 +2,7 @@
 
 from lococo.cache import LoCoCoCache
 from lococo.config import LoCoCoConfig
+from lococo.evaluation.likelihood import perplexity
 from lococo.heads import load_heads, push_heads, save_heads
 from lococo.patch import is_patched, patch_model, patched, unpatch_model
 
@@ -14,6 +15,7 @@ __all__ = [
     "load_heads",
     "patch_model",
     "patched",
+    "perplexity",
     "push_heads",
     "save_heads",
     "unpatch_model",

@@ -31,6 +31,8 @@ class Call:
         ``RotaryTable`` (or None) by layer index.
     earlier : list of torch.Tensor
         Last hidden states of the chunks read before this one.
+    plans : dict
+        Copies of the plan by device, for models spread over several.
     """
 
     config: LoCoCoConfig
@@ -38,6 +40,13 @@ class Call:
     cache: LoCoCoCache | None
     rotary_tables: dict[int, RotaryTable | None]
     earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    plans: dict[torch.device, Plan] = dataclasses.field(default_factory=dict)
+
+    def plan_on(self, device: torch.device) -> Plan:
+        """The plan for layers on a device."""
+        if device not in self.plans:
+            self.plans[device] = self.plan.to(device)
+        return self.plans[device]
 
     def memory(self, layer_idx: int, window: int | None) -> LayerMemory:
         """The layer's memory: the cache's, or one that ends with this call."""
@@ -85,15 +94,24 @@ def lococo_attention(
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     memory = lococo.memory(module.layer_idx, sliding_window)
-    # A sliding-window layer keeps what its window sees and has nothing to fuse.
-    head = getattr(module, "lococo_head", None) if memory.window is None else None
+    head = getattr(module, "lococo_head", None)
     rotary = lococo.rotary_tables.get(module.layer_idx)
-    reader = _Reader(lococo.config, lococo.plan, memory, head, rotary, scale, dropout, softcap)
+    # A sliding-window layer keeps what its window sees and has nothing to fuse.
+    fusing = head if memory.window is None else None
+    reader = _Reader(lococo.config, lococo.plan_on(query.device), memory, fusing, rotary, scale, dropout, softcap)
     output = reader.read(query, key, value)
     if head is not None and torch.is_grad_enabled():
-        # Distributed training wants a gradient for every parameter, also when a text was too short to be compressed.
-        output = output + 0.0 * sum(parameter.sum() for parameter in head.parameters()).to(output.dtype)
+        output = _with_zero_gradients(output, head)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _with_zero_gradients(output: torch.Tensor, head: FusionHead) -> torch.Tensor:
+    """Distributed training wants a gradient for every parameter, also where a text or a layer had nothing to fuse."""
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad and not parameter.is_meta]
+    if not trained:
+        return output
+    # A sum of half-precision weights may overflow, and 0 * inf is no zero.
+    return output + sum(0.0 * parameter.sum(dtype=torch.float32) for parameter in trained).to(output.dtype)
 
 
 @dataclasses.dataclass
@@ -144,7 +162,7 @@ class _Reader:
         log_mass = self.memory.entries.log_mass
         if log_mass is None or self.head is None or self.head.is_closed:
             return None
-        return self.head.mass_scale.to(log_mass.dtype) * log_mass[:, :, : segment.stop]
+        return self.head.mass_bias(log_mass[:, :, : segment.stop])
 
     def _assemble(self, parts: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
         segments = self.plan.segments

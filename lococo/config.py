@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from lococo.files import write_whole
+
 CONFIG_NAME = "lococo_config.json"
 
 NORMALIZATIONS = ("sum", "softmax")
@@ -188,11 +190,7 @@ class LoCoCoConfig:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``lococo_config.json`` into a folder (made if missing)."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f".{CONFIG_NAME}.tmp"
-        temporary.write_text(json.dumps({"config": self.to_dict()}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path / CONFIG_NAME)
+        write_whole(Path(folder) / CONFIG_NAME, json.dumps({"config": self.to_dict()}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> LoCoCoConfig:

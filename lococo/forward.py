@@ -140,13 +140,13 @@ def _cache_for(decoder: nn.Module, config: LoCoCoConfig, kwargs: dict[str, Any])
             )
     elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
         raise ValueError(
-            f"past_key_values is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
-            "LoCoCoCache: start without past_key_values, or unpatch the model"
+            f"past_key_values is a {type(given).__name__} that already holds tokens; a patched model reads only its "
+            "own LoCoCoCache: start without past_key_values, or unpatch the model"
         )
     if decoder.training and torch.is_grad_enabled():
         # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
         kwargs["use_cache"] = False
-        if getattr(decoder, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
             if isinstance(given, LoCoCoCache) and given.seen_tokens:
                 raise ValueError("past_key_values cannot be used with gradient checkpointing: its layers run twice")
             kwargs["past_key_values"] = None
@@ -263,9 +263,18 @@ def rotary_tables(decoder: nn.Module, config: LoCoCoConfig, device: torch.device
         if not uses_rotary(layer):
             tables[index] = None
             continue
-        layer_device = next(layer.parameters()).device
+        layer_device = execution_device(layer)
         kind = (layer_types[index] if layer_types else None, layer_device)
         if kind not in by_type:
             by_type[kind] = RotaryTable(decoder, layer, config.capacity, layer_device)
         tables[index] = by_type[kind]
     return tables
+
+
+def execution_device(layer: nn.Module) -> torch.device:
+    """Where a layer computes: accelerate keeps weights it offloads on the meta device between calls."""
+    for module in layer.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(layer.parameters()).device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -41,15 +43,21 @@ class FusionHead(nn.Module):
 
     @property
     def is_closed(self) -> bool:
-        """Whether every gate is shut, so that the blend need not be computed. Reads the gates again only after a change."""
+        """Whether every gate is shut, so that blends are copies. Reads the gates again only after a change."""
         if self.gate is None or torch.compiler.is_compiling() or self.gate.is_meta:
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            self._closed = None  # the optimizer's next step may leave address and version as they are (FSDP)
             return False
         state = (self.gate.data_ptr(), self.gate._version)
         if self._closed is None or self._closed[:2] != state:
             self._closed = (*state, bool((self.gate <= 0).all()))
         return self._closed[2]
+
+    def mass_bias(self, log_mass: torch.Tensor) -> torch.Tensor:
+        """Bias on the logits of entries, ``mass_scale`` times their log-mass."""
+        with _onloaded(self):
+            return self.mass_scale.to(log_mass.dtype) * log_mass
 
     def forward(
         self, keys: torch.Tensor, values: torch.Tensor, anchors: torch.Tensor, rest: torch.Tensor
@@ -90,3 +98,12 @@ class FusionHead(nn.Module):
         # A row of zeros, common after ReLU, becomes the mean of the rest instead of a division by zero.
         weights = (logits + ROW_SUM_EPS) * rest
         return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _onloaded(head: FusionHead) -> contextlib.AbstractContextManager:
+    """Context in which weights that accelerate offloads between the forwards of their module are there."""
+    if not hasattr(head, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(head)

@@ -15,16 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from transformers import PreTrainedModel
 
+from lococo.card import HUB_ID, model_card
 from lococo.config import CONFIG_NAME, LoCoCoConfig
+from lococo.files import check_replaceable, replace_folder, write_files
+from lococo.models import base_config, base_shape
 from lococo.patch import head_modules, is_patched, lococo_config
 
 HEADS_NAME = "lococo_heads.safetensors"
 CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
 FORMAT_VERSION = 1
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 HEAD_FIELDS = ("num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
 
 
@@ -68,8 +69,8 @@ def save_heads(
     """
     folder = Path(folder)
     files = _heads_files(model, folder.resolve().name, training, metrics, dtype)
-    _check_replaceable(folder)
-    _replace_folder(folder.resolve(), files)
+    check_replaceable(folder, CONFIG_NAME, FILE_NAMES)
+    replace_folder(folder.resolve(), files)
     return folder
 
 
@@ -188,43 +189,10 @@ def push_heads(
     files = _heads_files(model, repo_id, **save_kwargs)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(Path(folder), files)
+        write_files(Path(folder), files)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
     return str(repository)
-
-
-def base_shape(model: nn.Module) -> dict[str, int]:
-    """What heads must agree on with their base model: ``num_layers``, ``num_kv_heads`` and ``head_dim``.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A Transformers model, patched or not, also inside PEFT or DDP.
-
-    Returns
-    -------
-    dict
-        The three sizes by name.
-
-    Raises
-    ------
-    ValueError
-        If there is no Transformers model in it.
-    """
-    config = _base_config(model).get_text_config()
-    return {
-        "num_layers": config.num_hidden_layers,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    }
-
-
-def _base_config(model: nn.Module) -> Any:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module.config
-    raise ValueError(f"{type(model).__name__} must be, or hold, a Transformers model")
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -272,7 +240,7 @@ def _heads_files(
     return {
         CONFIG_NAME: (json.dumps(content, indent=2) + "\n").encode(),
         HEADS_NAME: safetensors_bytes(tensors, metadata={"format": "pt"}),
-        CARD_NAME: _model_card(content, source).encode(),
+        CARD_NAME: model_card(content, source).encode(),
     }
 
 
@@ -281,7 +249,7 @@ def _config_content(
 ) -> dict[str, Any]:
     from lococo import __version__
 
-    base = _base_config(model)
+    base = base_config(model)
     return {
         "format_version": FORMAT_VERSION,
         "config": lococo_config(model).to_dict(),
@@ -307,45 +275,6 @@ def _public_name(name_or_path: str) -> str:
     return re.split(r"[/\\]", name_or_path.rstrip("/\\"))[-1]
 
 
-def _model_card(content: dict[str, Any], source: str) -> str:
-    name = content["base_model"]["name_or_path"]
-    base = name or content["base_model"]["model_type"]
-    slots = content["config"]["num_slots"]
-    # The Hub takes nothing but an id here.
-    base_model = f'base_model: "{name}"\n' if HUB_ID.fullmatch(name) else ""
-    card = f"""---
-library_name: lococo
-{base_model}tags:
-- lococo
-- kv-cache-compression
----
-
-# LoCoCo heads for {base}
-
-Trained heads that keep the key-value cache of {base} at {slots} slots per layer and KV head, whatever the length of
-the text. The base model itself is unchanged and not in this folder.
-
-```python
-import lococo
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
-lococo.patch_model(model, heads={json.dumps(source)})
-```
-
-## Config
-
-{_table("field", content["config"])}"""
-    if content["metrics"]:
-        card += f"\n## Metrics\n\n{_table('metric', content['metrics'])}"
-    return card
-
-
-def _table(header: str, values: dict[str, Any]) -> str:
-    rows = [(header, "value"), ("---", "---"), *((name, json.dumps(value)) for name, value in values.items())]
-    return "".join("| {} | {} |\n".format(*(str(cell).replace("|", r"\|") for cell in row)) for row in rows)
-
-
 def _check_json(name: str, values: dict[str, Any] | None) -> None:
     try:
         json.dumps(values, allow_nan=False)
@@ -360,43 +289,6 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{name} must be finite, but {int((~finite).sum())} of {tensor.numel()} values in {tensor.dtype} are not"
         )
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse a target that holds anything a heads folder does not."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; heads are saved into a folder")
-    names = {entry.name for entry in folder.iterdir()}
-    if names and CONFIG_NAME not in names:
-        raise FileExistsError(f"{folder} is no heads folder (no {CONFIG_NAME}) and not empty; give a new folder")
-    surplus = sorted(names.difference(FILE_NAMES))
-    if surplus:
-        raise FileExistsError(
-            f"{folder} would be replaced, but also holds {', '.join(surplus)}; move them away or give a new folder"
-        )
-
-
-def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        _write_files(new, files)
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-
-
-def _write_files(folder: Path, files: dict[str, bytes]) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
 
 
 def _local_folder(folder_or_id: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lococo.attention import NAME
 from lococo.config import LoCoCoConfig
-from lococo.forward import after_forward, ask_for_last_logits, before_forward, rotary_tables
+from lococo.forward import after_forward, ask_for_last_logits, before_forward, execution_device, rotary_tables
 from lococo.fusion import FusionHead
 from lococo.models import attention_layers, find_decoder
 
@@ -110,8 +110,7 @@ def patch_model(
 def _apply(patch: Patch, model: nn.Module, decoder: PreTrainedModel) -> None:
     if patch.config.num_fused:
         for layer in attention_layers(decoder).values():
-            weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-            head = FusionHead(patch.config, layer.head_dim, device=weight.device, dtype=weight.dtype)
+            head = FusionHead(patch.config, layer.head_dim, device=execution_device(layer), dtype=decoder.dtype)
             setattr(layer, HEAD, head.train(layer.training))
     decoder.config._attn_implementation = NAME
     patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))

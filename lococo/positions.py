@@ -28,7 +28,8 @@ class RotaryTable:
         cos, sin = rotary_embedding(decoder, attention, torch.zeros((), device=device), positions)
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]
-        self.cos, self.sin = cos / scaling, sin / scaling  # (1, capacity, rotary_dim), float32
+        # (1, capacity, rotary_dim), float32; the embedding may be on another device than the layer.
+        self.cos, self.sin = (cos / scaling).to(device), (sin / scaling).to(device)
         self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -135,6 +136,20 @@ class Plan:
     entries: torch.Tensor  # (1 or batch, tokens), the entry of each token: its position with positions="slot"
     places: torch.Tensor  # (1 or batch, tokens), each token's place in its row's text
 
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with its tensors on a device."""
+        return self if device == self.places.device else _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if dataclasses.is_dataclass(value):
+        return type(value)(*(_moved(getattr(value, field.name), device) for field in dataclasses.fields(value)))
+    return value
+
 
 def plan_call(
     rows: Sequence[Row],
@@ -176,9 +191,9 @@ def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device:
         row, overfull = row.read(tokens, limit, num_slots)
         compressions = (Compression(overfull, row.seen),) if overfull else ()
         segments.append(AlignedSegment(slice(column, column + tokens), start, opens, compressions))
-        entries.append(torch.arange(start, start + tokens))
+        entries.append(torch.arange(start, start + tokens, device=device))
         column += tokens
-    return Plan(tuple(segments), (row,), torch.cat(entries)[None].to(device), places)
+    return Plan(tuple(segments), (row,), torch.cat(entries)[None], places)
 
 
 def _plan_ragged(
@@ -201,7 +216,7 @@ def _plan_ragged(
             state[index], full = row.read(count, limit, num_slots) if count else (row, 0)
             overfull.append(full)
         segments.append(_ragged_segment(tokens, before, _compressions(overfull, state, device), device))
-    return Plan(tuple(segments), tuple(state), entries.to(device), places.to(device))
+    return Plan(tuple(segments), tuple(state), _upload(entries, device), _upload(places, device))
 
 
 def _ragged_segment(
@@ -212,15 +227,15 @@ def _ragged_segment(
 ) -> RaggedSegment:
     table = torch.tensor(tokens).T
     counts = torch.bincount(table[0], minlength=len(rows))
-    row_of, column, place, entry = table.to(device)
+    row_of, column, place, entry = _upload(table, device)
     return RaggedSegment(
         rows=row_of,
         columns=column,
         places=place,
         entries=entry,
-        starts=torch.tensor([[row.entries] for row in rows], device=device),
-        counts=counts[:, None].to(device),
-        opens=torch.tensor([float(row.pending == 0) for row in rows], device=device)[:, None, None],
+        starts=_upload(torch.tensor([[row.entries] for row in rows]), device),
+        counts=_upload(counts[:, None], device),
+        opens=_upload(torch.tensor([float(row.pending == 0) for row in rows]), device)[:, None, None],
         width=int(counts.max()),
         stop=int(table[3].max()) + 1,
         batch=len(rows),
@@ -232,6 +247,13 @@ def _compressions(overfull: list[int], state: list[Row], device: torch.device | 
     groups = []
     for entries in sorted(set(overfull) - {0}):
         members = [index for index, count in enumerate(overfull) if count == entries]
-        now = torch.tensor([state[index].seen for index in members], device=device)[:, None, None]
-        groups.append(Compression(entries, now, torch.tensor(members, device=device)))
+        now = _upload(torch.tensor([state[index].seen for index in members]), device)[:, None, None]
+        groups.append(Compression(entries, now, _upload(torch.tensor(members), device)))
     return tuple(groups)
+
+
+def _upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor on the device; from pinned memory, so that the host does not wait for a GPU."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

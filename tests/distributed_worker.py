@@ -30,8 +30,8 @@ def make_model(gate_init):
 
 def train(model, ranks):
     """Logits before and after training, and the loss of each step: the mean over the texts of ``ranks``."""
-    before = evaluate(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = evaluate(model)
     losses = []
     model.train()
     for step, lengths in enumerate(LENGTHS):

@@ -243,10 +243,7 @@ def _convolve(entries: list[Entry], head: NaiveHead) -> torch.Tensor:
 def _normalize(activation: torch.Tensor, rest: list[int], normalization: str) -> torch.Tensor:
     """Activations (N) of one channel -> weights (N) that add up to 1 over rest and are 0 elsewhere."""
     chosen = activation[rest]
-    if normalization == "softmax":
-        chosen = torch.softmax(chosen, dim=0)
-    else:
-        chosen = (chosen + 1e-6) / (chosen + 1e-6).sum()
+    chosen = chosen.softmax(dim=0) if normalization == "softmax" else (chosen + 1e-6) / (chosen + 1e-6).sum()
     return torch.zeros_like(activation).index_put((torch.tensor(rest),), chosen)
 
 

@@ -1,5 +1,5 @@
 """Measuring what a compression costs and gains."""
 
-from lococo.evaluation.perplexity import Window, perplexity, token_nlls, windows
+from lococo.evaluation.likelihood import Window, perplexity, token_nlls, windows
 
 __all__ = ["Window", "perplexity", "token_nlls", "windows"]

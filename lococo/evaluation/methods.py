@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import nn
 
 from lococo.config import LoCoCoConfig
 from lococo.patch import patched
 
-PRESETS = {
+PRESETS: dict[str, Callable[..., LoCoCoConfig]] = {
     "streaming": LoCoCoConfig.streaming_llm,
-    "streaming-absolute": lambda *args, **kwargs: LoCoCoConfig.streaming_llm(*args, positions="absolute", **kwargs),
+    "streaming-absolute": partial(LoCoCoConfig.streaming_llm, positions="absolute"),
     "h2o": LoCoCoConfig.h2o,
-    "h2o-slot": lambda *args, **kwargs: LoCoCoConfig.h2o(*args, positions="slot", **kwargs),
+    "h2o-slot": partial(LoCoCoConfig.h2o, positions="slot"),
     "lococo-uncalibrated": LoCoCoConfig,
-    "lococo-uncalibrated-slot": lambda *args, **kwargs: LoCoCoConfig(*args, positions="slot", **kwargs),
+    "lococo-uncalibrated-slot": partial(LoCoCoConfig, positions="slot"),
     "lococo-paper": LoCoCoConfig.paper,
     "lococo-reference": LoCoCoConfig.reference,
 }

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from lococo.evaluation.likelihood import Window, token_nlls, windows
 from lococo.evaluation.methods import as_method, method_config
-from lococo.evaluation.perplexity import Window, token_nlls, windows
 from lococo.evaluation.results import Journal, write_result
 
 ALL_DOMAINS = "all"

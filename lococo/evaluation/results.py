@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-PACKAGES = ("lococo", "torch", "transformers")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+import lococo
+from lococo.files import write_whole
 
 
 def write_result(path: Path, command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> None:
@@ -42,12 +34,12 @@ def write_result(path: Path, command: str, device: torch.device | str, rows: Seq
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {package.__name__: package.__version__ for package in (lococo, torch, transformers)},
         "rows": list(rows),
     }
-    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    write_whole(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
-    write_atomically(path.with_suffix(".md"), note + markdown_table(rows))
+    write_whole(path.with_suffix(".md"), note + markdown_table(rows))
 
 
 def device_name(device: torch.device | str) -> str:

@@ -72,15 +72,44 @@ def _is_decoder_attention(module: nn.Module) -> bool:
     )
 
 
-def base_shape(model: PreTrainedModel) -> dict[str, Any]:
-    """What trained heads depend on: number of layers, KV heads and head dimension."""
-    config = model.config.get_text_config()
-    layer = next(iter(attention_layers(find_decoder(model)).values()))
+def base_shape(model: nn.Module) -> dict[str, int]:
+    """What heads must agree on with their base model: ``num_layers``, ``num_kv_heads`` and ``head_dim``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Transformers model, patched or not, also inside PEFT or DDP.
+
+    Returns
+    -------
+    dict
+        The three sizes by name.
+
+    Raises
+    ------
+    ValueError
+        If there is no Transformers model in it.
+    """
+    config = base_config(model).get_text_config()
     return {
         "num_layers": config.num_hidden_layers,
-        "num_kv_heads": config.num_attention_heads // layer.num_key_value_groups,
-        "head_dim": layer.head_dim,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     }
+
+
+def base_config(model: nn.Module) -> Any:
+    """Config of the outermost Transformers model in a module.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module.config
+    raise ValueError(f"{type(model).__name__} must be, or hold, a Transformers model")
 
 
 def uses_rotary(attention: nn.Module) -> bool:
@@ -110,17 +139,14 @@ def rotary_embedding(
     ValueError
         If the model's rope type makes a key's angle depend on the length of the text.
     """
-    parameters = (
-        getattr(decoder.config, "rope_scaling", None) or getattr(decoder.config, "rope_parameters", None) or {}
-    )
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    rotary = local_or_global_rotary(decoder, attention) or decoder.rotary_emb
+    extra, rope_type = {}, getattr(rotary, "rope_type", "default")
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        extra["layer_type"] = decoder.config.layer_types[attention.layer_idx]
+        rope_type = rope_type[extra["layer_type"]]
     if rope_type in LENGTH_DEPENDENT_ROPE:
         raise ValueError(
             f"positions='slot' needs angles that follow from the position alone, the model's rope type is "
             f"{rope_type!r}; use positions='absolute'"
         )
-    rotary = local_or_global_rotary(decoder, attention) or decoder.rotary_emb
-    extra = {}
-    if "layer_type" in inspect.signature(rotary.forward).parameters:
-        extra["layer_type"] = decoder.config.layer_types[attention.layer_idx]
     return rotary(like, positions, **extra)

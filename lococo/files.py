@@ -1,0 +1,61 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under another name beside its place, then move it there. Folders are made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by name into a folder, made if missing (its parents are not)."""
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def check_replaceable(folder: Path, marker: str, known: Collection[str]) -> None:
+    """Refuse to replace a folder that holds anything but known files, the marker among them.
+
+    Raises
+    ------
+    FileExistsError
+        If ``folder`` is a file, has no ``marker`` and is not empty, or holds a file that is not known.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; expected a folder")
+    names = {entry.name for entry in folder.iterdir()}
+    if names and marker not in names:
+        raise FileExistsError(f"{folder} has no {marker} and is not empty; give a new folder")
+    surplus = sorted(names.difference(known))
+    if surplus:
+        raise FileExistsError(
+            f"{folder} would be replaced, but also holds {', '.join(surplus)}; move them away or give a new folder"
+        )
+
+
+def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put a folder with these files in the place of what is there; after an error the old folder is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        write_files(new, files)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
