@@ -3,14 +3,23 @@ TORCH ?= torch
 VENV ?= .venv
 VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
+DATA ?= ../shared/data/text
+RESULTS ?= docs/results
 
 SOURCES := $(shell find lococo tests -name '*.py')
 TESTS := pytest -q -n 2
 
+MODEL := .demo/smollm2-135m
+GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
+DOMAINS := books wikipedia math_latex arxiv code web stackexchange
+LOCOCO = $(VENV)/bin/lococo
+ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
+HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
+
 test test-versions: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo test-versions clean
+.PHONY: help test lint demo bench memory perplexity gpu test-versions clean
 .SECONDARY:
 
 help: ## list the targets
@@ -32,6 +41,22 @@ lint: $(VENV)/.installed ## check style, docstrings and types
 
 demo: $(VENV)/.installed ## run the demo; arguments in DEMO_ARGS
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
+
+$(MODEL)/$(GGUF): | $(VENV)/.installed
+	$(VENV)/bin/python examples/fetch_smollm2.py $(MODEL)
+
+bench: memory ## measure on this machine -> docs/results
+
+memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memory
+	$(LOCOCO) bench memory $(ON_MODEL) --output $(RESULTS)/memory
+
+perplexity: $(MODEL)/$(GGUF) ## perplexity by domain and method on the texts in DATA -> docs/results/perplexity
+	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) --output $(RESULTS)/perplexity
+
+gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, then perplexity on more texts -> RESULTS
+	$(VENV)/bin/pytest -q -m gpu
+	$(LOCOCO) eval ppl $(ON_MODEL) --device cuda --data $(HELDOUT) --documents 32 --num-slots 128 256 512 \
+		--output $(RESULTS)/perplexity_cuda
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -58,7 +58,7 @@ class Call:
 
 
 def lococo_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -88,7 +88,8 @@ def lococo_attention(
     """
     if lococo is None:
         raise ValueError(
-            f"{type(module).__name__} was called outside the forward of the model that lococo.patch_model patched"
+            f"{type(module).__name__} was called outside the forward of the model that lococo.patch_model patched, or "
+            "its decoder layer does not hand keyword arguments on, which lococo needs"
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
@@ -127,10 +128,10 @@ class _Reader:
 
     def read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) attention output of a call; the memory holds its tokens afterwards."""
-        plain_key = key if self.rotary is None else self.rotary.rotate(key, self.plan.entries, inverse=True)
+        tokens = self.memory.tokens(key, value, self.plan, self.rotary)
         parts = []
         for segment in self.plan.segments:
-            self.memory.append(segment, self.plan, key, plain_key, value)
+            self.memory.append(segment, tokens)
             parts.append(self._attend(segment, segment.take(query)))
             for compression in segment.compressions:
                 self.memory.compress(compression, self.head, self.rotary)
@@ -141,8 +142,7 @@ class _Reader:
         visibility = kernels.Visibility(self._mask(segment), self._bias(segment), self.softcap)
         if self.memory.entries.scores is not None:
             with torch.no_grad():
-                is_query = None if isinstance(segment, AlignedSegment) else segment.queries()
-                received = kernels.attention_mass(query, keys, self.scale, visibility, is_query)
+                received = kernels.attention_mass(query, keys, self.scale, visibility, self._counts(segment))
                 self.memory.entries.scores[:, :, : segment.stop] += received
         return kernels.attend(query, keys, values, self.scale, visibility, self.config.attention, self.dropout)
 
@@ -155,8 +155,17 @@ class _Reader:
         births = segment.take(self.plan.places[:, None, :, None].expand(born.shape[0], 1, -1, 1))
         in_window = births - born < window  # (batch, kv_heads, width, stop)
         if mask is None:
-            mask = kernels.lower_right(segment.width, segment.stop, born.device)
+            mask = kernels.lower_right(segment.width, segment.stop, 0, born.device)
         return mask & in_window
+
+    def _counts(self, segment: Segment) -> torch.Tensor | None:
+        """(1 or batch, 1, width, stop), True where a query's attention counts for an entry's score. None: all do."""
+        delay = self.config.score_delay
+        if isinstance(segment, RaggedSegment):
+            return segment.visible(delay) & segment.queries()[..., None]
+        if delay == 0:
+            return None
+        return kernels.lower_right(segment.width, segment.stop, delay, self.memory.values.device)[None, None]
 
     def _bias(self, segment: Segment) -> torch.Tensor | None:
         log_mass = self.memory.entries.log_mass
@@ -174,10 +183,13 @@ class _Reader:
         return output
 
 
-def no_mask(*args, **kwargs) -> None:
-    """Mask function of patched models: the decoder's hook has already read the padding mask."""
-    return None
+def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """Mask function of patched models: the 2-D mask as it came, read by the decoder's hook.
+
+    ``generate`` calls it before the hook when it was asked for a static cache.
+    """
+    return attention_mask
 
 
 AttentionInterface.register(NAME, lococo_attention)
-AttentionMaskInterface.register(NAME, no_mask)
+AttentionMaskInterface.register(NAME, padding_mask)

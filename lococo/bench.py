@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from lococo.evaluation.methods import as_method, method_config
 from lococo.evaluation.results import write_result
@@ -17,7 +17,7 @@ from lococo.generation import cache_bytes
 
 @torch.no_grad()
 def cache_growth(
-    model: nn.Module,
+    model: PreTrainedModel,
     methods: Sequence[str],
     num_slots: int,
     block_size: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -29,85 +30,85 @@ class LayerMemory(CacheLayerMixin):
     Attributes
     ----------
     entries : Entries
-        What the compressor sees. With ``positions="slot"`` its keys are un-rotated, so that a key which stays for
-        thousands of segments is rounded once, not at every move.
-    keys : torch.Tensor
-        (batch, kv_heads, capacity, head_dim), what attention reads: ``entries.keys`` or, un-rotated there, their
-        rotation.
+        ``num_slots + block_size`` of them, used from the first on.
+    keys, values : torch.Tensor
+        (batch, kv_heads, capacity, head_dim), what attention reads.
     """
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, config: LoCoCoConfig, window: int | None = None) -> None:
         self.config = config
         self.window = window
-        self.entries: Entries | None = None
-        self.keys: torch.Tensor | None = None
+        self.is_initialized = False
+        self.is_in_graph = False
         self.columns = 0
 
-    @property
-    def is_initialized(self) -> bool:
-        """Whether the buffers exist."""
-        return self.entries is not None
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """(batch, kv_heads, capacity, head_dim)."""
-        return None if self.entries is None else self.entries.values
+    def _hold(self, entries: Entries) -> None:
+        self.entries = entries
+        self.keys = entries.keys if entries.rotated is None else entries.rotated
+        self.values = entries.values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make the buffers for keys and values of (batch, kv_heads, tokens, head_dim)."""
         config, budget = self.config, Budget.of(self.config, self.window)
         shape = (*key_states.shape[:2], config.capacity)
-
         wide = torch.promote_types(key_states.dtype, torch.float32)
 
         def numbers(wanted: bool) -> torch.Tensor | None:
             return torch.zeros(shape, dtype=wide, device=key_states.device) if wanted else None
 
         ranked = budget.heavy > 0 or (budget.fused > 0 and config.residual != "none")
-        self.entries = Entries(
-            keys=key_states.new_zeros(*shape, key_states.shape[-1]),
+        keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        entries = Entries(
+            keys=keys,
             values=value_states.new_zeros(*shape, value_states.shape[-1]),
             scores=numbers(ranked),
-            born=numbers(self.window is not None or (ranked and config.score == "mean")),
+            born=numbers(self.window is not None or (ranked and config.score in ("mean", "distant"))),
             log_mass=numbers(config.has_mass and budget.fused > 0),
+            rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
         )
-        self.keys = self.entries.keys if config.positions == "absolute" else torch.zeros_like(self.entries.keys)
+        self._hold(entries)
+        self.is_initialized = True
 
-    def append(
-        self, segment: Segment, plan: Plan, key: torch.Tensor, plain_key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Write a segment's tokens into its entries.
+    def tokens(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None) -> Entries:
+        """The tokens of a call as entries.
 
         Parameters
         ----------
         key, value : torch.Tensor
-            (batch, kv_heads, tokens, head_dim) of the whole call.
-        plain_key : torch.Tensor
-            ``key`` un-rotated with ``positions="slot"``, else ``key`` itself.
+            (batch, kv_heads, tokens, head_dim), keys rotated.
+        rotary : RotaryTable, optional
+            None where keys are not rotated, or stay as they came (``positions="absolute"``).
         """
-        if self.entries is None:
+        if not self.is_initialized:
             self.lazy_initialization(key, value)
-        in_place = not torch.is_grad_enabled()
-        if in_place and self.values.requires_grad:
-            self._map(torch.Tensor.detach)
-            self._map(torch.Tensor.clone)
-        entries, shared = self.entries, self.keys is self.entries.keys
-        per_token = (key.shape[0], key.shape[1], plan.places.shape[1])
-        if entries.scores is not None and self.config.score == "last":
-            entries.scores.mul_(1.0 - segment.opens)
-        zero = key.new_zeros(()).expand(per_token)
-        self.keys = segment.write(self.keys, key, in_place)
-        self.entries = Entries(
-            keys=self.keys if shared else segment.write(entries.keys, plain_key, in_place),
-            values=segment.write(entries.values, value, in_place),
-            scores=_optional(entries.scores, lambda scores: segment.write(scores, zero, in_place)),
-            born=_optional(
-                entries.born, lambda born: segment.write(born, plan.places[:, None].expand(per_token), in_place)
-            ),
-            log_mass=_optional(entries.log_mass, lambda mass: segment.write(mass, zero, in_place)),
+        shape = (*key.shape[:2], plan.places.shape[1])
+        return Entries(
+            keys=key if rotary is None else rotary.rotate(key, plan.entries, inverse=True),
+            values=value,
+            scores=key.new_zeros(()).expand(shape),
+            born=plan.places[:, None].expand(shape),
+            log_mass=key.new_zeros(()).expand(shape),
+            rotated=key,
         )
+
+    def append(self, segment: Segment, tokens: Entries) -> None:
+        """Write a segment of the call's tokens into its entries."""
+        in_place = not torch.is_grad_enabled()
+        self._make_writable(in_place)
+        self.is_in_graph = not in_place
+        if self.entries.scores is not None and self.config.score == "last":
+            self.entries.scores.mul_(1.0 - segment.opens)
+        self._hold(self.entries.combine(tokens, lambda memory, new: segment.write(memory, new, in_place)))
+
+    def _make_writable(self, in_place: bool) -> None:
+        # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
+        is_needed_by_graph = in_place and self.is_in_graph
+        if is_needed_by_graph or (not torch.compiler.is_compiling() and _is_locked(self.values)):
+            self._map(lambda tensor: tensor.detach().clone())
 
     def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
         """Replace the first entries of some rows by their M slots."""
@@ -127,34 +128,22 @@ class LayerMemory(CacheLayerMixin):
                 memory[rows, :, :num_slots] = slots
             return memory
 
-        shared = self.keys is self.entries.keys
-        slots = compress(self.entries.map(entries_of), compression.now, self.config, head, self.window)
-        self.entries = Entries(
-            *(
-                None if memory is None else replace(memory, new)
-                for memory, new in zip(self.entries.tensors(), slots.tensors(), strict=True)
-            )
-        )
-        if shared:
-            self.keys = self.entries.keys
-        else:
-            keys = slots.keys
-            if rotary is not None:
-                keys = rotary.rotate(keys, torch.arange(num_slots, device=keys.device)[None])
-            self.keys = replace(self.keys, keys)
+        before = dataclasses.replace(self.entries, rotated=None).map(entries_of)
+        slots = compress(before, compression.now, self.config, head, self.window)
+        if self.entries.rotated is not None:
+            places = torch.arange(num_slots, device=slots.keys.device)[None]
+            slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, places)
+        self._hold(self.entries.combine(slots, replace))
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Every buffer once."""
-        if self.entries is None:
+    def buffers(self) -> list[torch.Tensor]:
+        """Every buffer there is."""
+        if not self.is_initialized:
             return []
-        held = [tensor for tensor in self.entries.tensors() if tensor is not None]
-        return held if self.keys is self.entries.keys else [*held, self.keys]
+        return [tensor for tensor in self.entries.tensors() if tensor is not None]
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.entries is not None:
-            shared = self.keys is self.entries.keys
-            self.entries = self.entries.map(function)
-            self.keys = self.entries.keys if shared else function(self.keys)
+        if self.is_initialized:
+            self._hold(self.entries.map(function))
 
     # What Transformers asks of a cache layer.
 
@@ -181,8 +170,10 @@ class LayerMemory(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
-        self._map(torch.Tensor.detach)
-        self._map(torch.Tensor.zero_)
+        if self.is_initialized:
+            self._make_writable(in_place=True)
+            self._map(torch.Tensor.zero_)
+        self.is_in_graph = False
         self.columns = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -208,8 +199,9 @@ CROP_ERROR = (
 )
 
 
-def _optional(tensor: torch.Tensor | None, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
-    return None if tensor is None else function(tensor)
+def _is_locked(tensor: torch.Tensor) -> bool:
+    """Whether it was made in inference mode and may not be written to any more."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class LoCoCoCache(Cache):
@@ -222,6 +214,8 @@ class LoCoCoCache(Cache):
     config : LoCoCoConfig
     num_layers : int
     """
+
+    layers: list[LayerMemory]  # type: ignore[assignment]
 
     def __init__(self, config: LoCoCoConfig, num_layers: int) -> None:
         super().__init__(layers=[LayerMemory(config) for _ in range(num_layers)])
@@ -239,12 +233,12 @@ class LoCoCoCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows held, -1 before the first forward."""
-        return -1 if self.layers[0].entries is None else self.layers[0].entries.values.shape[0]
+        return self.layers[0].values.shape[0] if self.layers[0].is_initialized else -1
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers. They are made at the first forward and do not grow."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.buffers())
 
     def advance(self, plan: Plan, columns: int) -> None:
         """Note that a planned call has been read."""

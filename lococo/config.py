@@ -16,7 +16,7 @@ CONFIG_NAME = "lococo_config.json"
 NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
-SCORES = ("sum", "mean", "last")
+SCORES = ("distant", "mean", "sum", "last")
 ATTENTIONS = ("sdpa", "eager", "flex", "flash_attention_2")
 
 
@@ -26,7 +26,7 @@ class LoCoCoConfig:
 
     The budget is ``num_slots = num_sinks + num_heavy + num_recent + num_fused``; what the three selections leave over
     is fused (``num_fused`` is derived). A selection that is not given takes its share of our default preset: 4 sinks,
-    7/32 recents, 3/8 fused and heavy hitters in the rest.
+    5/16 recents, 3/8 fused and heavy hitters in the rest.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ class LoCoCoConfig:
         Give a slot blended from n tokens the attention mass of n tokens: a bias of a learned scale times log n.
     positions : {"absolute", "slot"}
         Rotary positions of the text, or of the place in the cache (no position past ``num_slots + block_size``).
-    score : {"sum", "mean", "last"}
-        Ranking of heavy hitters: attention received in total (H2O), per query that could see the token, or from the
-        current block alone.
+    score : {"distant", "mean", "sum", "last"}
+        Ranking of heavy hitters: attention received per query at least ``num_recent`` entries later, when the token
+        is a recent no more; per query that could see the token; in total (H2O); or from the current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     prefill_chunk_size : int
@@ -77,7 +77,7 @@ class LoCoCoConfig:
     init_std: float | None = None
     mass_bias: bool = True
     positions: Literal["absolute", "slot"] = "absolute"
-    score: Literal["sum", "mean", "last"] = "mean"
+    score: Literal["distant", "mean", "sum", "last"] = "distant"
     decode_block_size: int | None = None
     prefill_chunk_size: int = 2048
     attention: Literal["sdpa", "eager", "flex", "flash_attention_2"] = "sdpa"
@@ -112,7 +112,7 @@ class LoCoCoConfig:
     def _fill_budget(self) -> None:
         slots = self.num_slots
         sinks = min(4, slots) if self.num_sinks is None else self.num_sinks
-        recent = min(slots * 7 // 32, slots - sinks) if self.num_recent is None else self.num_recent
+        recent = min(slots * 5 // 16, slots - sinks) if self.num_recent is None else self.num_recent
         heavy = self.num_heavy
         if heavy is None:
             heavy = max(0, slots - sinks - recent - min(slots * 3 // 8, slots - sinks - recent))
@@ -134,6 +134,11 @@ class LoCoCoConfig:
     def capacity(self) -> int:
         """Entries a layer can hold between two compressions, ``num_slots + block_size``."""
         return self.num_slots + self.block_size
+
+    @property
+    def score_delay(self) -> int:
+        """Entries that must lie between a token and a query whose attention counts for its score."""
+        return self.num_recent if self.score == "distant" else 0  # type: ignore[return-value]
 
     @property
     def has_mass(self) -> bool:

@@ -46,7 +46,7 @@ def ask_for_last_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     return None
 
 
-def before_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the decoder: put a ``Call`` into its arguments, read a long prompt up to its last chunk.
 
     Raises
@@ -57,6 +57,8 @@ def before_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     """
     config: LoCoCoConfig = decoder.lococo_patch.config
     kwargs = _by_name(decoder, args, kwargs)
+    if isinstance(kwargs.get("attention_mask"), Mapping):  # one per type of layers, all as padding_mask made them
+        kwargs["attention_mask"] = next(iter(kwargs["attention_mask"].values()), None)
     request = kwargs.pop("lococo", None) or Request()
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -76,17 +78,15 @@ def before_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
     if config.positions == "slot":
         kwargs["position_ids"] = plan.entries
-    elif kwargs.get("position_ids") is None and len(plan.rows) > 1:
+    elif kwargs.get("position_ids") is None:
         kwargs["position_ids"] = plan.places
-    elif kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None:
-        kwargs["position_ids"] = plan.places + (0 if cache is None else cache.seen_tokens - cache.rows[0].seen)
     if cache is not None:
         cache.is_reading = True
     kwargs["lococo"] = Call(config, plan, cache, _rotary_tables(decoder, config, cache, tokens.device), earlier)
     return (), kwargs
 
 
-def after_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the decoder: the cache has read the call; put the chunks' hidden states together."""
     call = kwargs.get("lococo")
     if not isinstance(call, Call):
@@ -102,21 +102,21 @@ def after_forward(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
     return output
 
 
-def _by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _refuse_unsupported(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported(decoder: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or (
         kwargs.get("output_attentions") is None and getattr(decoder.config, "output_attentions", False)
     ):
         raise ValueError("output_attentions=True: a patched model never makes attention matrices; unpatch it for them")
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, Mapping) or (mask is not None and mask.dim() != 2):
-        shape = "a mapping" if isinstance(mask, Mapping) else f"shape {tuple(mask.shape)}"
+    if mask is not None and mask.dim() != 2:
         raise ValueError(
-            f"attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got {shape}"
+            "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got shape "
+            f"{tuple(mask.shape)}"
         )
     position_ids, past = kwargs.get("position_ids"), kwargs.get("past_key_values")
     if position_ids is not None and position_ids.dim() != 2:
@@ -128,7 +128,7 @@ def _refuse_unsupported(decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _cache_for(decoder: nn.Module, config: LoCoCoConfig, kwargs: dict[str, Any]) -> LoCoCoCache | None:
+def _cache_for(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any]) -> LoCoCoCache | None:
     given = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
@@ -191,7 +191,7 @@ def _padding(
     return real.tolist() if has_padding else None
 
 
-def _reads_in_chunks(decoder: nn.Module, config: LoCoCoConfig, kwargs: dict[str, Any], num_tokens: int) -> bool:
+def _reads_in_chunks(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], num_tokens: int) -> bool:
     wants_hidden = kwargs.get("output_hidden_states")
     wants_hidden = decoder.config.output_hidden_states if wants_hidden is None else wants_hidden
     return num_tokens > config.prefill_chunk_size and not torch.is_grad_enabled() and not wants_hidden
@@ -202,7 +202,7 @@ def _last_chunk(num_tokens: int, chunk: int, keep: int | None) -> int:
 
 
 def _read_up_to_last_chunk(
-    decoder: nn.Module,
+    decoder: Any,
     config: LoCoCoConfig,
     cache: LoCoCoCache,
     kwargs: dict[str, Any],
@@ -244,7 +244,7 @@ def _columns(kwargs: dict[str, Any], columns: slice) -> dict[str, Any]:
 
 
 def _rotary_tables(
-    decoder: nn.Module, config: LoCoCoConfig, cache: LoCoCoCache | None, device: torch.device
+    decoder: Any, config: LoCoCoConfig, cache: LoCoCoCache | None, device: torch.device
 ) -> dict[int, RotaryTable | None]:
     if config.positions == "absolute":
         return {}
@@ -254,7 +254,7 @@ def _rotary_tables(
     return tables
 
 
-def rotary_tables(decoder: nn.Module, config: LoCoCoConfig, device: torch.device) -> dict[int, RotaryTable | None]:
+def rotary_tables(decoder: Any, config: LoCoCoConfig, device: torch.device) -> dict[int, RotaryTable | None]:
     """One table per layer, the same object for layers that rotate alike; None for a layer without positions."""
     by_type: dict[Any, RotaryTable] = {}
     layer_types = getattr(decoder.config, "layer_types", None)
@@ -266,7 +266,13 @@ def rotary_tables(decoder: nn.Module, config: LoCoCoConfig, device: torch.device
         layer_device = execution_device(layer)
         kind = (layer_types[index] if layer_types else None, layer_device)
         if kind not in by_type:
-            by_type[kind] = RotaryTable(decoder, layer, config.capacity, layer_device)
+            try:
+                by_type[kind] = RotaryTable(decoder, layer, config.capacity, layer_device)
+            except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"positions='slot' must move keys, those of {type(layer).__name__} cannot be rotated outside its "
+                    f"own code ({error!r}); use positions='absolute'"
+                ) from error
         tables[index] = by_type[kind]
     return tables
 

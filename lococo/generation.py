@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers.cache_utils import Cache
 
 from lococo.cache import LoCoCoCache
 
@@ -54,7 +53,7 @@ class Reading:
 
 
 def read_and_answer(
-    model: nn.Module,
+    model: Any,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int = 64,
@@ -67,7 +66,7 @@ def read_and_answer(
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : transformers.PreTrainedModel
         A causal language model.
     input_ids : torch.Tensor
         (1, tokens).
@@ -109,7 +108,7 @@ def read_and_answer(
 
 
 @torch.no_grad()
-def _read(model: nn.Module, input_ids: torch.Tensor, chunk: int, progress: bool) -> Cache:
+def _read(model: Any, input_ids: torch.Tensor, chunk: int, progress: bool) -> Any:
     cache = None
     with tqdm(total=input_ids.shape[1], unit="token", desc="reading", disable=None if progress else True) as bar:
         for part in input_ids.split(chunk, dim=1):
@@ -120,14 +119,14 @@ def _read(model: nn.Module, input_ids: torch.Tensor, chunk: int, progress: bool)
     return cache
 
 
-def cache_bytes(cache: Cache) -> int:
+def cache_bytes(cache: Any) -> int:
     """Bytes that a cache's tensors hold."""
     if isinstance(cache, LoCoCoCache):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def bytes_per_token(cache: Cache) -> int:
+def bytes_per_token(cache: Any) -> int:
     """Bytes of one token's keys and values over all layers of one row."""
     return sum(
         states.shape[1] * states.shape[3] * states.element_size()

@@ -71,7 +71,7 @@ def attention_mass(
     key: torch.Tensor,
     scale: float,
     visibility: Visibility,
-    is_query: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention probability each entry receives, summed over queries and the query heads of its group.
 
@@ -83,8 +83,8 @@ def attention_mass(
         (batch, heads, queries, head_dim).
     key : torch.Tensor
         (batch, kv_heads, entries, head_dim).
-    is_query : torch.Tensor, optional
-        (batch, 1, queries), False where a query is padding and counts for nothing.
+    counts : torch.Tensor, optional
+        (1 or batch, 1, queries, entries), False where a query's attention to an entry counts for nothing.
 
     Returns
     -------
@@ -97,8 +97,8 @@ def attention_mass(
         stop = min(start + SCORE_TILE, queries)
         logits = _logits(query[:, :, start:stop], key, scale, visibility, slice(start, stop), queries, entries)
         probabilities = logits.softmax(dim=-1, dtype=mass.dtype)  # (batch, kv_heads, groups, tile, entries)
-        if is_query is not None:
-            probabilities = probabilities * is_query[:, :, None, start:stop, None]
+        if counts is not None:
+            probabilities = probabilities * counts[:, :, None, start:stop]
         mass += probabilities.sum(dim=(2, 3))
     return mass
 
@@ -126,7 +126,7 @@ def _logits(
     elif queries == 1:
         return logits
     else:
-        hidden = ~lower_right(queries, entries, query.device)[rows]
+        hidden = ~lower_right(queries, entries, 0, query.device)[rows]
     return logits.masked_fill(hidden, float("-inf"))
 
 
@@ -135,9 +135,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.lru_cache(maxsize=32)
-def lower_right(queries: int, entries: int, device: torch.device) -> torch.Tensor:
-    """(queries, entries), True where the entry is not after the query when both end together."""
-    return torch.ones(queries, entries, dtype=torch.bool, device=device).tril(entries - queries)
+def lower_right(queries: int, entries: int, delay: int, device: torch.device) -> torch.Tensor:
+    """(queries, entries), True where the query is at least ``delay`` after the entry when both end together."""
+    return torch.ones(queries, entries, dtype=torch.bool, device=device).tril(entries - queries - delay)
 
 
 def _eager(query, key, value, scale, visibility, dropout):
@@ -160,7 +160,7 @@ def _sdpa(query, key, value, scale, visibility, dropout):
     elif queries > 1:
         # Kernels other than CUDA's take lower-right causality only as a mask; ours is kept, not rebuilt each call.
         on_cuda = query.device.type == "cuda"
-        mask = causal_lower_right(queries, entries) if on_cuda else lower_right(queries, entries, query.device)
+        mask = causal_lower_right(queries, entries) if on_cuda else lower_right(queries, entries, 0, query.device)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
     )

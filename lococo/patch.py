@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lococo.attention import NAME
+from lococo.cache import CROP_ERROR
 from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, execution_device, rotary_tables
 from lococo.fusion import FusionHead
@@ -37,7 +38,7 @@ class Patch:
         self.attributes.append((module, name, name in vars(module), vars(module).get(name)))
         setattr(module, name, value)
 
-    def undo(self, decoder: nn.Module) -> None:
+    def undo(self, decoder: Any) -> None:
         """Take hooks, attributes and heads out."""
         for hook in self.hooks:
             hook.remove()
@@ -90,7 +91,7 @@ def patch_model(
 
         config = read_heads_config(heads)
     config = config or LoCoCoConfig()
-    decoder = find_decoder(model)
+    decoder: Any = find_decoder(model)
     if config.positions == "slot":
         rotary_tables(decoder, config, torch.device("cpu"))  # a rope type that cannot be used says so here
     patch = Patch(config, decoder.config._attn_implementation)
@@ -107,7 +108,7 @@ def patch_model(
     return model
 
 
-def _apply(patch: Patch, model: nn.Module, decoder: PreTrainedModel) -> None:
+def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
     if patch.config.num_fused:
         for layer in attention_layers(decoder).values():
             head = FusionHead(patch.config, layer.head_dim, device=execution_device(layer), dtype=decoder.dtype)
@@ -116,11 +117,17 @@ def _apply(patch: Patch, model: nn.Module, decoder: PreTrainedModel) -> None:
     patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
     patch.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True))
     for holder in _holders(model, decoder):
-        patch.set(holder, "_is_stateful", True)  # assisted decoding, which must crop the cache, then says so itself
+        if hasattr(holder, "_get_candidate_generator"):
+            patch.set(holder, "_get_candidate_generator", refuse_assisted_decoding)
         names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
         patch.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:
             patch.hooks.append(holder.register_forward_pre_hook(ask_for_last_logits, with_kwargs=True))
+
+
+def refuse_assisted_decoding(*args, **kwargs) -> NoReturn:
+    """Stand in for the method that ``generate`` begins assisted and prompt-lookup decoding with."""
+    raise ValueError(CROP_ERROR)
 
 
 def _holders(model: nn.Module, decoder: nn.Module) -> list[PreTrainedModel]:
@@ -182,7 +189,7 @@ def head_modules(model: nn.Module) -> dict[int, FusionHead]:
     return {index: getattr(layer, HEAD) for index, layer in layers.items() if hasattr(layer, HEAD)}
 
 
-def _patched_decoder(model: nn.Module) -> nn.Module:
+def _patched_decoder(model: nn.Module) -> Any:
     for module in model.modules():
         if "lococo_patch" in vars(module):
             return module

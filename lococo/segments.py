@@ -118,10 +118,10 @@ class RaggedSegment:
         """(batch, 1, width), True where a row has a token."""
         return (torch.arange(self.width, device=self.counts.device) < self.counts)[:, None]
 
-    def visible(self) -> torch.Tensor:
-        """(batch, 1, width, stop), True where a query sees an entry: all up to its own."""
+    def visible(self, delay: int = 0) -> torch.Tensor:
+        """(batch, 1, width, stop), True where a query is at least ``delay`` after an entry; 0: all that it sees."""
         last = self.starts + torch.arange(self.width, device=self.starts.device)  # (batch, width)
-        return (torch.arange(self.stop, device=self.starts.device) <= last[..., None])[:, None]
+        return (torch.arange(self.stop, device=self.starts.device) <= last[..., None] - delay)[:, None]
 
 
 Segment = AlignedSegment | RaggedSegment

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,9 @@ from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 
 SMALLEST_WEIGHT = 1e-9
+
+# Queries that a new token is credited with, so that the attention of one or two does not decide.
+SCORE_PRIOR = 8
 
 
 @dataclasses.dataclass
@@ -28,6 +32,9 @@ class Entries:
         (batch, kv_heads, entries), place in the text, in tokens; a blend's is the mean of its tokens'.
     log_mass : torch.Tensor, optional
         (batch, kv_heads, entries), log of the number of tokens an entry stands for.
+    rotated : torch.Tensor, optional
+        (batch, kv_heads, entries, head_dim), keys at their place in the cache, with ``positions="slot"``. ``keys`` are
+        un-rotated then, so that a key which stays for thousands of segments is rounded once, not at every move.
     """
 
     keys: torch.Tensor
@@ -35,14 +42,20 @@ class Entries:
     scores: torch.Tensor | None = None
     born: torch.Tensor | None = None
     log_mass: torch.Tensor | None = None
+    rotated: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Entries:
         """The same function on every tensor that is there."""
-        return Entries(*(None if tensor is None else function(tensor) for tensor in self.tensors()))
+        return self.combine(self, lambda tensor, _: function(tensor))
+
+    def combine(self, other: Entries, function: Callable[[torch.Tensor, Any], torch.Tensor]) -> Entries:
+        """A function of two entries' tensors, field by field, where this one has the field."""
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return Entries(*(mine if mine is None else function(mine, theirs) for mine, theirs in pairs))  # type: ignore
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields in order, None where a configuration has no use for one."""
-        return self.keys, self.values, self.scores, self.born, self.log_mass
+        return self.keys, self.values, self.scores, self.born, self.log_mass, self.rotated
 
     def __len__(self) -> int:
         return self.keys.shape[2]
@@ -86,11 +99,14 @@ def rank(
     """
     if entries.scores is None:
         return None
-    score = entries.scores
+    score: torch.Tensor = entries.scores
+    age: Any = None if entries.born is None else now - entries.born
     if config.score == "mean":
-        score = score / (now - entries.born)
+        score = score / age
+    elif config.score == "distant":
+        score = score / ((age - config.score_delay).clamp_min(0) + SCORE_PRIOR)
     if window is not None:
-        score = score.masked_fill(now - entries.born >= window, float("-inf"))
+        score = score.masked_fill(age >= window, float("-inf"))
     return score
 
 
@@ -152,7 +168,7 @@ def compress(
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
     blend = _blend(entries, choice, head)
-    return Entries(*map(_scatter_into(choice.fused), slots.tensors(), blend.tensors()))
+    return slots.combine(blend, functools.partial(_scatter, choice.fused))
 
 
 def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
@@ -198,11 +214,6 @@ def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor.gather(2, index)
 
 
-def _scatter_into(places: torch.Tensor) -> Callable:
-    def scatter(slots: torch.Tensor | None, blend: torch.Tensor | None) -> torch.Tensor | None:
-        if slots is None:
-            return None
-        index = places if slots.dim() == 3 else places[..., None].expand(*places.shape, slots.shape[-1])
-        return slots.scatter(2, index, blend.to(slots.dtype))
-
-    return scatter
+def _scatter(places: torch.Tensor, slots: torch.Tensor, blend: torch.Tensor) -> torch.Tensor:
+    index = places if slots.dim() == 3 else places[..., None].expand(*places.shape, slots.shape[-1])
+    return slots.scatter(2, index, blend.to(slots.dtype))

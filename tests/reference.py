@@ -172,7 +172,8 @@ def _attend(
     for query in queries:
         probabilities = torch.softmax(keys @ query * scale + bias, dim=0)
         outputs.append(probabilities @ values)
-        for entry, probability in zip(entries, probabilities.tolist(), strict=True):
+        distant = len(entries) - config.num_recent if config.score == "distant" else len(entries)
+        for entry, probability in zip(entries[: max(distant, 0)], probabilities.tolist(), strict=False):
             entry.score += probability
     return torch.stack(outputs)
 
@@ -186,7 +187,11 @@ def _compress(entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None
 
     def rank(index: int) -> float:
         entry = entries[index]
-        return entry.score / (now - entry.born) if config.score == "mean" else entry.score
+        if config.score == "mean":
+            return entry.score / (now - entry.born)
+        if config.score == "distant":
+            return entry.score / (max(now - entry.born - config.num_recent, 0) + 8)
+        return entry.score
 
     candidates.sort(key=lambda index: (-rank(index), index))
     heavy = candidates[: config.num_heavy]

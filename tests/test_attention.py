@@ -21,6 +21,7 @@ CONFIGS = {
     "softmax": LoCoCoConfig(16, 8, normalization="softmax", **OPEN),
     "layer-gate": LoCoCoConfig(16, 8, residual="layer", **OPEN),
     "low-rank": LoCoCoConfig(16, 8, head_rank=3, **OPEN),
+    "score-mean": LoCoCoConfig(16, 8, score="mean", **OPEN),
     "score-sum": LoCoCoConfig(16, 8, score="sum", **OPEN),
     "score-last": LoCoCoConfig(16, 8, score="last", **OPEN),
     "no-mass": LoCoCoConfig(16, 8, mass_bias=False, **OPEN),
@@ -137,7 +138,7 @@ def test_streaming_preset_is_streaming_llm(block_size, positions):
 
 
 @pytest.mark.parametrize("positions", ["absolute", "slot"])
-@pytest.mark.parametrize("score", ["mean", "sum", "last"])
+@pytest.mark.parametrize("score", ["distant", "mean", "sum", "last"])
 def test_closed_gate_is_selection_with_the_same_budget(positions, score):
     q, k, v = random_qkv(seed=4)
     fused = LoCoCoConfig(16, 8, positions=positions, score=score)

@@ -28,7 +28,7 @@ def test_presets_are_what_they_are_named_after():
 
 def test_default_has_a_closed_gate_and_fused_slots():
     config = LoCoCoConfig(128)
-    assert config.gate_init == 0 and config.num_fused > 0 and config.score == "mean"
+    assert config.gate_init == 0 and config.num_fused > 0 and config.score == "distant"
 
 
 @pytest.mark.parametrize("preset", [LoCoCoConfig.paper, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm])

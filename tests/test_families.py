@@ -8,6 +8,7 @@ from torch import nn
 
 import lococo
 from lococo.config import LoCoCoConfig
+from lococo.forward import rotary_tables
 
 LENGTH = 41
 WINDOW = 9
@@ -227,6 +228,38 @@ def test_slot_positions_never_pass_the_capacity(family):
     assert max(positions.max() for positions in seen) == SMALL.capacity - 1
 
 
+@every_family
+def test_a_key_moved_to_another_slot_is_the_key_the_model_makes_there(family):
+    model, keys = build(family), []
+    tables = rotary_tables(model.model, SMALL, torch.device("cpu"))
+    for place in (3, 17):
+        output = model(tiny_ids(1, 1), position_ids=torch.tensor([[place]]), use_cache=True)
+        keys.append([layer.keys for layer in output.past_key_values.layers])
+    for table, here, there in zip(tables.values(), *keys, strict=True):
+        moved = here
+        if table is not None:
+            moved = table.rotate(table.rotate(here, torch.tensor([[3]]), inverse=True), torch.tensor([[17]]))
+            assert gap(here, there) > 1e-2
+        assert_close(moved, there)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "message"),
+    [
+        ("Cohere2", dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]), "which layers"),
+        ("Exaone4", dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]), "which layers"),
+        ("Phi", dict(partial_rotary_factor=0.5), "outside its own code"),
+    ],
+)
+def test_slot_positions_refuse_keys_they_could_not_move(name, features, message):
+    model, ids = causal_lm(name, attn_implementation="eager", **features), tiny_ids(1, LENGTH)
+    full, before = read(model, ids), anatomy(model)
+    with pytest.raises(ValueError, match=f"'slot'.*{message}.*'absolute'"):
+        patch(model, SMALL, positions="slot")
+    assert anatomy(model) == before
+    assert_close(read(patch(model, LARGE), ids), full)
+
+
 @every_position
 def test_a_sliding_window_that_fits_the_slots_loses_nothing(positions):
     model, ids = build("Mistral-window"), tiny_ids(2, LENGTH)
@@ -293,13 +326,14 @@ UNSUPPORTED = {
         num_key_value_heads=4,
         first_k_dense_replace=2,
     ),
+    "difference-of-attentions": lambda: causal_lm("DiffLlama"),
     "no-model": lambda: nn.Linear(4, 4),
 }
 
 
 def causal_lm(name, **features):
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **features})
-    return getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(config)
+    return getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(config).eval()
 
 
 def conditional(name, **features):

@@ -216,7 +216,7 @@ class TestSaveRefuses:
 
     def test_folder_of_something_else(self, model, tmp_path):
         (tmp_path / "thesis.txt").write_text("ten years of work")
-        with pytest.raises(FileExistsError, match=r"is no heads folder \(no lococo_config\.json\)"):
+        with pytest.raises(FileExistsError, match=r"has no lococo_config\.json and is not empty"):
             lococo.save_heads(model, tmp_path)
         assert contents(tmp_path) == {"thesis.txt": b"ten years of work"}
 

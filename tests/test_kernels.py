@@ -68,10 +68,10 @@ def test_received_attention_equals_column_sums(name, tile, monkeypatch):
 
 def test_padding_queries_do_not_vote():
     query, key, value, visibility = case("mask")
-    is_query = torch.tensor([[[1, 1, 0, 0, 0]], [[1, 1, 1, 1, 0]]], dtype=torch.bool)
+    counts = torch.tensor([[[1, 1, 0, 0, 0]], [[1, 1, 1, 1, 0]]], dtype=torch.bool)[..., None]
     _, probabilities = by_hand(query, key, value, 0.3, visibility)
-    expected = (probabilities * is_query[..., None]).unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
-    torch.testing.assert_close(attention_mass(query, key, 0.3, visibility, is_query), expected, rtol=0, atol=1e-12)
+    expected = (probabilities * counts).unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(attention_mass(query, key, 0.3, visibility, counts), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -92,3 +92,15 @@ def test_mean_score_counts_the_queries_that_could_see():
         born=torch.tensor([[[0.0, 2.0, 5.0]]]),
     )
     torch.testing.assert_close(rank(entries, 6, config), torch.tensor([[[1.0, 1.0, 2.0]]]))
+
+
+def test_distant_score_credits_new_tokens_with_silent_queries():
+    config = LoCoCoConfig(8, num_sinks=1, num_recent=2, num_heavy=5)
+    entries = Entries(
+        keys=torch.zeros(1, 1, 3, 1),
+        values=torch.zeros(1, 1, 3, 1),
+        scores=torch.tensor([[[24.0, 9.0, 0.0]]]),
+        born=torch.tensor([[[0.0, 15.0, 17.0]]]),
+    )
+    # 18 read: 16, 1 and 0 of the queries were 2 or more entries later; 8 silent ones are added to each.
+    torch.testing.assert_close(rank(entries, 18, config), torch.tensor([[[1.0, 1.0, 0.0]]]))

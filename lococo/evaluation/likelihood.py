@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from transformers import PreTrainedModel
 
 CHUNK = 2048
 
@@ -51,7 +51,7 @@ def windows(
 
 
 @torch.no_grad()
-def token_nlls(model: nn.Module, ids: torch.Tensor, first: int = 1) -> torch.Tensor:
+def token_nlls(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> torch.Tensor:
     """Negative log-likelihood of each token of a text given those before it.
 
     The text goes through the model in chunks, each with the cache of the last, so that no more than a chunk's logits
@@ -88,13 +88,13 @@ def token_nlls(model: nn.Module, ids: torch.Tensor, first: int = 1) -> torch.Ten
 
 
 def perplexity(
-    model: nn.Module, texts: str | Sequence[str] | Sequence[torch.Tensor], tokenizer=None, *, first: int = 1
+    model: PreTrainedModel, texts: str | Sequence[str] | Sequence[torch.Tensor], tokenizer=None, *, first: int = 1
 ) -> float:
     """Perplexity over the tokens of some texts, each read from its start with an empty cache.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : transformers.PreTrainedModel
         Patched or not.
     texts : str, sequence of str, or sequence of torch.Tensor
         Strings need ``tokenizer``; tensors are token ids (1, tokens).
@@ -109,9 +109,13 @@ def perplexity(
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise ValueError("texts is empty: perplexity needs at least one text")
-    if isinstance(texts[0], str):
-        if tokenizer is None:
-            raise ValueError("texts are strings: pass the model's tokenizer, or token ids as tensors")
-        texts = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
-    nlls = torch.cat([token_nlls(model, ids, first) for ids in texts])
+    nlls = torch.cat([token_nlls(model, _ids(text, tokenizer), first) for text in texts])
     return math.exp(nlls.double().mean().item())
+
+
+def _ids(text: str | torch.Tensor, tokenizer) -> torch.Tensor:
+    if isinstance(text, torch.Tensor):
+        return text
+    if tokenizer is None:
+        raise ValueError("texts are strings: pass the model's tokenizer, or token ids as tensors")
+    return tokenizer(text, return_tensors="pt").input_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import defaultdict
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from lococo.evaluation.likelihood import Window, token_nlls, windows
 from lococo.evaluation.methods import as_method, method_config
@@ -39,7 +41,7 @@ def read_documents(path: Path) -> list[dict[str, str]]:
 
 
 def perplexity_rows(
-    model: nn.Module,
+    model: PreTrainedModel,
     texts: Sequence[Window],
     methods: Sequence[str],
     budgets: Sequence[int],
@@ -52,8 +54,8 @@ def perplexity_rows(
     The gap ratio is (nll - nll of full) / (nll of H2O - nll of full), H2O with the better of its two position modes in
     that domain: 0 is the full cache, 1 is H2O.
     """
-    runs = [(name, slots) for slots in budgets for name in methods if name != "full"]
-    runs = [("full", None), *runs] if "full" in methods else runs
+    runs: list[tuple[str, int | None]] = [("full", None)] if "full" in methods else []
+    runs += [(name, slots) for slots in budgets for name in methods if name != "full"]
     nlls: dict[tuple, dict[str, list[float]]] = {}
     for name, slots in tqdm(runs, desc="methods", disable=None):
         config = None if slots is None else method_config(name, slots, block_size)
@@ -62,7 +64,7 @@ def perplexity_rows(
         with as_method(model, config):
             for window in tqdm(texts, desc=f"{name} {slots or ''}", leave=False, disable=None):
                 key = (name, settings, window.domain, window.document, window.ids.shape[1], first)
-                nll = journal.measure(key, lambda ids=window.ids: token_nlls(model, ids, first).mean().item())
+                nll = journal.measure(key, functools.partial(_mean_nll, model, window.ids, first))
                 by_domain[window.domain].append(nll)
                 by_domain[ALL_DOMAINS].append(nll)
         nlls[name, slots] = by_domain
@@ -82,6 +84,10 @@ def perplexity_rows(
         for (name, slots), by_domain in nlls.items()
         for domain, values in by_domain.items()
     ]
+
+
+def _mean_nll(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
+    return token_nlls(model, ids, first).mean().item()
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -120,7 +126,7 @@ def plot_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def run(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer,
     paths: Sequence[Path],
     methods: Sequence[str],

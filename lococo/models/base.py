@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from typing import Any
 
 import torch
@@ -53,14 +54,16 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"{name} is not supported: its attention has learned sinks (s_aux)")
     if any(hasattr(layer, "kv_lora_rank") for layer in layers.values()):
         raise ValueError(f"{name} is not supported: it caches latent vectors (multi-head latent attention)")
+    if any(hasattr(layer, "lambda_q1") for layer in layers.values()):
+        raise ValueError(f"{name} is not supported: its layers take the difference of two attentions")
     if not hasattr(sys.modules[type(layers[0]).__module__], "apply_rotary_pos_emb"):
         raise ValueError(f"{name} is not supported: its positions are not rotary")
     return decoder
 
 
-def attention_layers(decoder: nn.Module) -> dict[int, nn.Module]:
+def attention_layers(decoder: nn.Module) -> dict[int, Any]:
     """Attention modules by layer index."""
-    layers = [module for module in decoder.modules() if _is_decoder_attention(module)]
+    layers: list[Any] = [module for module in decoder.modules() if _is_decoder_attention(module)]
     return {module.layer_idx: module for module in sorted(layers, key=lambda module: module.layer_idx)}
 
 
@@ -112,27 +115,46 @@ def base_config(model: nn.Module) -> Any:
     raise ValueError(f"{type(model).__name__} must be, or hold, a Transformers model")
 
 
-def uses_rotary(attention: nn.Module) -> bool:
-    """Whether this layer rotates its keys (SmolLM3 leaves some layers without positions)."""
-    return bool(getattr(attention, "use_rope", True))
+def uses_rotary(attention: Any) -> bool:
+    """Whether this layer rotates its keys (SmolLM3 leaves some layers without positions).
+
+    Raises
+    ------
+    ValueError
+        If only the layer's own code can tell (Cohere 2, EXAONE 4, AFMoE).
+    """
+    if hasattr(attention, "use_rope"):
+        return bool(attention.use_rope)
+    if _rotates_on_condition(attention):
+        raise ValueError(
+            f"positions='slot' must know which layers rotate their keys, {type(attention).__name__} decides it in its "
+            "own code; use positions='absolute'"
+        )
+    return True
+
+
+def _rotates_on_condition(attention: Any) -> bool:
+    source = textwrap.dedent(inspect.getsource(type(attention).forward))
+    calls = [line for line in source.splitlines() if "apply_rotary_pos_emb(" in line]
+    return any(len(line) - len(line.lstrip()) > 4 for line in calls)
 
 
 def rotary_embedding(
-    decoder: nn.Module, attention: nn.Module, like: torch.Tensor, positions: torch.Tensor
+    decoder: Any, attention: Any, like: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of a layer's rotary embedding at some positions.
 
     Parameters
     ----------
     like : torch.Tensor
-        Gives dtype and device.
+        Gives the dtype.
     positions : torch.Tensor
         (1, tokens).
 
     Returns
     -------
     tuple of torch.Tensor
-        Each (1, tokens, rotary_dim).
+        Each (1, tokens, rotary_dim), on the device of the embedding.
 
     Raises
     ------
@@ -149,4 +171,5 @@ def rotary_embedding(
             f"positions='slot' needs angles that follow from the position alone, the model's rope type is "
             f"{rope_type!r}; use positions='absolute'"
         )
-    return rotary(like, positions, **extra)
+    device = next(rotary.buffers()).device
+    return rotary(like.to(device), positions.to(device), **extra)

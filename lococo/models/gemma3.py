@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 
-def local_or_global_rotary(decoder: nn.Module, attention: nn.Module) -> nn.Module | None:
+def local_or_global_rotary(decoder: Any, attention: Any) -> Any:
     """The rotary embedding of a Gemma 3 layer where Transformers keeps two (before 5.0), else None."""
     if not hasattr(decoder, "rotary_emb_local"):
         return None

@@ -1,0 +1,88 @@
+"""A real model on real text: SmolLM2-135M-Instruct, fetched once into .demo."""
+
+import json
+import pydoc_data.topics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lococo import LoCoCoConfig, patched, perplexity
+
+ROOT = Path(__file__).parents[1]
+HELDOUT = ROOT.parent / "shared/data/text/wikipedia/heldout.jsonl"
+LENGTH = 640
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    sys.path.insert(0, str(ROOT / "examples"))
+    from fetch_smollm2 import GGUF_FILE, fetch
+
+    folder = fetch(ROOT / ".demo/smollm2-135m").parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32).eval()
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def manual(smollm2):
+    """(1, 640) tokens of Python's own manual."""
+    _, tokenizer = smollm2
+    return tokenizer(pydoc_data.topics.topics["assignment"], return_tensors="pt").input_ids[:, :LENGTH]
+
+
+@torch.no_grad()
+def test_enough_slots_give_the_full_model(smollm2, manual):
+    model, _ = smollm2
+    full = model(manual).logits
+    for config in (LoCoCoConfig(LENGTH, block_size=100), LoCoCoConfig.streaming_llm(LENGTH, block_size=128)):
+        with patched(model, config):
+            # Logits of this model reach 30, so 1e-4 are 3e-6 of them.
+            torch.testing.assert_close(model(manual).logits, full, rtol=0, atol=1e-4)
+    assert torch.equal(model(manual).logits, full)
+
+
+@torch.no_grad()
+def test_any_split_gives_the_same_logits(smollm2, manual):
+    model, _ = smollm2
+    with patched(model, LoCoCoConfig(128, block_size=64)):
+        whole, cache, parts = model(manual).logits, None, []
+        for part in manual.split([1, 199, 200, 240], dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_is_as_large_after_4096_tokens_as_after_1024(smollm2, manual):
+    model, _ = smollm2
+    sizes, cache = [], None
+    with patched(model, LoCoCoConfig(64, block_size=64)):
+        for _ in range(2):
+            for _ in range(2 if not sizes else 6):
+                cache = model(manual[:, :512], past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            sizes.append((cache.seen_tokens, cache.nbytes))
+    assert [tokens for tokens, _ in sizes] == [1024, 4096]
+    keys_and_values = 2 * 30 * 3 * 64 * 128 * 4  # layers, KV heads, head_dim, entries, bytes of a float32
+    assert sizes[0][1] == sizes[1][1] <= 1.05 * keys_and_values
+
+
+@pytest.mark.skipif(not HELDOUT.is_file(), reason="needs ../shared/data/text")
+def test_uncalibrated_model_is_better_than_h2o_on_held_out_text(smollm2):
+    model, tokenizer = smollm2
+    with HELDOUT.open(encoding="utf-8") as file:
+        texts = [json.loads(next(file))["text"] for _ in range(2)]
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, :1536] for text in texts]
+
+    def measure(config):
+        with patched(model, config):
+            return perplexity(model, ids, first=512)
+
+    h2o = min(measure(LoCoCoConfig.h2o(128, block_size=128, positions=mode)) for mode in ("absolute", "slot"))
+    assert measure(LoCoCoConfig(128, block_size=128)) < h2o
