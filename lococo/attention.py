@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface
@@ -14,7 +14,7 @@ from lococo.cache import LayerMemory, LoCoCoCache
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.positions import RotaryTable
-from lococo.segments import AlignedSegment, Plan, RaggedSegment, Segment
+from lococo.segments import Plan, RaggedSegment, Segment
 
 NAME = "lococo"
 
@@ -112,7 +112,8 @@ def _with_zero_gradients(output: torch.Tensor, head: FusionHead) -> torch.Tensor
     if not trained:
         return output
     # A sum of half-precision weights may overflow, and 0 * inf is no zero.
-    return output + sum(0.0 * parameter.sum(dtype=torch.float32) for parameter in trained).to(output.dtype)
+    nothing = torch.stack([0.0 * parameter.sum(dtype=torch.float32) for parameter in trained]).sum()
+    return output + nothing.to(output.dtype)
 
 
 @dataclasses.dataclass
@@ -135,7 +136,7 @@ class _Reader:
             parts.append(self._attend(segment, segment.take(query)))
             for compression in segment.compressions:
                 self.memory.compress(compression, self.head, self.rotary)
-        return self._assemble(parts, query)
+        return self.plan.assemble(parts, query)
 
     def _attend(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
         keys, values = self.memory.keys[:, :, : segment.stop], self.memory.values[:, :, : segment.stop]
@@ -151,7 +152,7 @@ class _Reader:
         window = self.memory.window
         if window is None or max(row.seen for row in self.plan.rows) <= window:
             return mask
-        born = self.memory.entries.born[:, :, None, : segment.stop]
+        born = cast(torch.Tensor, self.memory.entries.born)[:, :, None, : segment.stop]
         births = segment.take(self.plan.places[:, None, :, None].expand(born.shape[0], 1, -1, 1))
         in_window = births - born < window  # (batch, kv_heads, width, stop)
         if mask is None:
@@ -172,15 +173,6 @@ class _Reader:
         if log_mass is None or self.head is None or self.head.is_closed:
             return None
         return self.head.mass_bias(log_mass[:, :, : segment.stop])
-
-    def _assemble(self, parts: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
-        segments = self.plan.segments
-        if segments and isinstance(segments[0], AlignedSegment):
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        output = torch.zeros_like(query)
-        for segment, part in zip(segments, parts, strict=True):
-            output = segment.put(output, part)
-        return output
 
 
 def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:

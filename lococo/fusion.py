@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import cast
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class FusionHead(nn.Module):
     def mass_bias(self, log_mass: torch.Tensor) -> torch.Tensor:
         """Bias on the logits of entries, ``mass_scale`` times their log-mass."""
         with _onloaded(self):
-            return self.mass_scale.to(log_mass.dtype) * log_mass
+            return cast(nn.Parameter, self.mass_scale).to(log_mass.dtype) * log_mass
 
     def forward(
         self, keys: torch.Tensor, values: torch.Tensor, anchors: torch.Tensor, rest: torch.Tensor

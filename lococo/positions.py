@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
-from torch import nn
 
 from lococo.models import rotary_embedding
 
@@ -23,7 +23,7 @@ class RotaryTable:
         Number of positions, ``num_slots + block_size``.
     """
 
-    def __init__(self, decoder: nn.Module, attention: nn.Module, capacity: int, device: torch.device) -> None:
+    def __init__(self, decoder: Any, attention: Any, capacity: int, device: torch.device) -> None:
         cos, sin = rotary_embedding(decoder, attention, torch.zeros(()), torch.arange(capacity)[None])
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]

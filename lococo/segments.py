@@ -136,6 +136,16 @@ class Plan:
     entries: torch.Tensor  # (1 or batch, tokens), the entry of each token: its position with positions="slot"
     places: torch.Tensor  # (1 or batch, tokens), each token's place in its row's text
 
+    def assemble(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """The segments' results (batch, heads, width, d) as one (batch, heads, tokens, d), zero for padding."""
+        ragged = [segment for segment in self.segments if isinstance(segment, RaggedSegment)]
+        if parts and not ragged:
+            return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=2)
+        output = torch.zeros_like(like)
+        for segment, part in zip(ragged, parts, strict=True):
+            output = segment.put(output, part)
+        return output
+
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on a device."""
         return self if device == self.places.device else _moved(self, device)
@@ -146,8 +156,9 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
-    if dataclasses.is_dataclass(value):
-        return type(value)(*(_moved(getattr(value, field.name), device) for field in dataclasses.fields(value)))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
     return value
 
 

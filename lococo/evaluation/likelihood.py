@@ -106,10 +106,10 @@ def perplexity(
     ValueError
         If there is no text, a text is shorter than ``first + 1`` tokens, or strings come without a tokenizer.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts:
+    if not len(texts):
         raise ValueError("texts is empty: perplexity needs at least one text")
-    nlls = torch.cat([token_nlls(model, _ids(text, tokenizer), first) for text in texts])
+    several = [texts] if isinstance(texts, str) else texts
+    nlls = torch.cat([token_nlls(model, _ids(text, tokenizer), first) for text in several])
     return math.exp(nlls.double().mean().item())
 
 
