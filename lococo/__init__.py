@@ -4,7 +4,8 @@ from lococo.cache import LoCoCoCache
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.likelihood import perplexity
 from lococo.heads import load_heads, push_heads, save_heads
-from lococo.patch import is_patched, patch_model, patched, unpatch_model
+from lococo.patch import patch_model, patched, unpatch_model
+from lococo.state import is_patched
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ from lococo.card import HUB_ID, model_card
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.files import check_replaceable, replace_folder, write_files
 from lococo.models import base_config, base_shape
-from lococo.patch import head_modules, is_patched, lococo_config
+from lococo.state import head_modules, is_patched, lococo_config
 
 HEADS_NAME = "lococo_heads.safetensors"
 CARD_NAME = "README.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import os
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lococo.attention import NAME
@@ -19,39 +17,9 @@ from lococo.cache import CROP_ERROR
 from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, execution_device, rotary_tables
 from lococo.fusion import FusionHead
+from lococo.heads import load_heads, read_heads_config
 from lococo.models import attention_layers, find_decoder
-
-HEAD = "lococo_head"
-
-
-@dataclasses.dataclass
-class Patch:
-    """What ``unpatch_model`` needs to put a decoder back; kept on it as ``lococo_patch``."""
-
-    config: LoCoCoConfig
-    attention: str | None
-    hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
-    attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
-
-    def set(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute and remember whether the instance had one of its own."""
-        self.attributes.append((module, name, name in vars(module), vars(module).get(name)))
-        setattr(module, name, value)
-
-    def undo(self, decoder: Any) -> None:
-        """Take hooks, attributes and heads out."""
-        for hook in self.hooks:
-            hook.remove()
-        for module, name, had_own, value in reversed(self.attributes):
-            if had_own:
-                setattr(module, name, value)
-            else:
-                delattr(module, name)
-        decoder.config._attn_implementation = self.attention
-        for layer in attention_layers(decoder).values():
-            if hasattr(layer, HEAD):
-                delattr(layer, HEAD)
-        del decoder.lococo_patch
+from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
 
 def patch_model(
@@ -87,8 +55,6 @@ def patch_model(
             f"{type(model).__name__} is already patched with {lococo_config(model)}; call lococo.unpatch_model first"
         )
     if config is None and heads is not None:
-        from lococo.heads import read_heads_config
-
         config = read_heads_config(heads)
     config = config or LoCoCoConfig()
     decoder: Any = find_decoder(model)
@@ -99,8 +65,6 @@ def patch_model(
     try:
         _apply(patch, model, decoder)
         if heads is not None:
-            from lococo.heads import load_heads
-
             load_heads(model, heads)
     except BaseException:
         patch.undo(decoder)
@@ -144,7 +108,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     ValueError
         If the model is not patched.
     """
-    decoder = _patched_decoder(model)
+    decoder = patched_decoder(model)
     decoder.lococo_patch.undo(decoder)
     return model
 
@@ -159,38 +123,3 @@ def patched(
         yield model
     finally:
         unpatch_model(model)
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether ``patch_model`` is in force on a model or a part of it."""
-    return any(hasattr(module, "lococo_patch") for module in model.modules())
-
-
-def lococo_config(model: nn.Module) -> LoCoCoConfig:
-    """The config a model was patched with.
-
-    Raises
-    ------
-    ValueError
-        If the model is not patched.
-    """
-    return _patched_decoder(model).lococo_patch.config
-
-
-def head_modules(model: nn.Module) -> dict[int, FusionHead]:
-    """Fusion heads of a patched model by layer index; empty if its preset fuses nothing.
-
-    Raises
-    ------
-    ValueError
-        If the model is not patched.
-    """
-    layers = attention_layers(_patched_decoder(model))
-    return {index: getattr(layer, HEAD) for index, layer in layers.items() if hasattr(layer, HEAD)}
-
-
-def _patched_decoder(model: nn.Module) -> Any:
-    for module in model.modules():
-        if "lococo_patch" in vars(module):
-            return module
-    raise ValueError(f"{type(model).__name__} is not patched: call lococo.patch_model first")

@@ -12,7 +12,7 @@ from tiny import tiny_llama
 import lococo
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.heads import CARD_NAME, FILE_NAMES, HEADS_NAME, base_shape, read_heads_config
-from lococo.patch import head_modules, lococo_config
+from lococo.state import head_modules, lococo_config
 
 CONFIG = LoCoCoConfig(num_slots=16, block_size=8)
 

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import lococo
-from lococo.patch import head_modules
+from lococo.state import head_modules
 
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3

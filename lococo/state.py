@@ -1,0 +1,87 @@
+"""What a patched model carries: its config, its heads, and what puts it back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lococo.config import LoCoCoConfig
+from lococo.fusion import FusionHead
+from lococo.models import attention_layers
+
+HEAD = "lococo_head"
+
+
+@dataclasses.dataclass
+class Patch:
+    """What ``unpatch_model`` needs to put a decoder back; kept on it as ``lococo_patch``."""
+
+    config: LoCoCoConfig
+    attention: str | None
+    hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute and remember whether the instance had one of its own."""
+        self.attributes.append((module, name, name in vars(module), vars(module).get(name)))
+        setattr(module, name, value)
+
+    def undo(self, decoder: Any) -> None:
+        """Take hooks, attributes and heads out."""
+        for hook in self.hooks:
+            hook.remove()
+        for module, name, had_own, value in reversed(self.attributes):
+            if had_own:
+                setattr(module, name, value)
+            else:
+                delattr(module, name)
+        decoder.config._attn_implementation = self.attention
+        for layer in attention_layers(decoder).values():
+            if hasattr(layer, HEAD):
+                delattr(layer, HEAD)
+        del decoder.lococo_patch
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``patch_model`` is in force on a model or a part of it."""
+    return any(hasattr(module, "lococo_patch") for module in model.modules())
+
+
+def lococo_config(model: nn.Module) -> LoCoCoConfig:
+    """The config a model was patched with.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    return patched_decoder(model).lococo_patch.config
+
+
+def head_modules(model: nn.Module) -> dict[int, FusionHead]:
+    """Fusion heads of a patched model by layer index; empty if its preset fuses nothing.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    layers = attention_layers(patched_decoder(model))
+    return {index: getattr(layer, HEAD) for index, layer in layers.items() if hasattr(layer, HEAD)}
+
+
+def patched_decoder(model: nn.Module) -> Any:
+    """The decoder inside a model that ``patch_model`` has changed.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    for module in model.modules():
+        if "lococo_patch" in vars(module):
+            return module
+    raise ValueError(f"{type(model).__name__} is not patched: call lococo.patch_model first")
