@@ -228,9 +228,13 @@ def test_slot_positions_never_pass_the_capacity(family):
     assert max(positions.max() for positions in seen) == SMALL.capacity - 1
 
 
-@every_family
-def test_a_key_moved_to_another_slot_is_the_key_the_model_makes_there(family):
-    model, keys = build(family), []
+@pytest.mark.parametrize(
+    ("family", "features"),
+    [*((family, {}) for family in FAMILIES), *(("Llama", {"rope_scaling": rope}) for rope in ROPES.values())],
+    ids=[*FAMILIES, *ROPES],
+)
+def test_a_key_moved_to_another_slot_is_the_key_the_model_makes_there(family, features):
+    model, keys = build(family, **features), []
     tables = rotary_tables(model.model, SMALL, torch.device("cpu"))
     for place in (3, 17):
         output = model(tiny_ids(1, 1), position_ids=torch.tensor([[place]]), use_cache=True)

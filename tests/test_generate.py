@@ -235,6 +235,15 @@ def test_a_long_prompt_read_in_chunks_is_a_prompt_read_at_once(call, use_cache, 
     assert torch.equal(as_tuple["labels" in CALLS[call](chunked)], outputs[1].logits)
 
 
+def test_only_the_last_chunks_hidden_states_are_held_for_the_last_logits(model):
+    chunked = patched_llama(model.model.lococo_patch.config, prefill_chunk_size=7)
+    lengths = []
+    chunked.model.register_forward_hook(lambda _, args, output: lengths.append(output.last_hidden_state.shape[1]))
+    for keep in (1, 5, 11, 0):
+        chunked(LONG, logits_to_keep=keep)
+    assert [length for length in lengths if length != 7] == [3, 5, 11, 52]
+
+
 def outputs_of(outputs):
     return [
         [output[key] for key in ("loss", "logits") if key in output] + [*(output.hidden_states or ())]

@@ -274,7 +274,7 @@ class TestLoadRefuses:
         ("overrides", "message"),
         [
             (dict(num_slots=32), r"num_fused=6, but the model is patched with num_fused=12"),
-            (dict(num_heavy=2), r"num_fused=6, but .* num_fused=7"),
+            (dict(num_heavy=2), r"num_fused=6, but .* num_fused=5"),
             (dict(kernel_size=5), r"kernel_size=21, but .* kernel_size=5"),
             (dict(head_rank=2), r"head_rank=None, but .* head_rank=2"),
             (dict(residual="layer"), r"residual='slot', but .* residual='layer'"),
