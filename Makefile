@@ -18,6 +18,7 @@ ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
 
 test test-versions: export HF_HUB_OFFLINE = 1
+test test-versions: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench memory perplexity gpu test-versions clean

@@ -6,12 +6,12 @@ from lococo.evaluation.likelihood import perplexity
 from lococo.heads import load_heads, push_heads, save_heads
 from lococo.patch import patch_model, patched, unpatch_model
 from lococo.state import is_patched
-
-__version__ = "0.1.0"
+from lococo.version import __version__
 
 __all__ = [
     "LoCoCoCache",
     "LoCoCoConfig",
+    "__version__",
     "is_patched",
     "load_heads",
     "patch_model",

@@ -21,6 +21,7 @@ from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.files import check_replaceable, replace_folder, write_files
 from lococo.models import base_config, base_shape
 from lococo.state import head_modules, is_patched, lococo_config
+from lococo.version import __version__
 
 HEADS_NAME = "lococo_heads.safetensors"
 CARD_NAME = "README.md"
@@ -247,8 +248,6 @@ def _heads_files(
 def _config_content(
     model: nn.Module, training: dict[str, Any] | None, metrics: dict[str, Any] | None
 ) -> dict[str, Any]:
-    from lococo import __version__
-
     base = base_config(model)
     return {
         "format_version": FORMAT_VERSION,

@@ -86,6 +86,11 @@ def test_a_reset_cache_is_a_fresh_one(name):
     model, (ids, mask) = patch(tiny_llama(), CONFIGS[name]), pad_left(ROWS)
     cache = model(ids, attention_mask=mask).past_key_values
     bytes_held, rows = cache.nbytes, tiny_ids(3, 31, seed=9)
+    for layer in cache.layers:
+        for buffer in layer.buffers():
+            buffer.fill_(float("nan"))
+    cache.reset()
+    assert torch.equal(read_on(model, ids, cache, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
     cache.reset()
     assert torch.equal(read_on(model, rows, cache).logits, model(rows).logits)
     assert torch.equal(read_on(model, NEXT, cache).logits, read(model, torch.cat([rows, NEXT], 1), [31, 17])[:, 31:])

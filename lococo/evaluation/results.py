@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import transformers
 
-import lococo
 from lococo.files import write_whole
+from lococo.version import __version__
 
 
 def write_result(path: Path, command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> None:
@@ -34,7 +34,11 @@ def write_result(path: Path, command: str, device: torch.device | str, rows: Seq
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
-        "versions": {package.__name__: package.__version__ for package in (lococo, torch, transformers)},
+        "versions": {
+            "lococo": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
         "rows": list(rows),
     }
     write_whole(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
