@@ -44,14 +44,14 @@ class FusionHead(nn.Module):
 
     @property
     def is_closed(self) -> bool:
-        """Whether every gate is shut, so that blends are copies. Reads the gates again only after a change."""
+        """Whether every gate is shut, so that blends are copies. On a GPU the gates are read only after a change."""
         if self.gate is None or torch.compiler.is_compiling() or self.gate.is_meta:
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             self._closed = None  # the optimizer's next step may leave address and version as they are (FSDP)
             return False
         state = (self.gate.data_ptr(), self.gate._version)
-        if self._closed is None or self._closed[:2] != state:
+        if self._closed is None or self._closed[:2] != state or not self.gate.is_cuda:
             self._closed = (*state, bool((self.gate <= 0).all()))
         return self._closed[2]
 

@@ -47,8 +47,8 @@ def patch_model(
     Raises
     ------
     ValueError
-        If the model is already patched or of an unsupported kind, or the heads do not fit it. The model is then as it
-        was.
+        If the model is already patched, of an unsupported kind or wrapped for distributed training, or the heads do
+        not fit it. The model is then as it was.
     """
     if is_patched(model):
         raise ValueError(
@@ -58,6 +58,7 @@ def patch_model(
         config = read_heads_config(heads)
     config = config or LoCoCoConfig()
     decoder: Any = find_decoder(model)
+    _refuse_distributed(model)
     if config.positions == "slot":
         rotary_tables(decoder, config, torch.device("cpu"))  # a rope type that cannot be used says so here
     patch = Patch(config, decoder.config._attn_implementation)
@@ -70,6 +71,15 @@ def patch_model(
         patch.undo(decoder)
         raise
     return model
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    # Heads put in after wrapping would be trained by every process on its own.
+    replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    if replicated or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is already wrapped for distributed training: patch it first, then wrap"
+        )
 
 
 def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:

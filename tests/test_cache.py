@@ -195,7 +195,7 @@ def test_a_cache_can_be_read_on_in_another_gradient_mode(name, before, after):
 
 
 WIDE = dict(num_hidden_layers=1, num_key_value_heads=4, head_dim=64)
-MEGABYTES = 4
+MEGABYTES = 8
 
 
 def resident_megabytes():

@@ -10,6 +10,8 @@ import lococo
 from lococo.config import LoCoCoConfig
 from lococo.forward import rotary_tables
 
+torch.set_num_threads(1)  # threads of tensors this small wait for each other most of the time
+
 LENGTH = 41
 WINDOW = 9
 SMALL = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5)
