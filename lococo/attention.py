@@ -136,6 +136,7 @@ class _Reader:
             parts.append(self._attend(segment, segment.take(query)))
             for compression in segment.compressions:
                 self.memory.compress(compression, self.head, self.rotary)
+            self.memory.fade_scores(segment)
         return self.plan.assemble(parts, query)
 
     def _attend(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
@@ -143,7 +144,9 @@ class _Reader:
         visibility = kernels.Visibility(self._mask(segment), self._bias(segment), self.softcap)
         if self.memory.entries.scores is not None:
             with torch.no_grad():
-                received = kernels.attention_mass(query, keys, self.scale, visibility, self._counts(segment))
+                squared = self.config.score == "distant"
+                counts = self._counts(segment)
+                received = kernels.attention_mass(query, keys, self.scale, visibility, counts, squared)
                 self.memory.entries.scores[:, :, : segment.stop] += received
         return kernels.attend(query, keys, values, self.scale, visibility, self.config.attention, self.dropout)
 

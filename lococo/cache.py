@@ -100,8 +100,6 @@ class LayerMemory(CacheLayerMixin):
         in_place = not torch.is_grad_enabled()
         self._make_writable(in_place)
         self.is_in_graph = not in_place
-        if self.entries.scores is not None and self.config.score == "last":
-            self.entries.scores.mul_(1.0 - segment.opens)
         self._hold(self.entries.combine(tokens, lambda memory, new: segment.write(memory, new, in_place)))
 
     def _make_writable(self, in_place: bool) -> None:
@@ -134,6 +132,13 @@ class LayerMemory(CacheLayerMixin):
             places = torch.arange(num_slots, device=slots.keys.device)[None]
             slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, places)
         self._hold(self.entries.combine(slots, replace))
+
+    def fade_scores(self, segment: Segment) -> None:
+        """Let attention of the past count less after a block is complete."""
+        scores, per_token = self.entries.scores, self.config.score_fade
+        fading = segment.fading(per_token) if per_token < 1 else None
+        if scores is not None and fading is not None:
+            scores.mul_(fading)
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer there is."""

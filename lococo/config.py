@@ -17,6 +17,9 @@ NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
 SCORES = ("distant", "mean", "sum", "last")
+# What is left of a distant score's old part while as many tokens are read as there are slots.
+DISTANT_FADE = 0.8
+
 ATTENTIONS = ("sdpa", "eager", "flex", "flash_attention_2")
 
 
@@ -54,8 +57,9 @@ class LoCoCoConfig:
     positions : {"absolute", "slot"}
         Rotary positions of the text, or of the place in the cache (no position past ``num_slots + block_size``).
     score : {"distant", "mean", "sum", "last"}
-        Ranking of heavy hitters: attention received per query at least ``num_recent`` entries later, when the token
-        is a recent no more; per query that could see the token; in total (H2O); or from the current block alone.
+        Ranking of heavy hitters. "distant": mean square of the attention from queries at least ``num_recent`` entries
+        later, when the token is a recent no more, older queries fading; "mean": attention per query that could see
+        the token; "sum": in total (H2O); "last": from the current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     prefill_chunk_size : int
@@ -139,6 +143,13 @@ class LoCoCoConfig:
     def score_delay(self) -> int:
         """Entries that must lie between a token and a query whose attention counts for its score."""
         return self.num_recent if self.score == "distant" else 0  # type: ignore[return-value]
+
+    @property
+    def score_fade(self) -> float:
+        """Factor by which a score fades per token read; 1: not at all, 0: only the current block counts."""
+        if self.score == "distant":
+            return DISTANT_FADE ** (1 / self.num_slots)
+        return 0.0 if self.score == "last" else 1.0
 
     @property
     def has_mass(self) -> bool:

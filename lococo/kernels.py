@@ -72,6 +72,7 @@ def attention_mass(
     scale: float,
     visibility: Visibility,
     counts: torch.Tensor | None = None,
+    squared: bool = False,
 ) -> torch.Tensor:
     """Attention probability each entry receives, summed over queries and the query heads of its group.
 
@@ -85,6 +86,8 @@ def attention_mass(
         (batch, kv_heads, entries, head_dim).
     counts : torch.Tensor, optional
         (1 or batch, 1, queries, entries), False where a query's attention to an entry counts for nothing.
+    squared : bool
+        Sum the squares of the probabilities.
 
     Returns
     -------
@@ -99,6 +102,8 @@ def attention_mass(
         probabilities = logits.softmax(dim=-1, dtype=mass.dtype)  # (batch, kv_heads, groups, tile, entries)
         if counts is not None:
             probabilities = probabilities * counts[:, :, None, start:stop]
+        if squared:
+            probabilities = probabilities.square()
         mass += probabilities.sum(dim=(2, 3))
     return mass
 

@@ -28,13 +28,23 @@ class Row:
         """Entries in use, the place of the next token."""
         return self.slots + self.pending
 
-    def read(self, tokens: int, limit: int, num_slots: int) -> tuple[Row, int]:
-        """The row after some tokens, none past the end of the block, and the number of entries to compress (or 0)."""
+    def read(self, tokens: int, limit: int, num_slots: int) -> tuple[Row, int, int]:
+        """The row after some tokens, none past the end of the block.
+
+        Returns
+        -------
+        tuple
+            The row, the length of the block that is complete now (or 0), and the entries to compress (or 0).
+        """
         row = Row(self.slots, self.pending + tokens, self.seen + tokens)
         if row.pending < limit:
-            return row, 0
+            return row, 0, 0
         overfull = row.entries > num_slots
-        return Row(num_slots if overfull else row.entries, 0, row.seen), row.entries if overfull else 0
+        return (
+            Row(num_slots if overfull else row.entries, 0, row.seen),
+            row.pending,
+            row.entries if overfull else 0,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +58,11 @@ class Compression:
 
 @dataclasses.dataclass(frozen=True)
 class AlignedSegment:
-    """Tokens at the same columns and entries in every row. ``opens``: the first of them begins a block."""
+    """Tokens at the same columns and entries in every row. ``closes``: length of the block they complete."""
 
     columns: slice
     start: int
-    opens: bool
+    closes: int
     compressions: tuple[Compression, ...]
 
     @property
@@ -64,6 +74,10 @@ class AlignedSegment:
     def stop(self) -> int:
         """Entries that the last query sees."""
         return self.start + self.width
+
+    def fading(self, per_token: float) -> float | None:
+        """Factor by which a block's length fades what was before its end; None where no block ends."""
+        return per_token**self.closes if self.closes else None
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """The segment's part of (batch, heads, tokens, d)."""
@@ -88,11 +102,15 @@ class RaggedSegment:
     entries: torch.Tensor  # (tokens,), the entry it goes to
     starts: torch.Tensor  # (batch, 1), first entry of each row's segment
     counts: torch.Tensor  # (batch, 1), tokens of each row
-    opens: torch.Tensor  # (batch, 1, 1), 1 where a row begins a block, else 0
+    closes: torch.Tensor  # (batch, 1, 1), length of the block that a row completes, else 0
     width: int
     stop: int
     batch: int
     compressions: tuple[Compression, ...]
+
+    def fading(self, per_token: float) -> torch.Tensor:
+        """(batch, 1, 1) factors by which a block's length fades what was before its end; 1 where no block ends."""
+        return per_token**self.closes
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """The rows' parts of (batch, heads, tokens, d), left-aligned and zero-padded to ``width``."""
@@ -198,10 +216,10 @@ def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device:
     places = torch.arange(row.seen, row.seen + num_tokens, device=device)[None]
     while column < num_tokens:
         tokens = min(max(limit - row.pending, 1), num_tokens - column)
-        start, opens = row.entries, row.pending == 0
-        row, overfull = row.read(tokens, limit, num_slots)
+        start = row.entries
+        row, closes, overfull = row.read(tokens, limit, num_slots)
         compressions = (Compression(overfull, row.seen),) if overfull else ()
-        segments.append(AlignedSegment(slice(column, column + tokens), start, opens, compressions))
+        segments.append(AlignedSegment(slice(column, column + tokens), start, closes, compressions))
         entries.append(torch.arange(start, start + tokens, device=device))
         column += tokens
     return Plan(tuple(segments), (row,), torch.cat(entries)[None], places)
@@ -216,7 +234,7 @@ def _plan_ragged(
     places = torch.zeros_like(entries)
     segments = []
     while any(waiting):
-        before, tokens, overfull = list(state), [], []
+        before, tokens, closes, overfull = list(state), [], [], []
         for index, row in enumerate(before):
             count = min(max(limit - row.pending, 1), len(waiting[index]))
             for place, column in enumerate(waiting[index][:count]):
@@ -224,15 +242,17 @@ def _plan_ragged(
                 entries[index, column] = row.entries + place
                 places[index, column] = row.seen + place
             waiting[index] = waiting[index][count:]
-            state[index], full = row.read(count, limit, num_slots) if count else (row, 0)
+            state[index], closed, full = row.read(count, limit, num_slots) if count else (row, 0, 0)
+            closes.append(closed)
             overfull.append(full)
-        segments.append(_ragged_segment(tokens, before, _compressions(overfull, state, device), device))
+        segments.append(_ragged_segment(tokens, before, closes, _compressions(overfull, state, device), device))
     return Plan(tuple(segments), tuple(state), _upload(entries, device), _upload(places, device))
 
 
 def _ragged_segment(
     tokens: list[tuple[int, int, int, int]],
     rows: list[Row],
+    closes: list[int],
     compressions: tuple[Compression, ...],
     device: torch.device | str,
 ) -> RaggedSegment:
@@ -246,7 +266,7 @@ def _ragged_segment(
         entries=entry,
         starts=_upload(torch.tensor([[row.entries] for row in rows]), device),
         counts=_upload(counts[:, None], device),
-        opens=_upload(torch.tensor([float(row.pending == 0) for row in rows]), device)[:, None, None],
+        closes=_upload(torch.tensor(closes), device)[:, None, None],
         width=int(counts.max()),
         stop=int(table[3].max()) + 1,
         batch=len(rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,10 +105,15 @@ def rank(
     if config.score == "mean":
         score = score / age
     elif config.score == "distant":
-        score = score / ((age - config.score_delay).clamp_min(0) + SCORE_PRIOR)
+        score = score / (_faded_count((age - config.score_delay).clamp_min(0), config.score_fade) + SCORE_PRIOR)
     if window is not None:
         score = score.masked_fill(age >= window, float("-inf"))
     return score
+
+
+def _faded_count(queries: torch.Tensor, fade: float) -> torch.Tensor:
+    """Sum of ``fade ** i`` over so many queries."""
+    return torch.expm1(queries * math.log(fade)) / (fade - 1)
 
 
 def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like: torch.Tensor) -> Choice:

@@ -145,6 +145,9 @@ def _read(
         now += block
         if number < len(blocks) and len(entries) > config.num_slots:
             entries = _compress(entries, config, head, now)
+        if config.score == "distant" and number < len(blocks):
+            for entry in entries:
+                entry.score *= 0.8 ** (block / config.num_slots)
     return torch.stack(outputs, dim=1), entries
 
 
@@ -174,7 +177,7 @@ def _attend(
         outputs.append(probabilities @ values)
         distant = len(entries) - config.num_recent if config.score == "distant" else len(entries)
         for entry, probability in zip(entries[: max(distant, 0)], probabilities.tolist(), strict=False):
-            entry.score += probability
+            entry.score += probability**2 if config.score == "distant" else probability
     return torch.stack(outputs)
 
 
@@ -190,7 +193,9 @@ def _compress(entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None
         if config.score == "mean":
             return entry.score / (now - entry.born)
         if config.score == "distant":
-            return entry.score / (max(now - entry.born - config.num_recent, 0) + 8)
+            fade = 0.8 ** (1 / config.num_slots)
+            queries = max(now - entry.born - config.num_recent, 0)
+            return entry.score / ((1 - fade**queries) / (1 - fade) + 8)
         return entry.score
 
     candidates.sort(key=lambda index: (-rank(index), index))

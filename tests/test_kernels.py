@@ -74,6 +74,14 @@ def test_padding_queries_do_not_vote():
     torch.testing.assert_close(attention_mass(query, key, 0.3, visibility, counts), expected, rtol=0, atol=1e-12)
 
 
+def test_received_squares_equal_column_sums_of_squares():
+    query, key, value, visibility = case("mask")
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    expected = probabilities.square().unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    got = attention_mass(query, key, 0.3, visibility, squared=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_those_by_hand(name):
     query, key, value, visibility = case(name)

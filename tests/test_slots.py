@@ -102,5 +102,7 @@ def test_distant_score_credits_new_tokens_with_silent_queries():
         scores=torch.tensor([[[24.0, 9.0, 0.0]]]),
         born=torch.tensor([[[0.0, 15.0, 17.0]]]),
     )
-    # 18 read: 16, 1 and 0 of the queries were 2 or more entries later; 8 silent ones are added to each.
-    torch.testing.assert_close(rank(entries, 18, config), torch.tensor([[[1.0, 1.0, 0.0]]]))
+    # 18 read: 16, 1 and 0 of the queries were 2 or more entries later, older ones count less; 8 silent ones are added.
+    fade = 0.8 ** (1 / 8)
+    expected = [24 / (sum(fade**age for age in range(16)) + 8), 9 / (1 + 8), 0.0]
+    torch.testing.assert_close(rank(entries, 18, config), torch.tensor([[expected]]))
