@@ -66,8 +66,8 @@ def perplexity_rows(
                 key = (name, settings, window.domain, window.document, window.ids.shape[1], first)
                 nll = journal.measure(key, functools.partial(_mean_nll, model, window.ids, first))
                 by_domain[window.domain].append(nll)
-                by_domain[ALL_DOMAINS].append(nll)
-        nlls[name, slots] = by_domain
+        everything = [nll for values in by_domain.values() for nll in values]
+        nlls[name, slots] = {**by_domain, ALL_DOMAINS: everything}
     length = texts[0].ids.shape[1]
     return [
         {
@@ -109,7 +109,8 @@ def plot_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     slots = min(row["num_slots"] for row in rows if row["num_slots"])
     shown = [row for row in rows if row["num_slots"] == slots]
     full = {row["domain"]: row["nll"] for row in rows if row["method"] == "full"}
-    domains, methods = list(dict.fromkeys(r["domain"] for r in shown)), list(dict.fromkeys(r["method"] for r in shown))
+    domains = sorted(dict.fromkeys(row["domain"] for row in shown), key=lambda domain: domain == ALL_DOMAINS)
+    methods = list(dict.fromkeys(row["method"] for row in shown))
     nll = {(row["domain"], row["method"]): row["nll"] for row in shown}
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
