@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from lococo import kernels
-from lococo.cache import LayerMemory, LoCoCoCache
+from lococo.cache import LayerCache, LoCoCoCache, Memory
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.positions import RotaryTable
-from lococo.segments import Plan, RaggedSegment, Segment
+from lococo.segments import Plan, RaggedSegment, Row, Segment, plan_call
 
 NAME = "lococo"
 
@@ -25,36 +26,44 @@ class Call:
 
     Attributes
     ----------
+    plan : Plan
+        For ``config.num_slots``.
     cache : LoCoCoCache, optional
         None where nothing is remembered after the call.
     rotary_tables : dict
         ``RotaryTable`` (or None) by layer index.
+    rows, real
+        What the plan was made from, as in ``plan_call``, for heads with another number of slots.
     earlier : list of torch.Tensor
         Last hidden states of the chunks read before this one.
     plans : dict
-        Copies of the plan by device, for models spread over several.
+        Plans by number of slots and device, for models spread over several.
     """
 
     config: LoCoCoConfig
     plan: Plan
     cache: LoCoCoCache | None
     rotary_tables: dict[int, RotaryTable | None]
+    rows: Sequence[Row] = (Row(),)
+    real: Sequence[Sequence[bool]] | None = None
     earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    plans: dict[torch.device, Plan] = dataclasses.field(default_factory=dict)
+    plans: dict[tuple[int, torch.device], Plan] = dataclasses.field(default_factory=dict)
 
-    def plan_on(self, device: torch.device) -> Plan:
-        """The plan for layers on a device."""
-        if device not in self.plans:
-            self.plans[device] = self.plan.to(device)
-        return self.plans[device]
+    def plan_for(self, config: LoCoCoConfig, device: torch.device) -> Plan:
+        """The plan for heads with a config, on a device."""
+        key = (config.num_slots, device)
+        if key not in self.plans:
+            if config.num_slots == self.config.num_slots:
+                self.plans[key] = self.plan.to(device)
+            else:
+                self.plans[key] = plan_call(self.rows, self.plan.places.shape[1], config, self.real, device)
+        return self.plans[key]
 
-    def memory(self, layer_idx: int, window: int | None) -> LayerMemory:
-        """The layer's memory: the cache's, or one that ends with this call."""
+    def layer(self, layer_idx: int, window: int | None) -> LayerCache:
+        """What the layer remembers: in the cache, or until this call ends."""
         if self.cache is None:
-            return LayerMemory(self.config, window)
-        memory = self.cache.layers[layer_idx]
-        memory.window = window
-        return memory
+            return LayerCache(self.config, layer_idx, window)
+        return self.cache.layers[layer_idx].look_back(window)
 
 
 def lococo_attention(
@@ -94,16 +103,30 @@ def lococo_attention(
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    memory = lococo.memory(module.layer_idx, sliding_window)
     head = getattr(module, "lococo_head", None)
     rotary = lococo.rotary_tables.get(module.layer_idx)
     # A sliding-window layer keeps what its window sees and has nothing to fuse.
-    fusing = head if memory.window is None else None
-    reader = _Reader(lococo.config, lococo.plan_on(query.device), memory, fusing, rotary, scale, dropout, softcap)
-    output = reader.read(query, key, value)
+    fusing = head if sliding_window is None else None
+    by_head: dict[int, torch.Tensor] = {}
+    for memory, heads in lococo.layer(module.layer_idx, sliding_window).groups:
+        plan = lococo.plan_for(memory.config, query.device)
+        reader = _Reader(memory.config, plan, memory, fusing, rotary, scale, dropout, softcap)
+        if lococo.config.slots_per_head is None:
+            output = reader.read(query, key, value)
+        else:
+            parts = reader.read(*(_of_heads(tensor, heads, key.shape[1]) for tensor in (query, key, value)))
+            by_head.update(zip(heads, parts.chunk(len(heads), dim=1), strict=True))
+    if by_head:
+        output = torch.cat([by_head[index] for index in sorted(by_head)], dim=1)
     if head is not None and torch.is_grad_enabled():
         output = _with_zero_gradients(output, head)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _of_heads(tensor: torch.Tensor, heads: Sequence[int], kv_heads: int) -> torch.Tensor:
+    """What belongs to some KV heads of (batch, heads or kv_heads, tokens, d); slices, so that no index is uploaded."""
+    by_head = tensor.chunk(kv_heads, dim=1)
+    return by_head[heads[0]] if len(heads) == 1 else torch.cat([by_head[head] for head in heads], dim=1)
 
 
 def _with_zero_gradients(output: torch.Tensor, head: FusionHead) -> torch.Tensor:
@@ -120,7 +143,7 @@ def _with_zero_gradients(output: torch.Tensor, head: FusionHead) -> torch.Tensor
 class _Reader:
     config: LoCoCoConfig
     plan: Plan
-    memory: LayerMemory
+    memory: Memory
     head: FusionHead | None
     rotary: RotaryTable | None
     scale: float

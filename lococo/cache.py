@@ -15,8 +15,8 @@ from lococo.segments import Compression, Plan, Row, Segment
 from lococo.slots import Budget, Entries, compress
 
 
-class LayerMemory(CacheLayerMixin):
-    """One layer's entries, in buffers of ``num_slots + block_size`` made at the first write.
+class Memory:
+    """Entries of KV heads with the same budget, in buffers of ``num_slots + block_size`` made at the first write.
 
     Without gradients everything is written in place; with gradients every write makes a new tensor, so that
     back-propagation reaches the tokens of earlier segments.
@@ -35,7 +35,6 @@ class LayerMemory(CacheLayerMixin):
         (batch, kv_heads, capacity, head_dim), what attention reads.
     """
 
-    is_sliding = False
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -44,27 +43,26 @@ class LayerMemory(CacheLayerMixin):
         self.window = window
         self.is_initialized = False
         self.is_in_graph = False
-        self.columns = 0
 
     def _hold(self, entries: Entries) -> None:
         self.entries = entries
         self.keys = entries.keys if entries.rotated is None else entries.rotated
         self.values = entries.values
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def make_buffers(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Make the buffers for keys and values of (batch, kv_heads, tokens, head_dim)."""
         config, budget = self.config, Budget.of(self.config, self.window)
-        shape = (*key_states.shape[:2], config.capacity)
-        wide = torch.promote_types(key_states.dtype, torch.float32)
+        shape = (*key.shape[:2], config.capacity)
+        wide = torch.promote_types(key.dtype, torch.float32)
 
         def numbers(wanted: bool) -> torch.Tensor | None:
-            return torch.zeros(shape, dtype=wide, device=key_states.device) if wanted else None
+            return torch.zeros(shape, dtype=wide, device=key.device) if wanted else None
 
         ranked = budget.heavy > 0 or (budget.fused > 0 and config.residual != "none")
-        keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        keys = key.new_zeros(*shape, key.shape[-1])
         entries = Entries(
             keys=keys,
-            values=value_states.new_zeros(*shape, value_states.shape[-1]),
+            values=value.new_zeros(*shape, value.shape[-1]),
             scores=numbers(ranked),
             born=numbers(self.window is not None or (ranked and config.score in ("mean", "distant"))),
             log_mass=numbers(config.has_mass and budget.fused > 0),
@@ -84,7 +82,7 @@ class LayerMemory(CacheLayerMixin):
             None where keys are not rotated, or stay as they came (``positions="absolute"``).
         """
         if not self.is_initialized:
-            self.lazy_initialization(key, value)
+            self.make_buffers(key, value)
         shape = (*key.shape[:2], plan.places.shape[1])
         return Entries(
             keys=key if rotary is None else rotary.rotate(key, plan.entries, inverse=True),
@@ -106,7 +104,7 @@ class LayerMemory(CacheLayerMixin):
         # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
         is_needed_by_graph = in_place and self.is_in_graph
         if is_needed_by_graph or (not torch.compiler.is_compiling() and _is_locked(self.values)):
-            self._map(lambda tensor: tensor.detach().clone())
+            self.map(lambda tensor: tensor.detach().clone())
 
     def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
         """Replace the first entries of some rows by their M slots."""
@@ -146,11 +144,73 @@ class LayerMemory(CacheLayerMixin):
             return []
         return [tensor for tensor in self.entries.tensors() if tensor is not None]
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put a function of every buffer in its place."""
         if self.is_initialized:
             self._hold(self.entries.map(function))
 
+    def reset(self) -> None:
+        """Forget everything, keep the buffers."""
+        if self.is_initialized:
+            self._make_writable(in_place=True)
+            self.map(torch.Tensor.zero_)
+        self.is_in_graph = False
+
+    def detach(self) -> None:
+        """Cut the graph: back-propagation ends here."""
+        self.map(torch.Tensor.detach)
+        self.is_in_graph = False
+
+
+class LayerCache(CacheLayerMixin):
+    """What a layer remembers: one ``Memory`` for each group of KV heads that have the same number of slots.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+    layer_idx : int
+    window : int, optional
+        Tokens a query of this layer sees, where the model limits them.
+
+    Attributes
+    ----------
+    groups : list of (Memory, list of int)
+        Every memory with the KV heads it holds.
+    """
+
+    is_sliding = False
+
+    def __init__(self, config: LoCoCoConfig, layer_idx: int, window: int | None = None) -> None:
+        by_config: dict[LoCoCoConfig, list[int]] = {}
+        for head, head_config in enumerate(config.layer_configs(layer_idx)):
+            by_config.setdefault(head_config, []).append(head)
+        self.groups = [(Memory(head_config, window), heads) for head_config, heads in by_config.items()]
+        self.columns = 0
+
+    def look_back(self, window: int | None) -> LayerCache:
+        """The same, after the layer has told how far its queries see."""
+        for memory, _ in self.groups:
+            memory.window = window
+        return self
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Every buffer there is."""
+        return [buffer for memory, _ in self.groups for buffer in memory.buffers()]
+
+    def detach(self) -> None:
+        """Cut the graph: back-propagation ends here."""
+        for memory, _ in self.groups:
+            memory.detach()
+
     # What Transformers asks of a cache layer.
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether something has been read."""
+        return all(memory.is_initialized for memory, _ in self.groups)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Nothing: buffers are made by the attention, which knows the heads' budgets."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -175,10 +235,8 @@ class LayerMemory(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
-        if self.is_initialized:
-            self._make_writable(in_place=True)
-            self._map(torch.Tensor.zero_)
-        self.is_in_graph = False
+        for memory, _ in self.groups:
+            memory.reset()
         self.columns = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -196,6 +254,10 @@ class LayerMemory(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Raise: see ``LoCoCoCache.crop``."""
         raise ValueError(CROP_ERROR)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for memory, _ in self.groups:
+            memory.map(function)
 
 
 CROP_ERROR = (
@@ -220,10 +282,10 @@ class LoCoCoCache(Cache):
     num_layers : int
     """
 
-    layers: list[LayerMemory]  # type: ignore[assignment]
+    layers: list[LayerCache]  # type: ignore[assignment]
 
     def __init__(self, config: LoCoCoConfig, num_layers: int) -> None:
-        super().__init__(layers=[LayerMemory(config) for _ in range(num_layers)])
+        super().__init__(layers=[LayerCache(config, layer_idx) for layer_idx in range(num_layers)])
         self.config = config
         self.rows: tuple[Row, ...] = (Row(),)
         self.ends_in_padding = False
@@ -238,7 +300,8 @@ class LoCoCoCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows held, -1 before the first forward."""
-        return self.layers[0].values.shape[0] if self.layers[0].is_initialized else -1
+        buffers = self.layers[0].buffers()
+        return buffers[0].shape[0] if buffers else -1
 
     @property
     def nbytes(self) -> int:
@@ -250,6 +313,11 @@ class LoCoCoCache(Cache):
         self.rows = plan.rows
         for layer in self.layers:
             layer.columns += columns
+
+    def detach(self) -> None:
+        """Cut the graph, so that back-propagation through what is read next ends here."""
+        for layer in self.layers:
+            layer.detach()
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
@@ -66,6 +67,9 @@ class LoCoCoConfig:
         Tokens that go through the model at once when a long prompt is read without gradients.
     attention : {"sdpa", "eager", "flex", "flash_attention_2"}
         Attention kernel.
+    slots_per_head : tuple of tuples of int, optional
+        Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
+        of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
     """
 
     num_slots: int = 512
@@ -85,6 +89,7 @@ class LoCoCoConfig:
     decode_block_size: int | None = None
     prefill_chunk_size: int = 2048
     attention: Literal["sdpa", "eager", "flex", "flash_attention_2"] = "sdpa"
+    slots_per_head: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "block_size", "kernel_size", "prefill_chunk_size"):
@@ -112,6 +117,26 @@ class LoCoCoConfig:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
         if self.init_std is not None and not self.init_std > 0:
             raise ValueError(f"init_std must be positive, got {self.init_std}")
+        if self.slots_per_head is not None:
+            self._check_slots_per_head()
+
+    def _check_slots_per_head(self) -> None:
+        if self.positions == "slot":
+            raise ValueError("slots_per_head needs positions='absolute': places in the cache differ from head to head")
+        layers = tuple(tuple(layer) for layer in self.slots_per_head or ())
+        object.__setattr__(self, "slots_per_head", layers)  # JSON has lists only
+        counts = [slots for layer in layers for slots in layer]
+        if not counts or not all(layers):
+            raise ValueError(
+                "slots_per_head must give at least one KV head in every layer, got an empty layer or none"
+            )
+        for slots in counts:
+            _check_count("every number in slots_per_head", slots, least=1)
+        if sum(counts) > self.num_slots * len(counts):
+            raise ValueError(
+                f"slots_per_head must not exceed num_slots={self.num_slots} on average, got "
+                f"{sum(counts) / len(counts):.2f} over {len(counts)} KV heads"
+            )
 
     def _fill_budget(self) -> None:
         slots = self.num_slots
@@ -150,6 +175,16 @@ class LoCoCoConfig:
         if self.score == "distant":
             return DISTANT_FADE ** (1 / self.num_slots)
         return 0.0 if self.score == "last" else 1.0
+
+    def with_slots(self, num_slots: int) -> LoCoCoConfig:
+        """The same method for heads with another number of slots, shared out in the same proportions."""
+        return self if num_slots == self.num_slots and self.slots_per_head is None else _with_slots(self, num_slots)
+
+    def layer_configs(self, layer_idx: int) -> tuple[LoCoCoConfig, ...]:
+        """One config per KV head of a layer, or a single one for all of its heads."""
+        if self.slots_per_head is None:
+            return (self,)
+        return tuple(self.with_slots(slots) for slots in self.slots_per_head[layer_idx])
 
     @property
     def has_mass(self) -> bool:
@@ -228,6 +263,19 @@ class LoCoCoConfig:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a LoCoCo config: {error!r}") from error
         return cls.from_dict(values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
+    sinks = min(config.num_sinks, num_slots)  # type: ignore[type-var]
+    recent, fused = (count * num_slots // config.num_slots for count in (config.num_recent, config.num_fused))
+    recent = min(recent, num_slots - sinks)
+    heavy = num_slots - sinks - recent - min(fused, num_slots - sinks - recent)
+    if config.num_heavy == 0:  # what rounding left goes to another kind
+        recent, heavy = recent + (heavy if config.num_recent else 0), 0
+    return dataclasses.replace(
+        config, num_slots=num_slots, num_sinks=sinks, num_recent=recent, num_heavy=heavy, slots_per_head=None
+    )
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -82,7 +82,8 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         kwargs["position_ids"] = plan.places
     if cache is not None:
         cache.is_reading = True
-    kwargs["lococo"] = Call(config, plan, cache, _rotary_tables(decoder, config, cache, tokens.device), earlier)
+    tables = _rotary_tables(decoder, config, cache, tokens.device)
+    kwargs["lococo"] = Call(config, plan, cache, tables, rows, real, earlier)
     return (), kwargs
 
 

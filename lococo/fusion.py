@@ -70,27 +70,28 @@ class FusionHead(nn.Module):
         keys, values : torch.Tensor
             (batch, kv_heads, entries, head_dim), in time order.
         anchors : torch.Tensor
-            (batch, kv_heads, num_fused), the entry each fused slot starts from.
+            (batch, kv_heads, slots), the entry each fused slot starts from. Heads with a smaller budget than the
+            largest of their layer have fewer than ``num_fused`` and use the first channels.
         rest : torch.Tensor
             (batch, kv_heads, entries), True where an entry may be blended: no slot holds a copy of it.
 
         Returns
         -------
         torch.Tensor
-            (batch, kv_heads, num_fused, entries) in float32 or wider; rows sum to 1.
+            (batch, kv_heads, slots, entries) in float32 or wider; rows sum to 1.
         """
-        batch, kv_heads = keys.shape[:2]
+        (batch, kv_heads), slots = keys.shape[:2], anchors.shape[-1]
         pairs = torch.cat([keys, values], dim=-1).flatten(0, 1).transpose(1, 2)  # (batch * kv_heads, 2d, entries)
         logits = self.conv(pairs.to(self.conv.weight.dtype))
         if self.expand is not None:
             logits = self.expand(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)  # row sums of many small weights
-        logits = logits.unflatten(0, (batch, kv_heads)).to(wide).relu()
+        logits = logits[:, :slots].unflatten(0, (batch, kv_heads)).to(wide).relu()
         weights = self._normalise(logits, rest[:, :, None])
         if self.gate is None:
             return weights
-        gate = self.gate.to(wide).clamp(0, 1)[:, None]  # (num_fused or 1, 1)
-        residual = (1 - gate).expand(anchors.shape[-1], 1).expand(*anchors.shape, 1)
+        gate = self.gate[:slots].to(wide).clamp(0, 1)[:, None]  # (slots or 1, 1)
+        residual = (1 - gate).expand(slots, 1).expand(*anchors.shape, 1)
         return (gate * weights).scatter_add(-1, anchors[..., None], residual)
 
     def _normalise(self, logits: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:

@@ -128,10 +128,13 @@ def cache_bytes(cache: Any) -> int:
 
 def bytes_per_token(cache: Any) -> int:
     """Bytes of one token's keys and values over all layers of one row."""
+    holders = cache.layers
+    if isinstance(cache, LoCoCoCache):
+        holders = [memory for layer in cache.layers for memory, _ in layer.groups]
     return sum(
         states.shape[1] * states.shape[3] * states.element_size()
-        for layer in cache.layers
-        for states in (layer.keys, layer.values)
+        for holder in holders
+        for states in (holder.keys, holder.values)
     )
 
 

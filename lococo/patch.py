@@ -18,7 +18,7 @@ from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, execution_device, rotary_tables
 from lococo.fusion import FusionHead
 from lococo.heads import load_heads, read_heads_config
-from lococo.models import attention_layers, find_decoder
+from lococo.models import attention_layers, base_shape, find_decoder
 from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
 
@@ -59,6 +59,7 @@ def patch_model(
     config = config or LoCoCoConfig()
     decoder: Any = find_decoder(model)
     _refuse_distributed(model)
+    _check_slots_per_head(config, base_shape(model))
     if config.positions == "slot":
         rotary_tables(decoder, config, torch.device("cpu"))  # a rope type that cannot be used says so here
     patch = Patch(config, decoder.config._attn_implementation)
@@ -73,6 +74,17 @@ def patch_model(
     return model
 
 
+def _check_slots_per_head(config: LoCoCoConfig, shape: dict[str, int]) -> None:
+    if config.slots_per_head is None:
+        return
+    heads = [len(layer) for layer in config.slots_per_head]
+    if heads != [shape["num_kv_heads"]] * shape["num_layers"]:
+        raise ValueError(
+            f"slots_per_head is for {len(heads)} layers with {', '.join(map(str, sorted(set(heads))))} KV heads, the "
+            f"model has {shape['num_layers']} layers with {shape['num_kv_heads']}"
+        )
+
+
 def _refuse_distributed(model: nn.Module) -> None:
     # Heads put in after wrapping would be trained by every process on its own.
     replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
@@ -83,9 +95,10 @@ def _refuse_distributed(model: nn.Module) -> None:
 
 
 def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
-    if patch.config.num_fused:
-        for layer in attention_layers(decoder).values():
-            head = FusionHead(patch.config, layer.head_dim, device=execution_device(layer), dtype=decoder.dtype)
+    for index, layer in attention_layers(decoder).items():
+        largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
+        if largest.num_fused:
+            head = FusionHead(largest, layer.head_dim, device=execution_device(layer), dtype=decoder.dtype)
             setattr(layer, HEAD, head.train(layer.training))
     decoder.config._attn_implementation = NAME
     patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))

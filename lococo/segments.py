@@ -17,16 +17,22 @@ from lococo.config import LoCoCoConfig
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How far a row has been read: entries in its slots, in its open block, and tokens in all."""
+    """How far a row has been read: tokens in blocks that are complete, and in its open block.
 
-    slots: int = 0
+    It does not depend on the number of slots, so heads with budgets of their own share it.
+    """
+
+    closed: int = 0
     pending: int = 0
-    seen: int = 0
 
     @property
-    def entries(self) -> int:
-        """Entries in use, the place of the next token."""
-        return self.slots + self.pending
+    def seen(self) -> int:
+        """Tokens in all."""
+        return self.closed + self.pending
+
+    def entries(self, num_slots: int) -> int:
+        """Entries in use, slots and open block: the place of the next token."""
+        return min(self.closed, num_slots) + self.pending
 
     def read(self, tokens: int, limit: int, num_slots: int) -> tuple[Row, int, int]:
         """The row after some tokens, none past the end of the block.
@@ -36,15 +42,11 @@ class Row:
         tuple
             The row, the length of the block that is complete now (or 0), and the entries to compress (or 0).
         """
-        row = Row(self.slots, self.pending + tokens, self.seen + tokens)
+        row = Row(self.closed, self.pending + tokens)
         if row.pending < limit:
             return row, 0, 0
-        overfull = row.entries > num_slots
-        return (
-            Row(num_slots if overfull else row.entries, 0, row.seen),
-            row.pending,
-            row.entries if overfull else 0,
-        )
+        entries = row.entries(num_slots)
+        return Row(row.seen), row.pending, entries if entries > num_slots else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device:
     places = torch.arange(row.seen, row.seen + num_tokens, device=device)[None]
     while column < num_tokens:
         tokens = min(max(limit - row.pending, 1), num_tokens - column)
-        start = row.entries
+        start = row.entries(num_slots)
         row, closes, overfull = row.read(tokens, limit, num_slots)
         compressions = (Compression(overfull, row.seen),) if overfull else ()
         segments.append(AlignedSegment(slice(column, column + tokens), start, closes, compressions))
@@ -238,38 +240,39 @@ def _plan_ragged(
         for index, row in enumerate(before):
             count = min(max(limit - row.pending, 1), len(waiting[index]))
             for place, column in enumerate(waiting[index][:count]):
-                tokens.append((index, column, place, row.entries + place))
-                entries[index, column] = row.entries + place
+                tokens.append((index, column, place, row.entries(num_slots) + place))
+                entries[index, column] = row.entries(num_slots) + place
                 places[index, column] = row.seen + place
             waiting[index] = waiting[index][count:]
             state[index], closed, full = row.read(count, limit, num_slots) if count else (row, 0, 0)
             closes.append(closed)
             overfull.append(full)
-        segments.append(_ragged_segment(tokens, before, closes, _compressions(overfull, state, device), device))
+        starts = [row.entries(num_slots) for row in before]
+        segments.append(_ragged_segment(tokens, starts, closes, _compressions(overfull, state, device), device))
     return Plan(tuple(segments), tuple(state), _upload(entries, device), _upload(places, device))
 
 
 def _ragged_segment(
     tokens: list[tuple[int, int, int, int]],
-    rows: list[Row],
+    starts: list[int],
     closes: list[int],
     compressions: tuple[Compression, ...],
     device: torch.device | str,
 ) -> RaggedSegment:
     table = torch.tensor(tokens).T
-    counts = torch.bincount(table[0], minlength=len(rows))
+    counts = torch.bincount(table[0], minlength=len(starts))
     row_of, column, place, entry = _upload(table, device)
     return RaggedSegment(
         rows=row_of,
         columns=column,
         places=place,
         entries=entry,
-        starts=_upload(torch.tensor([[row.entries] for row in rows]), device),
+        starts=_upload(torch.tensor(starts)[:, None], device),
         counts=_upload(counts[:, None], device),
         closes=_upload(torch.tensor(closes), device)[:, None, None],
         width=int(counts.max()),
         stop=int(table[3].max()) + 1,
-        batch=len(rows),
+        batch=len(starts),
         compressions=compressions,
     )
 

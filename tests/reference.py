@@ -84,8 +84,9 @@ def naive_lococo(
     k, v : Tensor (num_kv_heads, L, d)
         q and k come rotated for absolute positions, un-rotated for slot positions.
     config : LoCoCoConfig
+        With ``slots_per_head``, the first layer's are taken.
     head : NaiveHead, optional
-        Needed where slots are fused.
+        Needed where slots are fused; heads that fuse fewer slots use its first channels.
     rotate : callable, optional
         ``rotate(x (..., n, d), positions (n))``, needed for slot positions and used for them only.
     scale : float, optional
@@ -113,7 +114,8 @@ def naive_lococo(
     outputs, held = [], []
     for h in range(num_kv_heads):
         queries = q[h * group : (h + 1) * group]
-        output, entries = _read(queries, k[h], v[h], config, head, rotate, scale, blocks)
+        head_config = config if config.slots_per_head is None else config.with_slots(config.slots_per_head[0][h])
+        output, entries = _read(queries, k[h], v[h], head_config, head, rotate, scale, blocks)
         outputs.append(output)
         held.append(entries)
     return torch.cat(outputs), held

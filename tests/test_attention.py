@@ -28,6 +28,8 @@ CONFIGS = {
     "slots-no-multiple-of-block": LoCoCoConfig(13, 8, num_sinks=2, **OPEN),
     "block-larger-than-slots": LoCoCoConfig(6, 11, num_sinks=1, num_recent=2, num_heavy=1, **OPEN),
     "compress-every-token": LoCoCoConfig(16, 1, **OPEN),
+    "slots-per-head": LoCoCoConfig(16, 8, slots_per_head=((21, 11),), **OPEN),
+    "slots-per-head-low-rank": LoCoCoConfig(16, 8, slots_per_head=((9, 23),), head_rank=3, **OPEN),
     "paper": LoCoCoConfig.paper(12, block_size=8),
     "reference": LoCoCoConfig.reference(12, block_size=8),
     "h2o": LoCoCoConfig.h2o(12, block_size=8),
@@ -56,7 +58,8 @@ def random_head(config, seed=0):
     if not config.num_fused:
         return None
     torch.manual_seed(seed)
-    return FusionHead(config, DIM, dtype=torch.float64)
+    largest = max(config.layer_configs(0), key=lambda config: config.num_fused)
+    return FusionHead(largest, DIM, dtype=torch.float64)
 
 
 def naive_head(head):

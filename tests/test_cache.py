@@ -18,6 +18,7 @@ CONFIGS = {
     "absolute": OPEN,
     "slot": LoCoCoConfig(**SLOTS, gate_init=0.5, positions="slot"),
     "decode-block-1": LoCoCoConfig(**SLOTS, gate_init=0.5, decode_block_size=1),
+    "slots-per-head": LoCoCoConfig(**SLOTS, gate_init=0.5, slots_per_head=((16, 8), (12, 12))),
     "paper": LoCoCoConfig.paper(**SLOTS),
     "reference": LoCoCoConfig.reference(**SLOTS),
     "h2o": LoCoCoConfig.h2o(**SLOTS),
@@ -219,4 +220,4 @@ def growth(model, num_tokens):
 def test_the_process_does_not_grow_while_a_hundred_thousand_tokens_pass():
     model = patch(tiny_llama(**WIDE), OPEN, num_slots=64, block_size=128)
     assert growth(model, 49 * 2048) < MEGABYTES
-    assert growth(lococo.unpatch_model(model), 5 * 2048) > MEGABYTES
+    assert growth(lococo.unpatch_model(model), 8 * 2048) > MEGABYTES

@@ -58,11 +58,36 @@ def test_presets_take_overrides(preset):
         ({"attention": "xformers"}, "attention must be one of"),
         ({"gate_init": 1.5}, "gate_init must lie between 0 and 1, got 1.5"),
         ({"init_std": 0.0}, "init_std must be positive, got 0.0"),
+        ({"slots_per_head": ((8, 8), (8, 9)), "num_slots": 8}, "must not exceed num_slots=8 on average, got 8.25"),
+        ({"slots_per_head": ((8, 0),)}, "every number in slots_per_head must be an integer of at least 1, got 0"),
+        ({"slots_per_head": ((8,), ())}, "at least one KV head in every layer"),
+        ({"slots_per_head": ((8,),), "positions": "slot"}, "slots_per_head needs positions='absolute'"),
     ],
 )
 def test_bad_values_are_named_with_the_rule(values, message):
     with pytest.raises(ValueError, match=message):
         LoCoCoConfig(**values)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("num_slots", [1, 3, 5, 16, 47, 128, 700])
+def test_other_slots_are_shared_out_in_the_same_proportions(preset, num_slots):
+    config = preset(128)
+    other = config.with_slots(num_slots)
+    kinds = ("num_sinks", "num_heavy", "num_recent", "num_fused")
+    parts = [getattr(other, kind) for kind in kinds]
+    assert sum(parts) == other.num_slots == num_slots and min(parts) >= 0
+    for kind, part in zip(kinds[1:], parts[1:], strict=True):
+        assert abs(part - getattr(config, kind) * num_slots / 128) <= 4 + num_slots / 32
+        assert getattr(config, kind) or not part, "a kind the preset does not have"
+    assert config.with_slots(128) == config
+
+
+def test_slots_per_head_come_back_from_json(tmp_path):
+    config = LoCoCoConfig(8, slots_per_head=[[4, 12], [8, 7]])
+    config.save_pretrained(tmp_path)
+    assert LoCoCoConfig.from_pretrained(tmp_path) == config
+    assert [head.num_slots for head in config.layer_configs(1)] == [8, 7]
 
 
 def test_unknown_keyword_is_an_error():

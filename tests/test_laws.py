@@ -13,6 +13,7 @@ CONFIGS = {
     "default": LoCoCoConfig(16, block_size=8),
     "open": LoCoCoConfig(16, block_size=8, gate_init=0.4),
     "open-slot": LoCoCoConfig(14, block_size=6, gate_init=0.4, positions="slot"),
+    "slots-per-head": LoCoCoConfig(16, block_size=8, gate_init=0.4, slots_per_head=((24, 8), (6, 26))),
     "paper": LoCoCoConfig.paper(12, block_size=8),
     "reference": LoCoCoConfig.reference(12, block_size=5),
     "h2o": LoCoCoConfig.h2o(12, block_size=8),

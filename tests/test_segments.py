@@ -77,7 +77,7 @@ def test_decode_block_closes_early_and_only_for_single_tokens():
     row = plan_call((Row(),), 14, config).rows[0]
     assert row.pending == 2
     row = plan_call((row,), 1, config).rows[0]
-    assert (row.slots, row.pending, row.seen) == (8, 0, 15)
+    assert (row.entries(8), row.pending, row.seen) == (8, 0, 15)
 
 
 def test_write_and_take_are_inverse_in_both_modes():
