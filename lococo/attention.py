@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -107,20 +108,52 @@ def lococo_attention(
     rotary = lococo.rotary_tables.get(module.layer_idx)
     # A sliding-window layer keeps what its window sees and has nothing to fuse.
     fusing = head if sliding_window is None else None
-    by_head: dict[int, torch.Tensor] = {}
-    for memory, heads in lococo.layer(module.layer_idx, sliding_window).groups:
-        plan = lococo.plan_for(memory.config, query.device)
-        reader = _Reader(memory.config, plan, memory, fusing, rotary, scale, dropout, softcap)
-        if lococo.config.slots_per_head is None:
-            output = reader.read(query, key, value)
-        else:
-            parts = reader.read(*(_of_heads(tensor, heads, key.shape[1]) for tensor in (query, key, value)))
-            by_head.update(zip(heads, parts.chunk(len(heads), dim=1), strict=True))
-    if by_head:
-        output = torch.cat([by_head[index] for index in sorted(by_head)], dim=1)
+    layer = lococo.layer(module.layer_idx, sliding_window)
+    plan_for = functools.partial(lococo.plan_for, device=query.device)
+    output = read_layer(layer, plan_for, query, key, value, scale, fusing, rotary, dropout, softcap)
     if head is not None and torch.is_grad_enabled():
         output = _with_zero_gradients(output, head)
     return output.transpose(1, 2).contiguous(), None
+
+
+def read_layer(
+    layer: LayerCache,
+    plan_for: Callable[[LoCoCoConfig], Plan],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    head: FusionHead | None = None,
+    rotary: RotaryTable | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of one layer over what it remembers, each group of heads over its own memory.
+
+    Parameters
+    ----------
+    layer : LayerCache
+        Holds the tokens afterwards.
+    plan_for : callable
+        Plan of the call for heads with a config.
+    query : torch.Tensor
+        (batch, heads, tokens, head_dim), rotated.
+    key, value : torch.Tensor
+        (batch, kv_heads, tokens, head_dim), keys rotated.
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, heads, tokens, head_dim).
+    """
+    by_head: dict[int, torch.Tensor] = {}
+    for memory, heads in layer.groups:
+        reader = _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap)
+        if not layer.is_split:
+            return reader.read(query, key, value)
+        output = reader.read(*(_of_heads(tensor, heads, key.shape[1]) for tensor in (query, key, value)))
+        by_head.update(zip(heads, output.chunk(len(heads), dim=1), strict=True))
+    return torch.cat([by_head[index] for index in sorted(by_head)], dim=1)
 
 
 def _of_heads(tensor: torch.Tensor, heads: Sequence[int], kv_heads: int) -> torch.Tensor:

@@ -176,6 +176,8 @@ class LayerCache(CacheLayerMixin):
     ----------
     groups : list of (Memory, list of int)
         Every memory with the KV heads it holds.
+    is_split : bool
+        Whether heads have budgets of their own. If not, the one memory holds all heads, however many there are.
     """
 
     is_sliding = False
@@ -185,6 +187,8 @@ class LayerCache(CacheLayerMixin):
         for head, head_config in enumerate(config.layer_configs(layer_idx)):
             by_config.setdefault(head_config, []).append(head)
         self.groups = [(Memory(head_config, window), heads) for head_config, heads in by_config.items()]
+        self.is_split = config.slots_per_head is not None
+        self.is_initialized = True  # for Transformers; buffers are made by the first write
         self.columns = 0
 
     def look_back(self, window: int | None) -> LayerCache:
@@ -204,13 +208,8 @@ class LayerCache(CacheLayerMixin):
 
     # What Transformers asks of a cache layer.
 
-    @property
-    def is_initialized(self) -> bool:
-        """Whether something has been read."""
-        return all(memory.is_initialized for memory, _ in self.groups)
-
     def lazy_initialization(self, *args, **kwargs) -> None:
-        """Nothing: buffers are made by the attention, which knows the heads' budgets."""
+        """Nothing: every memory makes its buffers at the first write."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

@@ -1,4 +1,4 @@
-"""The command line: ``lococo generate | eval | bench``."""
+"""The command line: ``lococo generate | calibrate | eval | bench``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lococo
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.methods import METHODS, as_method, method_config
+from lococo.evaluation.methods import METHODS, as_method, method_config, plan_runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["lococo", *arguments])
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"lococo: {error}", file=sys.stderr)
         return 2
     return 0
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lococo {lococo.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="read a long prompt and answer"))
+    _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(required=True, metavar="WHAT")
     _add_perplexity(evaluations.add_parser("ppl", help="perplexity by domain and method"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory").add_subparsers(
@@ -64,13 +66,60 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--output", type=Path, required=True, help="heads folder to write")
+    parser.add_argument("--num-slots", type=int, default=LoCoCoConfig.num_slots, help="(default: %(default)s)")
+    parser.add_argument("--block-size", type=int, help="(default: as many as slots, at most 512)")
+    parser.add_argument("--recipe", default="default", choices=["default", "paper"], help="(default: %(default)s)")
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--dataset", nargs="+", help="Hub ids, files or folders (default: togethercomputer/RedPajama-Data-1T-Sample)"
+    )
+    text.add_argument("--text-column", default="text", help="(default: %(default)s)")
+    text.add_argument("--length", type=int, default=4096, help="tokens per window (default: %(default)s)")
+    text.add_argument("--first", type=int, default=512, help="first token that is measured (default: %(default)s)")
+    text.add_argument("--windows", type=int, help="training windows (default: as many as the recipe reads)")
+    text.add_argument("--heldout", type=int, default=8, help="windows to measure on (default: %(default)s)")
+    text.add_argument("--boundaries", default="reset", choices=["reset", "none"], help="between documents")
+    text.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    how = parser.add_argument_group("how (default: as the recipe says)")
+    how.add_argument(
+        "--objective", choices=["distill", "next-token", "none"], help="end-to-end training; none: no such"
+    )
+    how.add_argument("--steps", type=int, help="of end-to-end training")
+    how.add_argument("--windows-per-step", type=int, help="global batch")
+    how.add_argument("--learning-rate", type=float)
+    how.add_argument("--backprop-tokens", type=int, help="length of back-propagation; 0: the whole window")
+    how.add_argument("--budget-texts", type=int, help="texts for the slots of each KV head; 0: the same for all")
+    how.add_argument("--local-steps", type=int, help="layer-local training first, so many texts per layer; 0: none")
+    how.add_argument("--local-texts", type=int, help="texts recorded for it")
+    how.add_argument("--measure-every", type=int, help="steps between two looks at the gap ratio")
+    how.add_argument("--deepspeed", nargs="?", const="zero2", help="ZeRO-2, or a DeepSpeed config file")
+    parser.add_argument("--work-dir", type=Path, help="state of the run (default: OUTPUT.work)")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=Path("~/.cache/lococo"),
+        help="token windows and figures (default: %(default)s)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
+    parser.set_defaults(run=_calibrate)
+
+
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files")
     parser.add_argument("--methods", default="full,streaming,h2o,h2o-slot,lococo-uncalibrated")
     parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
+    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
     parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens per text (default: %(default)s)")
+    parser.add_argument(
+        "--min-length",
+        type=int,
+        help="a file without long texts is measured on shorter ones, down to this many tokens",
+    )
     parser.add_argument("--first", type=int, default=512, help="first token that counts (default: %(default)s)")
     parser.add_argument("--documents", type=int, default=6, help="texts per file (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results/perplexity"), help="(default: %(default)s)")
@@ -150,24 +199,58 @@ def _generate(options: argparse.Namespace) -> None:
     print(f"\n{reading.summary()}")
 
 
-def _perplexity(options: argparse.Namespace) -> None:
-    from lococo.evaluation.ppl_table import run
-    from lococo.evaluation.results import markdown_table
+def _calibrate(options: argparse.Namespace) -> None:
+    from lococo.training.calibrate import calibrate, check_calibration, this_process
+    from lococo.training.data import DEFAULT_DATASET, DataConfig
+    from lococo.training.recipe import RECIPES, adjusted
+    from lococo.training.trainer import DEEPSPEED_ZERO2
 
+    block_size = min(options.num_slots, 512) if options.block_size is None else options.block_size
+    config, recipe = RECIPES[options.recipe](options.num_slots, block_size)
+    recipe = adjusted(recipe, options)
+    data = DataConfig(
+        sources=tuple(options.dataset or [DEFAULT_DATASET]),
+        length=options.length,
+        num_windows=recipe.windows_needed if options.windows is None else options.windows,
+        num_heldout=options.heldout,
+        boundaries=options.boundaries,
+        text_column=options.text_column,
+        seed=options.seed,
+    )
+    deepspeed = str(DEEPSPEED_ZERO2) if options.deepspeed == "zero2" else options.deepspeed
+    work_dir = options.work_dir or options.output.with_name(f"{options.output.name}.work")
+    run: dict[str, Any] = dict(work_dir=work_dir, resume=options.resume, first=options.first)
+    check_calibration(config, data, recipe, options.output, **run)
+    process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
     model, tokenizer = load(options)
-    rows = run(
+    rows = calibrate(
         model,
         tokenizer,
-        options.data,
-        options.methods.split(","),
-        options.num_slots,
-        options.block_size,
-        options.length,
-        options.first,
-        options.documents,
+        config,
+        data,
+        recipe,
         options.output,
-        options.command_line,
+        cache_dir=options.cache_dir.expanduser(),
+        training_arguments={"deepspeed": deepspeed} if deepspeed else None,
+        command=options.command_line,
+        **run,
     )
+    if process.is_main_process:
+        last = [row for row in rows if "gap_ratio" in row][-1]
+        print(f"{options.output}: gap ratio {last['gap_ratio']:.3f} (0 is the full cache, 1 is H2O)")
+
+
+def _perplexity(options: argparse.Namespace) -> None:
+    from lococo.evaluation import ppl_table
+    from lococo.evaluation.results import markdown_table
+
+    heads = [str(folder) for folder in options.heads]
+    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
+    model, tokenizer = load(options)
+    texts = ppl_table.read_windows(
+        options.data, tokenizer, options.length, options.documents, options.first, options.min_length
+    )
+    rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
     print(markdown_table([row for row in rows if row["domain"] == "all"]))
 
 

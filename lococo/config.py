@@ -267,7 +267,8 @@ class LoCoCoConfig:
 
 @functools.lru_cache(maxsize=4096)
 def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
-    sinks = min(config.num_sinks, num_slots)  # type: ignore[type-var]
+    assert config.num_sinks is not None and config.num_recent is not None  # filled by __post_init__
+    sinks = min(config.num_sinks, num_slots)
     recent, fused = (count * num_slots // config.num_slots for count in (config.num_recent, config.num_fused))
     recent = min(recent, num_slots - sinks)
     heavy = num_slots - sinks - recent - min(fused, num_slots - sinks - recent)

@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under another name beside its place, then move it there. Folders are made if missing."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under another name beside its place, then move it there. Folders are made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 

@@ -17,6 +17,7 @@ from lococo.config import LoCoCoConfig
 from lococo.models import attention_layers, uses_rotary
 from lococo.positions import RotaryTable
 from lococo.segments import Row, plan_call
+from lococo.state import patched_decoder
 
 PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
@@ -40,23 +41,32 @@ class Request:
 def ask_for_last_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the model around the decoder: ``logits_to_keep`` tells what the decoder may forget."""
     keep = kwargs.get("logits_to_keep")
-    if isinstance(keep, int) and keep > 0 and kwargs.get("labels") is None:
-        kwargs["lococo"] = Request(keep=keep)
-        return args, kwargs
-    return None
+    wanted = isinstance(keep, int) and keep > 0 and kwargs.get("labels") is None
+    if not wanted or patched_decoder(model).lococo_patch.is_suspended:
+        return None
+    kwargs["lococo"] = Request(keep=keep)
+    return args, kwargs
 
 
-def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the decoder: put a ``Call`` into its arguments, read a long prompt up to its last chunk.
+
+    None while the patch is suspended.
 
     Raises
     ------
     ValueError
         For what a compressed cache cannot do: a foreign cache with content, a 4-D mask, packed sequences, attention
-        matrices.
+        matrices. For a compressed cache while the patch is suspended.
     """
     config: LoCoCoConfig = decoder.lococo_patch.config
     kwargs = _by_name(decoder, args, kwargs)
+    if decoder.lococo_patch.is_suspended:
+        if isinstance(kwargs.get("past_key_values"), LoCoCoCache):
+            raise ValueError(
+                "past_key_values is a LoCoCoCache; inside lococo.patch.suspended the cache is the full one"
+            )
+        return None
     if isinstance(kwargs.get("attention_mask"), Mapping):  # one per type of layers, all as padding_mask made them
         kwargs["attention_mask"] = next(iter(kwargs["attention_mask"].values()), None)
     request = kwargs.pop("lococo", None) or Request()

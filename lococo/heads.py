@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from lococo.version import __version__
 HEADS_NAME = "lococo_heads.safetensors"
 CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
+ATTACHMENTS = ("calibration.json", "calibration.png")
 FORMAT_VERSION = 1
 HEAD_FIELDS = ("num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
 
@@ -37,6 +40,7 @@ def save_heads(
     training: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write the heads of a patched model into a folder, whole or not at all.
 
@@ -54,6 +58,8 @@ def save_heads(
         How the heads were trained and their measured figures, as plain JSON values.
     dtype : torch.dtype, optional
         Floating dtype of the saved tensors. None: that of each parameter.
+    attachments : mapping of str to bytes, optional
+        More files, of the names in ``ATTACHMENTS``: the record of a calibration and its picture.
 
     Returns
     -------
@@ -64,15 +70,30 @@ def save_heads(
     ------
     ValueError
         If the model is not patched, a head holds a value that is not finite in ``dtype``, ``dtype`` is not a floating
-        dtype, or ``training`` or ``metrics`` are not plain finite JSON values.
+        dtype, ``training`` or ``metrics`` are not plain finite JSON values, or an attachment has another name.
     FileExistsError
         If ``folder`` is a file, or holds anything that is not of a heads folder.
     """
     folder = Path(folder)
     files = _heads_files(model, folder.resolve().name, training, metrics, dtype)
-    check_replaceable(folder, CONFIG_NAME, FILE_NAMES)
+    for name, content in (attachments or {}).items():
+        if name not in ATTACHMENTS:
+            raise ValueError(f"attachments must be named {' or '.join(ATTACHMENTS)}, got {name!r}")
+        files[name] = content
+    check_heads_folder(folder)
     replace_folder(folder.resolve(), files)
     return folder
+
+
+def check_heads_folder(folder: Path) -> None:
+    """Refuse a folder that ``save_heads`` would not replace.
+
+    Raises
+    ------
+    FileExistsError
+        If it is a file, or holds anything that is not of a heads folder.
+    """
+    check_replaceable(folder, CONFIG_NAME, FILE_NAMES + ATTACHMENTS)
 
 
 def load_heads(
@@ -145,6 +166,11 @@ def read_heads_config(
         If there is no such folder, no config in it, or the Hub could not deliver it.
     """
     return LoCoCoConfig.from_pretrained(_local_folder(folder_or_id, revision, token))
+
+
+def heads_digest(folder_or_id: str | os.PathLike) -> str:
+    """SHA-256 of saved heads' weights, to tell one training from another."""
+    return hashlib.sha256((_local_folder(folder_or_id, None, None) / HEADS_NAME).read_bytes()).hexdigest()
 
 
 def push_heads(

@@ -146,3 +146,24 @@ def patched(
         yield model
     finally:
         unpatch_model(model)
+
+
+@contextlib.contextmanager
+def suspended(model: nn.Module) -> Iterator[nn.Module]:
+    """The same patched model with its full cache inside a ``with`` block, bit for bit that of the unpatched model.
+
+    Heads stay where they are. Caches from inside the block are not for outside of it, nor the other way round.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    decoder = patched_decoder(model)
+    patch: Patch = decoder.lococo_patch
+    before = patch.is_suspended, decoder.config._attn_implementation
+    patch.is_suspended, decoder.config._attn_implementation = True, patch.attention
+    try:
+        yield model
+    finally:
+        patch.is_suspended, decoder.config._attn_implementation = before

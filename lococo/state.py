@@ -21,6 +21,7 @@ class Patch:
 
     config: LoCoCoConfig
     attention: str | None
+    is_suspended: bool = False
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
     attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
 
+import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.evaluation import perplexity, ppl_table, token_nlls, windows
+from lococo.evaluation.methods import plan_runs
 from lococo.evaluation.results import Journal, markdown_table
 
 
@@ -78,16 +80,10 @@ def corpus(tmp_path):
     return path
 
 
-def run(model, corpus, output, **changes):
-    arguments = dict(
-        methods=["full", "h2o", "h2o-slot", "lococo-uncalibrated"],
-        budgets=[12],
-        block_size=8,
-        length=40,
-        first=20,
-        limit=3,
-    )
-    return ppl_table.run(model, Characters(), [corpus], output=output, command="command", **{**arguments, **changes})
+def run(model, corpus, output, methods=("full", "h2o", "h2o-slot", "lococo-uncalibrated"), length=40, **changes):
+    runs = plan_runs(methods, budgets=[12], block_size=8, heads=changes.pop("heads", ()))
+    texts = ppl_table.read_windows([corpus], Characters(), length, limit=3, first=20, **changes)
+    return ppl_table.run(model, texts, runs, first=20, output=output, command="command")
 
 
 def test_table_holds_what_it_says(model, corpus, tmp_path):
@@ -137,7 +133,28 @@ def test_unknown_method_and_short_texts_are_named_before_any_work(model, corpus,
         run(model, corpus, tmp_path / "x", methods=["full", "h20"])
     with pytest.raises(ValueError, match="no document has 400 tokens"):
         run(model, corpus, tmp_path / "x", length=400)
+    with pytest.raises(ValueError, match="no document has 95 tokens"):
+        run(model, corpus, tmp_path / "x", length=400, min_length=95)
     assert list(tmp_path.iterdir()) == [corpus.parent]
+
+
+def test_a_file_of_short_texts_is_measured_on_shorter_ones_if_allowed(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x", methods=["full"], length=160, min_length=30)
+    assert {(row["length"], row["tokens"]) for row in rows} == {(80, 2 * 60)}
+
+
+def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path):
+    config = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.5, slots_per_head=((16, 8), (9, 15)))
+    with lococo.patched(model, config):
+        lococo.save_heads(model, tmp_path / "heads")
+        texts = ppl_table.read_windows([corpus], Characters(), 40, limit=3, first=20)
+        expected = torch.cat([token_nlls(model, window.ids, 20) for window in texts]).mean().item()
+    rows = run(model, corpus, tmp_path / "x", heads=[str(tmp_path / "heads")])
+    (ours,) = [row for row in rows if row["method"] == "lococo" and row["domain"] == "books"]
+    assert (ours["num_slots"], ours["nll"]) == (12, pytest.approx(expected))
+    assert ours["gap_ratio"] is not None
+    with pytest.raises(ValueError, match="block_size=8, compare them at that size"):
+        plan_runs(["full"], [12], 16, [str(tmp_path / "heads")])
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", '{"no": 1}'), ("a.txt", ""), ("a.csv", "x")])

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from lococo.training import data
-from lococo.training.data import DEFAULT_DATASET, DataConfig, documents, is_heldout, prepare
+from lococo.training import documents as reading
+from lococo.training.data import DEFAULT_DATASET, DataConfig, is_heldout, prepare
+from lococo.training.documents import SUFFIXES, documents
 
 WORDS = 97
 
@@ -51,6 +53,10 @@ def config(*sources, **changes):
     return DataConfig(
         **{"sources": tuple(map(str, sources)), "length": 8, "num_windows": 10, "num_heldout": 3, **changes}
     )
+
+
+def read(*sources, **options):
+    return documents(list(map(str, sources)), **options)
 
 
 def rows(windows):
@@ -114,7 +120,7 @@ def test_without_boundaries_the_windows_are_the_joined_documents(docs, length, b
 def test_held_out_windows_keep_the_order_of_the_data_and_share_no_document(tmp_path, boundaries):
     texts, tokenizer = many_texts(), word_tokenizer()
     wish = config(write_lines(tmp_path / "a.jsonl", texts), boundaries=boundaries, heldout_share=0.4)
-    wish = dataclasses.replace(wish, num_windows=100, num_heldout=20)
+    wish = dataclasses.replace(wish, num_windows=100, num_heldout=20, max_windows_per_document=99)
     train, heldout = prepare(wish, tokenizer, tmp_path)
     sides = {side: [t for t in texts if is_heldout(t, 0.4, wish.seed) is side] for side in (False, True)}
     encoded = {side: tokenizer(found).input_ids for side, found in sides.items()}
@@ -174,7 +180,7 @@ def test_windows_go_through_the_trainers_collator(tmp_path):
 def test_second_call_reads_the_cache_and_opens_no_source(tmp_path, monkeypatch):
     wish = config(write_lines(tmp_path / "books" / "a.jsonl", many_texts()))
     first = prepare(wish, word_tokenizer(), tmp_path / "cache")
-    monkeypatch.setattr(data, "documents", lambda config: pytest.fail("a source was opened"))
+    monkeypatch.setattr(data, "documents", lambda *arguments: pytest.fail("a source was opened"))
     second = prepare(wish, word_tokenizer(), tmp_path / "cache")
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.ids, other.ids) and one.domains == other.domains == ["books"] * len(one)
@@ -233,25 +239,25 @@ def write_as(path, texts):
     return path
 
 
-@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in data.SUFFIXES])
+@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in SUFFIXES])
 def test_every_kind_of_file_gives_its_texts(tmp_path, name):
     texts = ["one\u2028two\x85three\nfour", "größer", "三"]
-    found = [document["text"] for document in documents(config(write_as(tmp_path / name, texts)))]
+    found = [document["text"] for document in read(write_as(tmp_path / name, texts))]
     assert found == (texts[:1] if name == "a.txt" else texts)
 
 
 def test_a_long_text_file_is_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TEXT_PART", 10)
+    monkeypatch.setattr(reading, "TEXT_PART", 10)
     (tmp_path / "a.txt").write_text("0123456789" * 3 + "rest")
-    assert [d["text"] for d in documents(config(tmp_path / "a.txt"))] == ["0123456789"] * 3 + ["rest"]
+    assert [d["text"] for d in read(tmp_path / "a.txt")] == ["0123456789"] * 3 + ["rest"]
 
 
 def test_a_folder_means_all_its_files_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "STREAMS", 2)
+    monkeypatch.setattr(reading, "STREAMS", 2)
     for name in "abcde":
         write_lines(tmp_path / name / "x.jsonl", [f"{name}{index}" for index in range(3)])
     (tmp_path / "notes.md").write_text("not data")
-    found = list(documents(config(tmp_path)))
+    found = list(read(tmp_path))
     assert sorted(d["text"] for d in found) == [f"{name}{index}" for name in "abcde" for index in range(3)]
     assert all(d["domain"] == d["text"][0] for d in found)
     assert [d["text"] for d in found][:4] == ["a0", "c0", "a1", "c1"]
@@ -261,7 +267,7 @@ def test_sources_take_turns_until_each_has_ended(tmp_path):
     paths = [
         write_lines(tmp_path / f"{n}.jsonl", [f"{n}{i}" for i in range(count)]) for n, count in (("a", 2), ("b", 4))
     ]
-    assert [d["text"] for d in documents(config(*paths))] == ["a0", "b0", "a1", "b1", "b2", "b3"]
+    assert [d["text"] for d in read(*paths)] == ["a0", "b0", "a1", "b1", "b2", "b3"]
 
 
 @pytest.mark.parametrize(
@@ -277,13 +283,13 @@ def test_sources_take_turns_until_each_has_ended(tmp_path):
 )
 def test_domain_comes_from_the_document_or_its_place(tmp_path, fields, domain):
     path = write_lines(tmp_path / "folder" / "a.jsonl", ["text"], **fields)
-    assert [document["domain"] for document in documents(config(path))] == [domain]
+    assert [document["domain"] for document in read(path)] == [domain]
 
 
 def test_documents_without_text_are_left_out_and_broken_surrogates_replaced(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n{"text": null}\n{"text": " \\n"}\n{"text": "a\\ud800b"}\n')
-    assert [document["text"] for document in documents(config(path))] == ["a?b"]
+    assert [document["text"] for document in read(path)] == ["a?b"]
 
 
 def hub(monkeypatch, answers):
@@ -307,7 +313,7 @@ def hub_rows(count):
 
 def test_a_hub_dataset_is_streamed_from_all_its_shards(monkeypatch):
     calls = hub(monkeypatch, [hub_rows(6)])
-    found = list(documents(config(DEFAULT_DATASET, text_column="body", split="validation")))
+    found = list(read(DEFAULT_DATASET, text_column="body", split="validation"))
     assert calls == [((DEFAULT_DATASET,), {"split": "validation", "streaming": True})]
     assert [document["text"] for document in found] == ["t0", "t2", "t4", "t1", "t3", "t5"]
     assert {document["domain"] for document in found} == {"RedPajama-Data-1T-Sample"}
@@ -316,7 +322,7 @@ def test_a_hub_dataset_is_streamed_from_all_its_shards(monkeypatch):
 def test_a_hub_dataset_with_a_script_is_read_from_its_parquet_copy(monkeypatch):
     scripts = RuntimeError("Dataset scripts are no longer supported, but found x.py")
     calls = hub(monkeypatch, [scripts, hub_rows(3)])
-    assert len(list(documents(config("org/name", text_column="body")))) == 3
+    assert len(list(read("org/name", text_column="body"))) == 3
     assert calls[1] == (("org/name",), {"split": "train", "streaming": True, "revision": "refs/convert/parquet"})
 
 
@@ -324,7 +330,7 @@ def test_a_hub_dataset_with_a_script_is_read_from_its_parquet_copy(monkeypatch):
 def test_a_hub_dataset_that_does_not_open_is_named(monkeypatch, error):
     hub(monkeypatch, [error])
     with pytest.raises(ValueError, match=f"org/name: .* Hub dataset: {error}"):
-        documents(config("org/name"))
+        read("org/name")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +369,7 @@ def test_a_source_that_is_nowhere_is_named(tmp_path, source):
 
 def test_a_folder_without_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="no file in this folder ends in .jsonl"):
-        documents(config(tmp_path))
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +380,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, source, module):
     path = source if source == "org/name" else write_as(tmp_path / source, ["a"])
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"needs the package \w+: pip install lococo\[train\]"):
-        list(documents(config(path)))
+        list(read(path))
 
 
 def test_joining_needs_an_eos_token(tmp_path):

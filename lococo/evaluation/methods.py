@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from lococo.config import LoCoCoConfig
+from lococo.heads import heads_digest, read_heads_config
 from lococo.patch import patched
 
 PRESETS: dict[str, Callable[..., LoCoCoConfig]] = {
@@ -39,11 +42,59 @@ def method_config(name: str, num_slots: int, block_size: int) -> LoCoCoConfig | 
     return PRESETS[name](num_slots, block_size=block_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One column of a comparison: a method at a number of slots.
+
+    Attributes
+    ----------
+    config : LoCoCoConfig, optional
+        None for the full cache.
+    heads : str, optional
+        Folder or Hub id of trained heads.
+    """
+
+    name: str
+    config: LoCoCoConfig | None
+    heads: str | None = None
+
+    @property
+    def num_slots(self) -> int | None:
+        """Slots per layer and KV head, on average; None: every token is kept."""
+        return None if self.config is None else self.config.num_slots
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the outcome depends on, as plain JSON values: the config, and the trained weights by their digest."""
+        if self.config is None:
+            return None
+        return {**self.config.to_dict(), **({"heads": heads_digest(self.heads)} if self.heads else {})}
+
+
+def plan_runs(methods: Sequence[str], budgets: Sequence[int], block_size: int, heads: Sequence[str] = ()) -> list[Run]:
+    """The runs of a comparison: ``full`` once, other methods at every budget, trained heads as they were trained.
+
+    Raises
+    ------
+    ValueError, OSError
+        If a method is not known, or heads cannot be read or were trained with another block size.
+    """
+    runs = [Run("full", None)] if "full" in methods else []
+    runs += [
+        Run(name, method_config(name, slots, block_size)) for slots in budgets for name in methods if name != "full"
+    ]
+    for folder in heads:
+        config = read_heads_config(folder)
+        if config.block_size != block_size:
+            raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
+        runs.append(Run("lococo", config, folder))
+    return runs
+
+
 @contextlib.contextmanager
-def as_method(model: nn.Module, config: LoCoCoConfig | None) -> Iterator[nn.Module]:
+def as_method(model: nn.Module, config: LoCoCoConfig | None, heads: str | None = None) -> Iterator[nn.Module]:
     """The model with a method in force: patched inside the block, or as it is for None."""
     if config is None:
         yield model
         return
-    with patched(model, config):
+    with patched(model, config, heads=heads):
         yield model

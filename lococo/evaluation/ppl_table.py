@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.evaluation.likelihood import Window, token_nlls, windows
-from lococo.evaluation.methods import as_method, method_config
+from lococo.evaluation.methods import Run, as_method
 from lococo.evaluation.results import Journal, write_result
 
 ALL_DOMAINS = "all"
@@ -40,49 +41,55 @@ def read_documents(path: Path) -> list[dict[str, str]]:
     return [{"domain": path.parent.name, **document} for document in documents]
 
 
-def perplexity_rows(
-    model: PreTrainedModel,
-    texts: Sequence[Window],
-    methods: Sequence[str],
-    budgets: Sequence[int],
-    block_size: int,
-    first: int,
-    journal: Journal,
-) -> list[dict[str, Any]]:
-    """One row per domain (and one for all), method and number of slots.
+@dataclasses.dataclass
+class _Sum:
+    """Loss over some windows."""
 
-    The gap ratio is (nll - nll of full) / (nll of H2O - nll of full), H2O with the better of its two position modes in
-    that domain: 0 is the full cache, 1 is H2O.
+    nll: float = 0.0
+    tokens: int = 0
+    length: int = 0
+
+    def add(self, nll: float, window: Window, first: int) -> None:
+        self.nll += nll * (window.ids.shape[1] - first)
+        self.tokens += window.ids.shape[1] - first
+        self.length = max(self.length, window.ids.shape[1])
+
+    @property
+    def mean(self) -> float:
+        return self.nll / self.tokens
+
+
+def perplexity_rows(
+    model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
+) -> list[dict[str, Any]]:
+    """One row per domain (and one for all) and run.
+
+    The gap ratio is (nll - nll of full) / (nll of H2O - nll of full), H2O at the same number of slots and with the
+    better of its two position modes in that domain: 0 is the full cache, 1 is H2O.
     """
-    runs: list[tuple[str, int | None]] = [("full", None)] if "full" in methods else []
-    runs += [(name, slots) for slots in budgets for name in methods if name != "full"]
-    nlls: dict[tuple, dict[str, list[float]]] = {}
-    for name, slots in tqdm(runs, desc="methods", disable=None):
-        config = None if slots is None else method_config(name, slots, block_size)
-        settings = None if config is None else config.to_dict()
-        by_domain: dict[str, list[float]] = defaultdict(list)
-        with as_method(model, config):
-            for window in tqdm(texts, desc=f"{name} {slots or ''}", leave=False, disable=None):
-                key = (name, settings, window.domain, window.document, window.ids.shape[1], first)
+    sums: dict[Run, dict[str, _Sum]] = {}
+    for run in tqdm(runs, desc="methods", disable=None):
+        by_domain = sums[run] = defaultdict(_Sum)
+        with as_method(model, run.config, run.heads):
+            for window in tqdm(texts, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None):
+                key = (run.name, run.identity(), window.domain, window.document, window.ids.shape[1], first)
                 nll = journal.measure(key, functools.partial(_mean_nll, model, window.ids, first))
-                by_domain[window.domain].append(nll)
-        everything = [nll for values in by_domain.values() for nll in values]
-        nlls[name, slots] = {**by_domain, ALL_DOMAINS: everything}
-    length = texts[0].ids.shape[1]
+                by_domain[window.domain].add(nll, window, first)
+                by_domain[ALL_DOMAINS].add(nll, window, first)
     return [
         {
             "domain": domain,
-            "method": name,
-            "num_slots": slots,
-            "block_size": None if slots is None else block_size,
-            "length": length,
-            "nll": _mean(values),
-            "ppl": math.exp(_mean(values)),
-            "gap_ratio": _gap_ratio(nlls, domain, slots, _mean(values)),
-            "tokens": len(values) * (length - first),
+            "method": run.name,
+            "num_slots": run.num_slots,
+            "block_size": None if run.config is None else run.config.block_size,
+            "length": total.length,
+            "nll": total.mean,
+            "ppl": math.exp(total.mean),
+            "gap_ratio": _gap_ratio(sums, domain, run.num_slots, total.mean),
+            "tokens": total.tokens,
         }
-        for (name, slots), by_domain in nlls.items()
-        for domain, values in by_domain.items()
+        for run, by_domain in sums.items()
+        for domain, total in by_domain.items()
     ]
 
 
@@ -90,16 +97,14 @@ def _mean_nll(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
     return token_nlls(model, ids, first).mean().item()
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _gap_ratio(nlls: dict, domain: str, slots: int | None, nll: float) -> float | None:
-    h2o = [_mean(nlls[name, slots][domain]) for name in ("h2o", "h2o-slot") if (name, slots) in nlls]
-    if ("full", None) not in nlls or not h2o:
-        return None
-    full = _mean(nlls["full", None][domain])
-    return (nll - full) / (min(h2o) - full)
+def _gap_ratio(sums: dict[Run, dict[str, _Sum]], domain: str, slots: int | None, nll: float) -> float | None:
+    full = [by_domain[domain].mean for run, by_domain in sums.items() if run.name == "full"]
+    h2o = [
+        by_domain[domain].mean
+        for run, by_domain in sums.items()
+        if run.name in ("h2o", "h2o-slot") and run.num_slots == slots
+    ]
+    return (nll - full[0]) / (min(h2o) - full[0]) if full and h2o else None
 
 
 def plot_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -126,38 +131,45 @@ def plot_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(
-    model: PreTrainedModel,
-    tokenizer,
-    paths: Sequence[Path],
-    methods: Sequence[str],
-    budgets: Sequence[int],
-    block_size: int,
-    length: int,
-    first: int,
-    limit: int,
-    output: Path,
-    command: str,
-) -> list[dict[str, Any]]:
-    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes.
+def read_windows(
+    paths: Sequence[Path], tokenizer, length: int, limit: int, first: int, min_length: int | None = None
+) -> list[Window]:
+    """At most ``limit`` windows of every file.
+
+    A file without a document of ``length`` tokens gives windows of half, a quarter, ... of it, of ``min_length`` or
+    more.
 
     Raises
     ------
     ValueError
-        If a method is unknown, or a file holds no window of ``length`` tokens.
+        If a file has no window that is long enough.
     """
-    for name in methods:
-        method_config(name, budgets[0], block_size)
     texts: list[Window] = []
     for path in paths:
-        found = list(windows(read_documents(path), tokenizer, length, limit))
+        documents, wanted = read_documents(path), length
+        found: list[Window] = []
+        while not found and wanted >= max(min_length or length, first + 1):
+            found = list(windows(documents, tokenizer, wanted, limit))
+            wanted //= 2
         if not found:
-            raise ValueError(f"{path}: no document has {length} tokens; choose a smaller --length")
+            raise ValueError(f"{path}: no document has {min_length or length} tokens; choose a smaller --length")
         texts += found
+    return texts
+
+
+def run(
+    model: PreTrainedModel,
+    texts: Sequence[Window],
+    runs: Sequence[Run],
+    first: int,
+    output: Path,
+    command: str,
+) -> list[dict[str, Any]]:
+    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes."""
     journal = Journal(output.with_suffix(".partial.jsonl"))
-    rows = perplexity_rows(model, texts, methods, budgets, block_size, first, journal)
+    rows = perplexity_rows(model, texts, runs, first, journal)
     write_result(output, command, model.device, rows)
-    if "full" in methods and len(methods) > 1:
+    if any(each.name == "full" for each in runs) and len(runs) > 1:
         plot_rows(rows, output.with_suffix(".png"))
     journal.finish()
     return rows

@@ -29,7 +29,15 @@ def write_result(path: Path, command: str, device: torch.device | str, rows: Seq
     rows : sequence of dict
         Flat, all with the same keys.
     """
-    content = {
+    content = result_content(command, device, rows)
+    write_whole(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
+    write_whole(path.with_suffix(".md"), note + markdown_table(rows))
+
+
+def result_content(command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a result file holds: the rows, and what made them where."""
+    return {
         "command": command,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
@@ -41,9 +49,6 @@ def write_result(path: Path, command: str, device: torch.device | str, rows: Seq
         },
         "rows": list(rows),
     }
-    write_whole(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
-    write_whole(path.with_suffix(".md"), note + markdown_table(rows))
 
 
 def device_name(device: torch.device | str) -> str:

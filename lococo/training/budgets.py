@@ -1,0 +1,173 @@
+"""How many slots each KV head gets: many where evicted tokens are missed, few where only neighbours are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lococo.config import LoCoCoConfig
+from lococo.models import base_shape
+from lococo.training.record import LayerRecord, felt_error, read_record, record
+
+STACKED_LAYERS = 10
+STEPS_BETWEEN = 3  # levels put between two measured ones
+STEEPEST = 4  # power of the slots by which an error may fall between them
+
+Measure = Callable[[Sequence, Callable[[], list]], list]
+
+
+def slot_levels(num_slots: int) -> tuple[int, ...]:
+    """Numbers of slots a head may get, a sixteenth of the average to eight times as many."""
+    steps = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+    return tuple(sorted({max(1, round(num_slots * step)) for step in steps}))
+
+
+def eviction_errors(
+    model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, levels: Sequence[int], measure: Measure
+) -> torch.Tensor:
+    """What the loss feels when one KV head at a time keeps only so many slots.
+
+    For every text, layer and KV head the attention output with evicted tokens is compared with the full cache's. Its
+    difference, projected on the gradient of the next-token loss, is squared and summed over tokens and query heads:
+    the diagonal of the loss' (empirical) Fisher information along the error.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not patched.
+    windows : torch.Tensor
+        (texts, tokens) token ids.
+    config : LoCoCoConfig
+        Shares of the slots; nothing is fused here, a fused slot is its anchor (with ``residual="none"``, which has no
+        anchors, the earliest token).
+    levels : sequence of int
+        Numbers of slots to try.
+    measure : callable
+        ``Journal.measure`` of a journal for this model: a killed run goes on at the text where it stopped.
+
+    Returns
+    -------
+    torch.Tensor
+        (levels, layers, kv_heads) in float64, a mean over texts.
+    """
+    shape = base_shape(model)
+    total = torch.zeros(len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
+    for ids in tqdm(windows, desc="slots per head", unit="text", disable=None):
+        records = functools.cache(functools.partial(record, model, ids[None].long(), gradients=True))
+        for place, slots in enumerate(levels):
+            head_config = config.with_slots(slots)
+            key = ("eviction_errors", head_config.to_dict(), ids.tolist())
+            errors = measure(key, functools.partial(_errors, records, head_config))
+            total[place] += torch.tensor(errors, dtype=torch.float64)
+    return total / len(windows)
+
+
+def _errors(records: Callable[[], dict[int, LayerRecord]], config: LoCoCoConfig) -> list[list[float]]:
+    return [errors for stack in _stacks(list(records().values())) for errors in _stack_errors(stack, config)]
+
+
+def _kind(entry: LayerRecord) -> tuple:
+    return entry.window, entry.scale, entry.softcap, entry.query.shape, entry.query.device
+
+
+def _stacks(layers: Sequence[LayerRecord]) -> Iterator[list[LayerRecord]]:
+    """Neighbouring layers of one kind, a few at a time: read together they take little longer than one."""
+    for _, alike in itertools.groupby(layers, key=_kind):
+        same = list(alike)
+        yield from (same[start : start + STACKED_LAYERS] for start in range(0, len(same), STACKED_LAYERS))
+
+
+@torch.no_grad()
+def _stack_errors(stack: Sequence[LayerRecord], config: LoCoCoConfig) -> list[list[float]]:
+    """Squared error of every KV head, layer by layer."""
+    tensors: Any = {
+        name: torch.cat([getattr(entry, name) for entry in stack])
+        for name in ("query", "key", "value", "output", "gradient")
+    }
+    entry = dataclasses.replace(stack[0], **tensors)  # (layers, heads or kv_heads, tokens, head_dim)
+    felt = felt_error(read_record(entry, config), entry)  # (layers, heads, tokens)
+    return felt.double().sum(dim=2).unflatten(1, (entry.key.shape[1], -1)).sum(dim=2).tolist()
+
+
+def allocate(errors: torch.Tensor, levels: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
+    """Slots of every KV head, ``num_slots`` on average at most, with the smallest summed error.
+
+    Between the measured levels an error is taken to fall as a power of the slots. Slots go, step by step, to the head
+    whose error falls most for each of them. Steps lead along the lower convex hull of a head's errors, so that the
+    outcome is optimal but for the last, partial step.
+
+    Parameters
+    ----------
+    errors : torch.Tensor
+        (levels, layers, kv_heads).
+    levels : sequence of int
+        Rising.
+
+    Returns
+    -------
+    tuple of tuples of int
+        For ``LoCoCoConfig(slots_per_head=...)``.
+
+    Raises
+    ------
+    ValueError
+        If even the lowest level is more than ``num_slots``.
+    """
+    if levels[0] > num_slots:
+        raise ValueError(f"levels must begin at num_slots={num_slots} or below, got {levels[0]}")
+    layers, kv_heads = errors.shape[1:]
+    levels, errors = _refined(levels, errors)
+    by_head = errors.flatten(1).T.tolist()
+    places = [0] * len(by_head)
+    left = (num_slots - levels[0]) * len(by_head)
+    queue = [step for head in range(len(by_head)) for step in _best_step(by_head[head], levels, 0, head, left)]
+    heapq.heapify(queue)
+    while queue:
+        _, place, head = heapq.heappop(queue)
+        cost = levels[place] - levels[places[head]]
+        if cost <= left:
+            left -= cost
+            places[head] = place
+        for step in _best_step(by_head[head], levels, places[head], head, left):
+            heapq.heappush(queue, step)
+    slots = [levels[place] for place in places]
+    return tuple(tuple(slots[layer * kv_heads : (layer + 1) * kv_heads]) for layer in range(layers))
+
+
+def _refined(levels: Sequence[int], errors: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Levels with STEPS_BETWEEN more between two measured ones, and the errors there."""
+    # More slots are never worse but for noise; an error of 0 has no logarithm.
+    logs = errors.cummin(dim=0).values.clamp_min(1e-30).log()
+    fine: dict[int, torch.Tensor] = {}
+    for place in range(len(levels) - 1):
+        low, high = levels[place], levels[place + 1]
+        # Where the higher level loses nothing (a window, a short text) a power tells nothing of the way there.
+        reached = torch.maximum(logs[place + 1], logs[place] - STEEPEST * math.log(high / low))
+        for step in range(STEPS_BETWEEN + 1):
+            slots = round(low * (high / low) ** (step / (STEPS_BETWEEN + 1)))
+            share = math.log(slots / low) / math.log(high / low)
+            if slots < high:
+                fine.setdefault(slots, torch.lerp(logs[place], reached, share).exp())
+    fine[levels[-1]] = logs[-1].exp()
+    return list(fine), torch.stack(list(fine.values()))
+
+
+def _best_step(
+    errors: Sequence[float], levels: Sequence[int], place: int, head: int, left: int
+) -> list[tuple[float, int, int]]:
+    """The step up from a level with the steepest fall that can be paid, as (slope, place, head): one or none."""
+    steps = [
+        ((errors[higher] - errors[place]) / (levels[higher] - levels[place]), higher, head)
+        for higher in range(place + 1, len(levels))
+        if levels[higher] - levels[place] <= left
+    ]
+    return [min(steps)] if steps else []

@@ -1,0 +1,411 @@
+"""Calibration from data to a heads folder: budgets, layer-local start, end-to-end training, measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lococo.config import LoCoCoConfig
+from lococo.evaluation.likelihood import token_nlls
+from lococo.evaluation.methods import as_method, method_config
+from lococo.evaluation.results import Journal, result_content
+from lococo.files import write_whole
+from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
+from lococo.patch import patched
+from lococo.state import head_modules
+from lococo.training.budgets import allocate, eviction_errors, slot_levels
+from lococo.training.data import DataConfig, Windows, prepare
+from lococo.training.documents import local_files
+from lococo.training.frozen import checksums
+from lococo.training.local import Recordings, train_locally
+from lococo.training.recipe import Recipe
+from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
+
+BASELINES = ("full", "h2o", "h2o-slot")
+RESULT_NAME, PICTURE_NAME = ATTACHMENTS
+RUN_NAME = "run.json"
+WORK_NAMES = (RUN_NAME, "recordings", "local", "trainer")
+
+
+@dataclasses.dataclass(frozen=True)
+class GapRatio:
+    """(nll - nll of full) / (nll of H2O - nll of full) on some windows: 0 is the full cache, 1 is H2O.
+
+    Attributes
+    ----------
+    windows : torch.Tensor
+        (texts, tokens).
+    first : int
+        First token that counts.
+    full, h2o : float
+        Mean nll of the full cache, and of H2O with the better of its two position modes.
+    """
+
+    windows: torch.Tensor
+    first: int
+    full: float
+    h2o: float
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """``heldout_nll`` and ``gap_ratio`` of a model as it is now patched."""
+        nll = mean_nll(model, self.windows, self.first)
+        return {"heldout_nll": nll, "gap_ratio": (nll - self.full) / (self.h2o - self.full)}
+
+
+def mean_nll(model: PreTrainedModel, windows: torch.Tensor, first: int) -> float:
+    """Mean negative log-likelihood over the tokens of (texts, tokens) windows, from token ``first`` on."""
+    return torch.stack([token_nlls(model, ids[None].long(), first).double().mean() for ids in windows]).mean().item()
+
+
+def baselines(
+    model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, first: int, journal: Journal
+) -> GapRatio:
+    """What the gap ratio of heads with a config is measured against."""
+    nlls = {}
+    for name in BASELINES:
+        method = method_config(name, config.num_slots, config.block_size)
+        with as_method(model, method):
+            key = ("baseline", name, method and method.to_dict(), windows.tolist(), first)
+            nlls[name] = journal.measure(key, lambda: mean_nll(model, windows, first))
+    return GapRatio(windows, first, nlls["full"], min(nlls["h2o"], nlls["h2o-slot"]))
+
+
+class _MeasureGap(TrainerCallback):
+    """Logs the gap ratio every so many steps."""
+
+    def __init__(self, model: PreTrainedModel, gap: GapRatio, every: int) -> None:
+        self.model, self.gap, self.every = model, gap, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """See ``TrainerCallback``."""
+        is_last = state.global_step == state.max_steps
+        if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
+            state.log_history.append({"step": state.global_step, **self.gap.measure(self.model)})
+
+
+def this_process(*, on_cpu: bool) -> PartialState:
+    """One process among those of a distributed run, with a GPU of its own; the others wait long for the first."""
+    return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
+
+
+def check_calibration(
+    config: LoCoCoConfig,
+    data: DataConfig,
+    recipe: Recipe,
+    output: Path,
+    *,
+    work_dir: Path,
+    resume: bool = False,
+    first: int = 512,
+) -> None:
+    """Refuse what ``calibrate`` would refuse with these arguments, before a model is there.
+
+    Raises
+    ------
+    ValueError, OSError
+        As in ``calibrate``.
+    ImportError
+        If a package is missing.
+    """
+    check_heads_folder(output)
+    if work_dir.exists() and not resume:
+        raise FileExistsError(f"{work_dir} holds an unfinished run: resume it (--resume) or remove that folder")
+    surplus = sorted({entry.name for entry in work_dir.iterdir()}.difference(WORK_NAMES)) if work_dir.exists() else []
+    if surplus:
+        raise FileExistsError(f"{work_dir} holds {', '.join(surplus)}, so it is no run to resume")
+    for source in data.sources:
+        local_files(source)
+    if not 1 <= first < data.length:
+        raise ValueError(f"first must lie between 1 and {data.length - 1} for windows of {data.length}, got {first}")
+    if not data.num_heldout:
+        raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
+    evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before the first compression
+    if data.length <= evicting + 1:
+        raise ValueError(
+            f"windows of {data.length} tokens are too short for num_slots={config.num_slots} and "
+            f"block_size={config.block_size}: the first token is evicted after {evicting}"
+        )
+    tokens = recipe.objective and recipe.objective.backprop_tokens
+    if tokens and config.block_size % tokens == 0:
+        raise ValueError(
+            f"backprop_tokens={tokens} would give heads no gradient: with block_size={config.block_size} every "
+            "compression is the last thing that happens in a chunk"
+        )
+    if not importlib.util.find_spec("matplotlib"):
+        raise ImportError("calibration draws a picture with the package matplotlib: pip install lococo[train]")
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: LoCoCoConfig,
+    data: DataConfig,
+    recipe: Recipe,
+    output: Path,
+    *,
+    work_dir: Path,
+    cache_dir: Path,
+    resume: bool = False,
+    first: int = 512,
+    dtype: torch.dtype | None = torch.bfloat16,
+    training_arguments: dict[str, Any] | None = None,
+    command: str = "lococo.calibrate(...)",
+) -> list[dict[str, Any]]:
+    """Train the heads of a model and write them, with how they were made and what they measure, into a folder.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model, not patched; it is as it was afterwards, bit for bit.
+    config : LoCoCoConfig
+        The heads to train. ``slots_per_head`` is found by calibration if the recipe says so.
+    data : DataConfig
+        Text for training and for measurement.
+    output : Path
+        The heads folder.
+    work_dir : Path
+        State of the run: recordings, finished layers, checkpoints. Removed at the end.
+    cache_dir : Path
+        Token windows, errors per head and baselines, which other runs use too.
+    resume : bool
+        Go on with the run in ``work_dir``, if there is one.
+    first : int
+        First token of a held-out window that counts for the gap ratio.
+    dtype : torch.dtype, optional
+        Of the saved heads. None: as they were trained.
+    training_arguments : dict, optional
+        For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
+    command : str
+        What is written down as having made the heads.
+
+    Returns
+    -------
+    list of dict
+        One row per thing measured: ``stage``, ``step``, and what it is about. Stage ``saved`` is what stands in the
+        folder. Of several processes the main one has all rows.
+
+    Raises
+    ------
+    ValueError
+        For a bad argument, before any work, or if the run to resume was another.
+    FileExistsError
+        If ``output`` holds something else, or ``work_dir`` a run that is not resumed or something else.
+    FloatingPointError
+        If training diverges.
+    """
+    processes = this_process(on_cpu=model.device.type == "cpu")
+    check_calibration(config, data, recipe, output, work_dir=work_dir, resume=resume, first=first)
+    if recipe.objective and recipe.windows_per_step % processes.num_processes:
+        raise ValueError(
+            f"windows_per_step={recipe.windows_per_step} must be a multiple of {processes.num_processes} processes"
+        )
+    processes.wait_for_everyone()  # all have seen the work folder as it was
+    with processes.main_process_first():
+        train, heldout = prepare(data, tokenizer, cache_dir / "tokens")
+        run = _description(config, data, recipe, first, _identity(model))
+        _check_same_run(work_dir, run)
+        journal = Journal(cache_dir / f"measured-{run['model']}.jsonl")
+        gap = baselines(model, heldout.ids, config, first, journal)
+        config, rows = _with_budgets(model, train, config, recipe, journal)
+        if processes.is_main_process:
+            write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
+        recordings = Recordings(work_dir / "recordings")
+        if recipe.local:
+            recordings.add(model, train.evenly(recipe.local_texts))
+    torch.manual_seed(data.seed)  # the heads' initial weights
+    with patched(model, config):
+        rows.append({"stage": "start", "step": 0, **gap.measure(model)})
+        if recipe.local:
+            with processes.main_process_first():
+                layers = train_locally(model, recordings, recipe.local, work_dir / "local")
+            rows += [{"stage": "local", **row} for row in layers]
+            rows.append({"stage": "local", "step": recipe.local.steps, **gap.measure(model)})
+        if recipe.objective:
+            rows += _train_end_to_end(model, train, recipe, gap, work_dir / "trainer", data.seed, training_arguments)
+        processes.wait_for_everyone()  # none still writes into the work folder
+        if processes.is_main_process:
+            if dtype is not None:
+                _round_heads(model, dtype)
+                rows.append({"stage": "saved", "step": recipe.steps if recipe.objective else 0, **gap.measure(model)})
+            _save(model, output, rows, gap, recipe, data, config, dtype, command)
+            shutil.rmtree(work_dir, ignore_errors=True)
+    return rows
+
+
+def _identity(model: PreTrainedModel) -> str:
+    """Name of a model by its weights, for figures measured on it."""
+    total = 0
+    for value in checksums(model).values():
+        total = (31 * total + value) % 2**64
+    return f"{total:016x}"
+
+
+def _description(config: LoCoCoConfig, data: DataConfig, recipe: Recipe, first: int, model: str) -> dict[str, Any]:
+    """What makes one run another, as plain JSON values."""
+    content = {
+        "model": model,
+        "config": config.to_dict(),
+        "data": dataclasses.asdict(data),
+        "recipe": dataclasses.asdict(recipe),
+        "objective": _objective_name(recipe),
+        "first": first,
+    }
+    return json.loads(json.dumps(content))
+
+
+def _objective_name(recipe: Recipe) -> str | None:
+    return type(recipe.objective).__name__ if recipe.objective else None
+
+
+def _check_same_run(work_dir: Path, run: dict[str, Any]) -> None:
+    path = work_dir / RUN_NAME
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else run
+    changed = [name for name in run if before.get(name) != run[name]]
+    if changed:
+        raise ValueError(
+            f"{work_dir} holds a run with another {', '.join(changed)}: resume it with the same arguments, or remove "
+            "that folder"
+        )
+
+
+@torch.no_grad()
+def _round_heads(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the heads the values that they have when saved in a dtype."""
+    for head in head_modules(model).values():
+        for parameter in head.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+
+def _with_budgets(
+    model: PreTrainedModel, train: Windows, config: LoCoCoConfig, recipe: Recipe, journal: Journal
+) -> tuple[LoCoCoConfig, list[dict[str, Any]]]:
+    if not recipe.budget_texts or config.slots_per_head is not None:
+        return config, []
+    levels = slot_levels(config.num_slots)
+    errors = eviction_errors(model, train.evenly(recipe.budget_texts), config, levels, journal.measure)
+    slots = allocate(errors, levels, config.num_slots)
+    rows = [
+        {"stage": "budgets", "layer": layer, "kv_head": head, "slots": count}
+        for layer, counts in enumerate(slots)
+        for head, count in enumerate(counts)
+    ]
+    return dataclasses.replace(config, slots_per_head=slots), rows
+
+
+def _train_end_to_end(
+    model: PreTrainedModel,
+    train: Windows,
+    recipe: Recipe,
+    gap: GapRatio,
+    folder: Path,
+    seed: int,
+    training_arguments: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
+    assert recipe.objective is not None
+    wanted = ("step", "loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")
+    done = folder / f"{PREFIX_CHECKPOINT_DIR}-{recipe.steps}"
+    given = {
+        "output_dir": str(folder),
+        "max_steps": recipe.steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": recipe.windows_per_step // PartialState().num_processes,
+        "logging_steps": 1,
+        "save_steps": max(1, min(recipe.measure_every, recipe.steps)),
+        "save_total_limit": 2,
+        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        "use_cpu": model.device.type == "cpu",
+        "seed": seed,
+        **(training_arguments or {}),
+    }
+    trainer = HeadTrainer(
+        model,
+        TrainingArguments(**given),
+        objective=recipe.objective,
+        scalar_lr_factor=recipe.scalar_lr_factor,
+        train_dataset=train,
+        callbacks=[_MeasureGap(model, gap, recipe.measure_every)],
+    )
+    if (done / TRAINER_STATE_NAME).is_file():  # Trainer would train a step more
+        load_heads(model, done / HEADS_FOLDER)
+        state = TrainerState.load_from_json(str(done / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")))
+        state = trainer.state
+    return [
+        {"stage": "end-to-end", **{name: entry[name] for name in wanted if name in entry}}
+        for entry in state.log_history
+        if "loss" in entry or "gap_ratio" in entry
+    ]
+
+
+def _save(
+    model: PreTrainedModel,
+    output: Path,
+    rows: Sequence[dict[str, Any]],
+    gap: GapRatio,
+    recipe: Recipe,
+    data: DataConfig,
+    config: LoCoCoConfig,
+    dtype: torch.dtype | None,
+    command: str,
+) -> None:
+    last = [row for row in rows if "gap_ratio" in row][-1]
+    metrics = {
+        "heldout_nll": last["heldout_nll"],
+        "heldout_nll_full": gap.full,
+        "heldout_nll_h2o": gap.h2o,
+        "gap_ratio": last["gap_ratio"],
+        "heldout_windows": len(gap.windows),
+        "length": data.length,
+        "first": gap.first,
+    }
+    training = {
+        "command": command,
+        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
+        "objective": _objective_name(recipe),
+        "sources": [Path(source).name if local_files(source) else source for source in data.sources],
+    }
+    attachments = {
+        RESULT_NAME: (json.dumps(result_content(command, model.device, rows), indent=1) + "\n").encode(),
+        PICTURE_NAME: _picture(rows, config),
+    }
+    save_heads(model, output, training=training, metrics=metrics, dtype=dtype, attachments=attachments)
+
+
+def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
+    """PNG: slots per KV head, loss and gap ratio over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    budgets, losses, gaps = figure.subplots(1, 3)
+    if config.slots_per_head:
+        image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2(), aspect="auto", cmap="viridis")
+        bar = figure.colorbar(image, ax=budgets)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.0f}")
+    budgets.set(xlabel="layer", ylabel="KV head", title=f"slots per head, {config.num_slots} on average")
+    trained = [row for row in rows if "loss" in row]
+    losses.plot([row["step"] for row in trained], [row["loss"] for row in trained], linewidth=1)
+    losses.set(xlabel="step", title="training loss (nats per token)")
+    measured = [row for row in rows if "gap_ratio" in row and row["stage"] != "local"]
+    gaps.plot([row["step"] for row in measured], [row["gap_ratio"] for row in measured], marker="o")
+    gaps.set(xlabel="step", title="gap ratio on held-out text", ylim=(0, None))
+    for axes in (losses, gaps):
+        axes.spines[["top", "right"]].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    return content.getvalue()

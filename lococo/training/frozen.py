@@ -1,0 +1,87 @@
+"""Only the heads learn: what is around them is frozen, and checked to be the same afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lococo.state import HEAD, head_modules
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def only_heads_learn(model: nn.Module) -> Iterator[nn.Module]:
+    """A patched model inside a ``with`` block: heads trainable in float32 or wider, the rest frozen, no dropout.
+
+    Afterwards modes, flags and the heads' dtype are what they were.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    heads = [(head, next(head.parameters()).dtype) for head in head_modules(model).values()]
+    try:
+        model.eval().requires_grad_(False)
+        for head, dtype in heads:
+            head.requires_grad_(True).to(torch.promote_types(dtype, torch.float32))
+        yield model
+    finally:
+        for head, dtype in heads:
+            head.to(dtype)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def base_unchanged(model: nn.Module) -> Iterator[nn.Module]:
+    """A patched model inside a ``with`` block, of which only the heads may change.
+
+    Raises
+    ------
+    RuntimeError
+        At the end of the block, if another parameter has changed by a single bit; names all of them.
+    """
+    before = checksums(model)
+    yield model
+    after = checksums(model)
+    changed = [name for name, value in before.items() if after.get(name) != value]
+    if changed:
+        raise RuntimeError(f"training the heads has changed the base model: {', '.join(changed)}")
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """64 bits for every parameter of the base model that is in memory.
+
+    Computed where the parameter lies. Any other number in one place gives others, and so, nearly always, do the same
+    numbers in other places.
+    """
+    return {
+        name: _checksum(parameter)
+        for name, parameter in model.named_parameters()
+        if f".{HEAD}." not in name and not parameter.is_meta
+    }
+
+
+def _checksum(tensor: torch.Tensor, piece: int = 2**22) -> int:
+    bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in bits.split(piece):
+        # Odd factors lose no bit of an entry; integers wrap around.
+        factors = torch.arange(1, 2 * len(part), 2, device=tensor.device)
+        total = 31 * total + (part.long() * factors).sum()
+    return int(total)
+
+
+def first_unhealthy_head(model: nn.Module) -> str:
+    """Where the first number among head parameters and their gradients that is not finite lies, in words."""
+    for index, head in head_modules(model).items():
+        for name, parameter in head.named_parameters():
+            if not parameter.isfinite().all():
+                return f"in layer {index} the head's {name} is not finite"
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"in layer {index} the gradient of the head's {name} is not finite"
+    return "all heads are finite: the numbers of the base model overflow"

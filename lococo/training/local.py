@@ -1,0 +1,189 @@
+"""Layer-local calibration: every head alone learns to reproduce the full attention of its layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lococo.config import LoCoCoConfig
+from lococo.files import write_whole
+from lococo.fusion import FusionHead
+from lococo.state import head_modules, lococo_config
+from lococo.training.frozen import only_heads_learn
+from lococo.training.record import LayerRecord, felt_error, read_record, record
+
+TENSORS = ("query", "key", "value", "output", "gradient")
+FACTS = ("scale", "window", "softcap")
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """How long and how fast the head of a layer learns.
+
+    Parameters
+    ----------
+    steps : int
+        Texts read per layer, one after another and again from the first.
+    learning_rate : float
+        Of AdamW, falling linearly to 0.
+    scalar_learning_rate : float
+        Of gates, mass scale and biases: few numbers, that have far to go.
+    num_checked : int
+        Texts at the end of the recordings that are not learned from: the error is measured on them.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    steps: int = 40
+    learning_rate: float = 2e-3
+    scalar_learning_rate: float = 2e-2
+    num_checked: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_checked"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"local {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "scalar_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"local {name} must be positive, got {getattr(self, name)}")
+
+
+class Recordings:
+    """What the layers saw, on disk: one safetensors file per text, read a layer at a time.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if missing. Texts recorded by an earlier run that was killed are not recorded again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[Path] = []
+
+    def add(self, model: PreTrainedModel, windows: torch.Tensor) -> None:
+        """Record texts of (texts, tokens) ids in half precision, with gradients; the model is not patched."""
+        for ids in tqdm(windows, desc="recording", unit="text", disable=None):
+            path = self.folder / f"{len(self.paths):05d}.safetensors"
+            if not path.is_file():
+                write_whole(path, _to_bytes(record(model, ids[None].long(), gradients=True)))
+            self.paths.append(path)
+
+    def layer(self, layer_idx: int, text: int, device: torch.device) -> LayerRecord:
+        """One layer's record of one text, in float32."""
+        with safe_open(self.paths[text], "pt") as file:
+            facts = json.loads(file.metadata()[str(layer_idx)])
+            tensors = {name: file.get_tensor(f"{layer_idx}.{name}").to(device).float() for name in TENSORS}
+        return LayerRecord(**tensors, **facts)
+
+
+def _to_bytes(records: dict[int, LayerRecord]) -> bytes:
+    tensors, facts = {}, {}
+    for index, entry in records.items():
+        for name in TENSORS:
+            # Gradients are small numbers that float16 would flush to zero; the others need its digits.
+            dtype = torch.bfloat16 if name == "gradient" else torch.float16
+            tensors[f"{index}.{name}"] = getattr(entry, name).to(dtype).contiguous().cpu()
+        facts[str(index)] = json.dumps({name: getattr(entry, name) for name in FACTS})
+    return save(tensors, metadata=facts)
+
+
+def train_locally(
+    model: nn.Module, recordings: Recordings, settings: LocalConfig, folder: Path
+) -> list[dict[str, float]]:
+    """Train the head of every layer on recordings, layer after layer; no pass through the model.
+
+    The loss is the error of the attention output over the unrolled segments as the next-token loss feels it
+    (``felt_error``), relative to that of plain token selection, so that every text counts alike.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Patched; its heads are changed.
+    folder : Path
+        Gets a file per finished layer; a killed run goes on after the last of them.
+
+    Returns
+    -------
+    list of dict
+        ``layer``, and ``error``: on texts that were not learned from, relative to token selection (1 is no gain).
+
+    Raises
+    ------
+    ValueError
+        If there are not more recordings than ``num_checked``.
+    FloatingPointError
+        If a layer's loss is not finite; names the layer and the step.
+    """
+    if len(recordings.paths) <= settings.num_checked:
+        raise ValueError(
+            f"local calibration needs more than num_checked={settings.num_checked} texts, got {len(recordings.paths)}"
+        )
+    rows = []
+    heads = head_modules(model)
+    with only_heads_learn(model), tqdm(heads.items(), desc="local", unit="layer", disable=None) as bar:
+        for layer_idx, head in bar:
+            path = folder / f"layer_{layer_idx:03d}.safetensors"
+            if not path.is_file():
+                error = _train_layer(layer_idx, head, lococo_config(model), recordings, settings)
+                tensors = {name: parameter.detach().cpu() for name, parameter in head.named_parameters()}
+                write_whole(path, save(tensors, metadata={"error": json.dumps(error)}))
+            head.load_state_dict(load_file(path))
+            with safe_open(path, "pt") as file:
+                rows.append({"layer": layer_idx, "error": json.loads(file.metadata()["error"])})
+            bar.set_postfix(error=f"{rows[-1]['error']:.3f}")
+    return rows
+
+
+def _train_layer(
+    layer_idx: int, head: FusionHead, config: LoCoCoConfig, recordings: Recordings, settings: LocalConfig
+) -> float:
+    scalars = [parameter for parameter in head.parameters() if parameter.dim() == 1]
+    kernels = [parameter for parameter in head.parameters() if parameter.dim() > 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": kernels, "lr": settings.learning_rate},
+            {"params": scalars, "lr": settings.scalar_learning_rate, "weight_decay": 0.0},
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
+    learned = len(recordings.paths) - settings.num_checked
+    order = torch.randperm(learned, generator=torch.Generator().manual_seed(layer_idx)).tolist()
+    device = next(head.parameters()).device
+    for step in range(settings.steps):
+        loss = _relative_error(recordings.layer(layer_idx, order[step % learned], device), config, layer_idx, head)
+        if not loss.isfinite():
+            raise FloatingPointError(f"layer {layer_idx}, step {step}: the local loss is {loss.item()}")
+        if not loss.requires_grad:
+            break  # nothing is fused: the layer has a sliding window, or a slot for every token
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if head.gate is not None:
+            with torch.no_grad():
+                head.gate.clamp_(0, 1)  # beyond, it would have no gradient
+    with torch.no_grad():
+        errors = [
+            _relative_error(recordings.layer(layer_idx, text, device), config, layer_idx, head).item()
+            for text in range(learned, len(recordings.paths))
+        ]
+    return sum(errors) / len(errors)
+
+
+def _relative_error(entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: FusionHead) -> torch.Tensor:
+    with torch.no_grad():
+        selection = felt_error(read_record(entry, config, layer_idx), entry).sum()
+    return felt_error(read_record(entry, config, layer_idx, head), entry).sum() / selection.clamp_min(1e-30)

@@ -1,0 +1,206 @@
+"""What the attention layers of an unpatched model see: queries, keys and values, and how much their outputs matter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from lococo import kernels
+from lococo.attention import padding_mask, read_layer
+from lococo.cache import LayerCache
+from lococo.config import LoCoCoConfig
+from lococo.fusion import FusionHead
+from lococo.models import find_decoder
+from lococo.segments import Plan, Row, plan_call
+from lococo.state import is_patched
+
+NAME = "lococo_record"
+
+
+@dataclasses.dataclass
+class LayerRecord:
+    """One attention layer over one text.
+
+    Attributes
+    ----------
+    query : torch.Tensor
+        (batch, heads, tokens, head_dim), rotated.
+    key, value : torch.Tensor
+        (batch, kv_heads, tokens, head_dim), keys rotated.
+    output : torch.Tensor
+        (batch, heads, tokens, head_dim), the full cache's, before the output projection.
+    scale : float
+        Factor on ``query @ key``.
+    window : int, optional
+        Tokens a query sees, where the model limits them.
+    softcap : float, optional
+        As in ``lococo.kernels.Visibility``.
+    gradient : torch.Tensor, optional
+        Of the text's summed next-token loss, shaped like ``output``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+    gradient: torch.Tensor | None = None
+
+
+def record(model: PreTrainedModel, input_ids: torch.Tensor, *, gradients: bool = False) -> dict[int, LayerRecord]:
+    """Run a text through an unpatched model and keep what every attention layer sees.
+
+    Parameters
+    ----------
+    input_ids : torch.Tensor
+        (batch, tokens), without padding.
+    gradients : bool
+        Also keep the gradient of the next-token loss, summed over tokens, at every layer's output.
+
+    Returns
+    -------
+    dict of int to LayerRecord
+        By layer index, detached.
+
+    Raises
+    ------
+    ValueError
+        If the model is patched, or of a kind that cannot be patched.
+    """
+    if is_patched(model):
+        raise ValueError(f"{type(model).__name__} is patched: record reads the full cache, call unpatch_model first")
+    records: dict[int, LayerRecord] = {}
+    with _attending_by(model, records.__setitem__), torch.set_grad_enabled(gradients):
+        input_ids = input_ids.to(model.device)
+        logits = model(input_ids, use_cache=False).logits
+        if gradients:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="sum")
+            outputs = [entry.output for entry in records.values()]
+            for entry, gradient in zip(records.values(), torch.autograd.grad(loss, outputs), strict=True):
+                entry.gradient = gradient
+    return {index: _detached(entry) for index, entry in records.items()}
+
+
+@contextlib.contextmanager
+def _attending_by(model: PreTrainedModel, keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
+    decoder: Any = find_decoder(model)
+    attention = decoder.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    needs_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decoder.config._attn_implementation, decoder.lococo_keep = NAME, keep
+    handle = decoder.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        handle.remove()
+        del decoder.lococo_keep
+        decoder.config._attn_implementation = attention
+        for module in training:
+            module.training = True
+        for parameter in needs_gradient:
+            parameter.requires_grad_(True)
+
+
+def _hand_over(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "lococo_keep": decoder.lococo_keep}
+
+
+def _recording_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    lococo_keep: Callable[[int, LayerRecord], None],
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Full attention, registered as ``"lococo_record"``, that hands its inputs and output over."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = full_attention(query, key, value, scale, sliding_window, softcap)
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()  # the first layer: nothing before it has a gradient
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    lococo_keep(layer_idx, LayerRecord(query, key, value, output, scale, sliding_window, softcap))
+    return output.transpose(1, 2).contiguous(), None
+
+
+def full_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention over all tokens, of a window of them where there is one. Shapes as in ``LayerRecord``."""
+    tokens, mask = query.shape[2], None
+    if window is not None and tokens > window:
+        place = torch.arange(tokens, device=query.device)
+        distance = place[:, None] - place
+        mask = ((distance >= 0) & (distance < window))[None, None]
+    elif softcap is None:
+        # The kernel that knows causality by itself: with a mask, a CPU holds all probabilities for the backward.
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return kernels.attend(query, key, value, scale, kernels.Visibility(mask, None, softcap))
+
+
+def read_record(
+    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int = 0, head: FusionHead | None = None
+) -> torch.Tensor:
+    """Output of the recorded layer over a compressed cache, shaped like ``LayerRecord.output``; differentiable."""
+
+    @functools.cache
+    def plan_for(head_config: LoCoCoConfig) -> Plan:
+        return plan_call((Row(),), entry.query.shape[2], head_config, device=entry.query.device)
+
+    layer = LayerCache(config, layer_idx, entry.window)
+    fusing = head if entry.window is None else None
+    inputs = (entry.query, entry.key, entry.value)
+    return read_layer(layer, plan_for, *inputs, entry.scale, fusing, softcap=entry.softcap)
+
+
+def felt_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
+    """Error of an attention output as the loss feels it: its part along the loss' gradient, squared.
+
+    The sum over tokens and heads is twice the rise of the loss to second order, with the empirical Fisher information
+    for the curvature and every head and token by itself.
+
+    Parameters
+    ----------
+    output : torch.Tensor
+        (batch, heads, tokens, head_dim), of a compressed cache.
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, heads, tokens).
+    """
+    assert entry.gradient is not None, "record(..., gradients=True)"
+    wide = torch.promote_types(output.dtype, torch.float32)  # squares of small numbers vanish in half precision
+    return ((output - entry.output).to(wide) * entry.gradient.to(wide)).sum(dim=-1).square()
+
+
+def _detached(entry: LayerRecord) -> LayerRecord:
+    parts = {field: getattr(entry, field).detach() for field in ("query", "key", "value", "output")}
+    return dataclasses.replace(entry, **parts)
+
+
+AttentionInterface.register(NAME, _recording_attention)
+AttentionMaskInterface.register(NAME, padding_mask)

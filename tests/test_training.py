@@ -1,0 +1,568 @@
+"""End-to-end training changes the heads as the mathematics says, and nothing else."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import training_worker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_ids, tiny_llama
+from training_worker import CONFIG, head_trainer, heads, patched_tiny, windows
+from transformers import TrainerCallback
+
+import lococo
+from lococo.patch import suspended
+from lococo.state import head_modules
+from lococo.training.frozen import checksums, only_heads_learn
+from lococo.training.objectives import Caches, Distill, NextToken, WindowLoss
+from lococo.training.trainer import DEEPSPEED_ZERO2, last_checkpoint
+
+IDS = tiny_ids(2, 64, seed=1)
+OBJECTIVES = [NextToken(), Distill(), Distill(temperature=2.0, next_token_weight=0.25)]
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **options):
+    return model(input_ids=ids, **options).logits
+
+
+def in_spans(objective, **options):
+    return dataclasses.replace(objective, **options)
+
+
+def span_losses(model, objective, ids=IDS):
+    """Losses of one span after another, none of which knows the graph of those before."""
+    loss, caches = WindowLoss(model, objective), Caches(model)
+    for start, stop in objective.spans(ids.shape[1] - 1):
+        yield loss(ids, caches, start, stop)
+        caches.detach()
+
+
+def head_gradients(model):
+    found = {
+        f"{index}.{name}": parameter.grad.clone()
+        for index, head in head_modules(model).items()
+        for name, parameter in head.named_parameters()
+    }
+    model.zero_grad()
+    return found
+
+
+def assert_same(actual, expected, atol=0.0):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=name)
+
+
+# The full cache for a while
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, positions="slot")], ids=["absolute", "slot"])
+def test_suspended_model_is_the_unpatched_one_bit_for_bit(config):
+    full, model = tiny_llama().double(), patched_tiny(config)
+    compressed = logits(model)
+    assert (compressed - logits(full)).abs().max() > 1
+    with suspended(model) as same:
+        assert same is model
+        assert torch.equal(logits(model), logits(full))
+        assert torch.equal(logits(model, logits_to_keep=3), logits(full, logits_to_keep=3))
+        assert torch.equal(logits(model, output_attentions=True), logits(full, output_attentions=True))
+        cache, parts = None, []
+        for ids in IDS.split(20, dim=1):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        assert cache.get_seq_length() == 64
+        assert not isinstance(cache, lococo.LoCoCoCache)
+        torch.testing.assert_close(torch.cat(parts, dim=1), logits(full))
+        options = dict(max_new_tokens=8, do_sample=False)
+        assert model.generate(IDS, **options).tolist() == full.generate(IDS, **options).tolist()
+    assert torch.equal(logits(model), compressed)
+
+
+def test_suspension_nests_and_ends_with_an_error():
+    full, model = logits(tiny_llama().double()), patched_tiny()
+    compressed = logits(model)
+    with suspended(model):
+        with pytest.raises(KeyError), suspended(model):
+            raise KeyError
+        assert torch.equal(logits(model), full)
+    assert torch.equal(logits(model), compressed)
+    with pytest.raises(ZeroDivisionError), suspended(model):
+        _ = 1 // 0
+    assert torch.equal(logits(model), compressed)
+    assert torch.equal(logits(lococo.unpatch_model(model)), full)
+
+
+def test_suspended_model_refuses_a_compressed_cache():
+    model = patched_tiny()
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with suspended(model), pytest.raises(ValueError, match="LoCoCoCache.*suspended"):
+        logits(model, past_key_values=cache)
+    with pytest.raises(ValueError, match="not patched"), suspended(tiny_llama()):
+        pass
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_next_token_is_the_loss_of_the_patched_model(training):
+    model = patched_tiny().train(training)
+    losses = WindowLoss(model, NextToken())(IDS)
+    assert losses.shape == (2, 63)
+    assert losses.mean().item() == pytest.approx(model(input_ids=IDS, labels=IDS).loss.item(), abs=1e-5)
+
+
+def naive_divergence(temperature=1.0):
+    full = (logits(tiny_llama().double()) / temperature).softmax(dim=-1)[:, :-1]
+    compressed = (logits(patched_tiny()) / temperature).softmax(dim=-1)[:, :-1]
+    return temperature**2 * (full * (full.log() - compressed.log())).sum(dim=-1)
+
+
+def test_distill_is_the_divergence_of_the_compressed_model_from_the_full_one():
+    model = patched_tiny()
+    divergence = WindowLoss(model, Distill())(IDS)
+    torch.testing.assert_close(divergence, naive_divergence())
+    assert divergence.mean() > 0.1
+    torch.testing.assert_close(WindowLoss(model, Distill(temperature=3.0))(IDS), naive_divergence(3.0))
+    mixed = WindowLoss(model, Distill(next_token_weight=0.25))(IDS)
+    torch.testing.assert_close(mixed, 0.75 * divergence + 0.25 * WindowLoss(model, NextToken())(IDS))
+
+
+def test_divergence_is_zero_where_everything_fits_into_the_slots():
+    model = patched_tiny(lococo.LoCoCoConfig(64, block_size=8, gate_init=0.3))
+    assert WindowLoss(model, Distill())(IDS).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@settings(max_examples=12, deadline=None)
+@given(tokens=st.integers(1, 70), chunk=st.integers(1, 70))
+def test_no_token_is_lost_between_chunks(objective, tokens, chunk):
+    whole = WindowLoss(patched_tiny(), objective)(IDS)
+    model = patched_tiny(dataclasses.replace(CONFIG, prefill_chunk_size=chunk))
+    with torch.no_grad():
+        parts = list(span_losses(model, in_spans(objective, backprop_tokens=tokens)))
+    assert len(parts) == math.ceil(63 / tokens)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-9)
+
+
+def naive_gradients(borders, teacher):
+    """Sum over chunks: gradients of one forward whose past is a cache that was read without a graph."""
+    model = patched_tiny()
+    total = 0
+    for start, stop in zip(borders, borders[1:], strict=False):
+        cache = lococo.LoCoCoCache(CONFIG, 2)
+        if start:
+            logits(model, IDS[:, :start], past_key_values=cache)
+        said = model(input_ids=IDS[:, start:stop], past_key_values=cache).logits.log_softmax(dim=-1)
+        if teacher is None:
+            losses = -said.gather(-1, IDS[:, start + 1 : stop + 1, None])
+        else:
+            losses = teacher[:, start:stop].exp() * (teacher[:, start:stop] - said)
+        (losses.sum() / 126).backward()
+    total = head_gradients(model)
+    assert all(gradient.abs().max() > 1e-6 for gradient in total.values())
+    return total
+
+
+@pytest.mark.parametrize("objective", [NextToken(), Distill()])
+@pytest.mark.parametrize("tokens", [None, 20, 63, 100])
+@pytest.mark.parametrize("chunk", [13, 100])
+def test_gradients_are_those_of_plain_forwards(objective, tokens, chunk):
+    teacher = logits(tiny_llama().double()).log_softmax(dim=-1) if isinstance(objective, Distill) else None
+    borders = [*range(0, 63, tokens or 63), 63]
+    expected = naive_gradients(borders, teacher)
+    model = patched_tiny(dataclasses.replace(CONFIG, prefill_chunk_size=chunk))
+    for losses in span_losses(model, in_spans(objective, backprop_tokens=tokens)):
+        (losses.sum() / 126).backward()
+    assert_same(head_gradients(model), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [0, -4, 2.5, "8"])
+def test_backprop_tokens_must_be_a_count(tokens):
+    with pytest.raises(ValueError, match=f"at least 1.*got {tokens!r}"):
+        NextToken(backprop_tokens=tokens)
+
+
+def test_objectives_refuse_values_out_of_range():
+    with pytest.raises(ValueError, match="temperature.*got 0"):
+        Distill(temperature=0)
+    with pytest.raises(ValueError, match="next_token_weight.*got 1.5"):
+        Distill(next_token_weight=1.5)
+    with pytest.raises(ValueError, match="at least 2 tokens.*got 1"):
+        WindowLoss(patched_tiny(), NextToken())(IDS[:, :1])
+
+
+# Training
+
+
+class Callback(TrainerCallback):
+    """Does something after every step."""
+
+    def __init__(self, on_step_end):
+        self.do = on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.do(state, control)
+
+
+@pytest.mark.parametrize("objective", [NextToken(), Distill(backprop_tokens=20)])
+def test_only_heads_change_and_everything_is_put_back(objective, tmp_path):
+    model = patched_tiny(attention_dropout=0.5).train()
+    model.model.layers[0].mlp.eval()
+    model.model.layers[1].mlp.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    expected = WindowLoss(patched_tiny(), objective)(windows(1)[0]["input_ids"][None]).mean().item()
+    trainer = head_trainer(model, tmp_path, objective, windows(1), logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3)  # no dropout
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lococo_head" not in name), name
+        assert parameter.grad is None
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache
+
+
+def test_a_changed_base_model_stops_the_run(tmp_path):
+    model = patched_tiny()
+    weight = model.model.norm.weight
+
+    def touch(state, control):
+        weight.data[3] = torch.nextafter(weight[3], weight[3] + 1)
+
+    with pytest.raises(RuntimeError, match=r"changed the base model: model\.norm\.weight$"):
+        head_trainer(model, tmp_path, NextToken(), callbacks=[Callback(touch)]).train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_checksums_see_one_bit_and_the_order(dtype):
+    model = patched_tiny(dtype=dtype)
+    before = checksums(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data[torch.tensor([1, 0, *range(2, len(weight))])]
+    model.lm_head.weight.data[5, 5] *= -1
+    after = checksums(model)
+    changed = [name for name in before if before[name] != after[name]]
+    assert changed == ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"]
+    assert not any("lococo_head" in name for name in before)
+
+
+def test_scalars_have_a_learning_rate_of_their_own_and_no_decay(tmp_path):
+    model = patched_tiny(dataclasses.replace(CONFIG, head_rank=4))
+    trainer = head_trainer(model, tmp_path, NextToken(), scalar_lr_factor=10.0, weight_decay=0.1)
+    with only_heads_learn(model):
+        optimizer = trainer.create_optimizer()
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for head in head_modules(model).values():
+        for name, parameter in head.named_parameters():
+            is_kernel = name in ("conv.weight", "expand.weight")
+            group = groups.pop(parameter)
+            assert (group["lr"], group["weight_decay"]) == pytest.approx((0.05, 0.1) if is_kernel else (0.5, 0.0))
+    assert not groups
+
+
+def test_closed_gates_open_and_stay_within_reach(tmp_path):
+    model = patched_tiny(dataclasses.replace(CONFIG, gate_init=0.0))
+    with torch.no_grad():
+        head_modules(model)[0].gate[0] = -0.5
+    trainer = head_trainer(model, tmp_path, Distill(), max_steps=4, learning_rate=0.01)
+    trainer.train()
+    gates = torch.stack([head.gate for head in head_modules(model).values()])
+    assert gates.max() > 0.005
+    assert gates.min() == 0
+
+
+def test_heads_with_budgets_of_their_own_train_too(tmp_path):
+    config = lococo.LoCoCoConfig(16, block_size=8, slots_per_head=((24, 8), (6, 26)))
+    model = patched_tiny(config)
+    before = heads(model)
+    head_trainer(model, tmp_path, Distill(backprop_tokens=30)).train()
+    assert all((value - before[name]).abs().max() > 1e-4 for name, value in heads(model).items())
+
+
+def repetitive(count):
+    """Windows that repeat sixteen tokens, each from another place on."""
+    period = torch.randperm(16, generator=torch.Generator().manual_seed(0)) + 1
+    dataset = windows(count, 96)
+    dataset.ids = torch.stack([period.roll(index).repeat(6) for index in range(count)]).int()
+    return dataset
+
+
+def test_divergence_falls_on_a_repetitive_text(tmp_path):
+    model = patched_tiny(dataclasses.replace(CONFIG, gate_init=0.1), torch.float32)
+    dataset = repetitive(8)
+    trainer = head_trainer(model, tmp_path, Distill(), dataset, eval_dataset=dataset, max_steps=30)
+    before = trainer.evaluate()["eval_loss"]
+    ids = torch.stack([item["input_ids"] for item in dataset])
+    assert before == pytest.approx(WindowLoss(model, Distill())(ids).mean().item(), rel=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # used by older Transformers itself
+def test_heads_of_a_half_precision_model_learn_in_float32(bf16, tmp_path):
+    model = patched_tiny(dtype=torch.bfloat16)
+    trainer = head_trainer(
+        model, tmp_path, Distill(backprop_tokens=20), bf16=bf16, save_strategy="steps", save_steps=3
+    )
+    trainer.train()
+    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    again = lococo.patch_model(tiny_llama(), heads=tmp_path / "checkpoint-3" / "heads")
+    saved = heads(again)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in saved.values())
+    assert_same(heads(model), {name: value.bfloat16() for name, value in saved.items()})
+
+
+def test_accumulated_gradients_are_those_of_a_bigger_batch(tmp_path):
+    for task in training_worker.TASKS:
+        accumulated = training_worker.run(task, tmp_path, per_device=1, accumulation=4)
+        expected = training_worker.run(task, tmp_path, per_device=4, accumulation=1)
+        assert_same(accumulated["heads"], expected["heads"], atol=1e-9)
+        assert accumulated["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+
+
+# Two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Results of the two processes of ``training_worker``."""
+    folder = tmp_path_factory.mktemp("training")
+    path = [str(Path(lococo.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, training_worker.__file__]
+    workers = [subprocess.Popen([*command, str(rank), folder], env=environment) for rank in range(2)]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("task", training_worker.TASKS)
+def test_two_processes_train_like_one(task, two_processes, tmp_path):
+    start = heads(patched_tiny())
+    expected = training_worker.run(task, tmp_path, per_device=4, accumulation=1)
+    assert all((value - start[name]).abs().max() > 1e-4 for name, value in expected["heads"].items())
+    for result in two_processes:
+        assert_same(result[task]["heads"], expected["heads"], atol=1e-5)
+        assert result[task]["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+        assert result[task]["exchanges"] == 3  # one each step, whatever the chunks and batches in it
+
+
+def test_suspension_reaches_into_ddp(two_processes):
+    expected = logits(tiny_llama().double(), tiny_ids(1, 64))
+    assert all(torch.equal(result["suspended"], expected) for result in two_processes)
+
+
+# Memory
+
+
+class Alive:
+    """A tensor that autograd keeps for the backward."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def most_saved(objective, length, folder):
+    """The largest number of tensors that autograd keeps at the same time in a training step."""
+    alive, most = weakref.WeakSet(), 0
+
+    def pack(tensor):
+        nonlocal most
+        kept = Alive(tensor.detach())  # with its graph, it would hold the node that holds it
+        alive.add(kept)
+        most = max(most, len(alive))
+        return kept
+
+    trainer = head_trainer(patched_tiny(), folder, objective, windows(1, length), max_steps=1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        trainer.train()
+    return most
+
+
+def test_truncated_backpropagation_keeps_no_more_for_longer_windows(tmp_path):
+    short, long = (most_saved(NextToken(backprop_tokens=24), length, tmp_path) for length in (97, 193))
+    assert 0 < long <= short
+    short, long = (most_saved(NextToken(), length, tmp_path) for length in (97, 193))
+    assert long > 1.8 * short
+
+
+# Checkpoints
+
+
+def stop_after(step):
+    return Callback(lambda state, control: setattr(control, "should_training_stop", state.global_step >= step))
+
+
+@pytest.mark.parametrize("objective", [NextToken(), Distill(backprop_tokens=20)])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, tmp_path):
+    options = dict(max_steps=7, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2)
+    kept, first, resumed = (patched_tiny(dtype=torch.float32) for _ in range(3))
+    head_trainer(kept, tmp_path / "kept", objective, windows(10), **options).train()
+    head_trainer(first, tmp_path / "cut", objective, windows(10), callbacks=[stop_after(4)], **options).train()
+    trainer = head_trainer(resumed, tmp_path / "cut", objective, windows(10), **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 7
+    assert not torch.equal(heads(first)["0.gate"], heads(kept)["0.gate"])
+    assert_same(heads(resumed), heads(kept))
+
+
+def test_a_checkpoint_holds_heads_and_no_base_model(tmp_path):
+    model = patched_tiny()
+    head_trainer(model, tmp_path, NextToken(), save_strategy="steps", save_steps=3).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert names == {
+        "heads/README.md",
+        "heads/lococo_config.json",
+        "heads/lococo_heads.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    }
+    assert_same(heads(lococo.patch_model(tiny_llama().double(), heads=checkpoint / "heads")), heads(model))
+
+
+def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(tmp_path):
+    options = dict(max_steps=12, save_strategy="steps", save_steps=3)
+    head_trainer(patched_tiny(), tmp_path, NextToken(), callbacks=[stop_after(9)], **options).train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-9" / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    trainer = head_trainer(patched_tiny(), tmp_path, NextToken(), **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_best_heads_can_be_loaded_at_the_end(tmp_path):
+    model = patched_tiny()
+    options = dict(save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1, logging_steps=1)
+    trainer = head_trainer(
+        model, tmp_path, Distill(), eval_dataset=windows(2), load_best_model_at_end=True, learning_rate=1.0, **options
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert best.name == f"checkpoint-{min(losses, key=losses.get)}"
+    assert_same(heads(model), heads(lococo.patch_model(tiny_llama().double(), heads=best / "heads")))
+
+
+# Failures
+
+
+def test_a_head_that_is_not_finite_is_named(tmp_path):
+    model = patched_tiny()
+    bias = head_modules(model)[1].conv.bias
+
+    def spoil(state, control):
+        if state.global_step == 2:
+            bias.data[0] = float("nan")
+
+    trainer = head_trainer(model, tmp_path, Distill(), windows(1), callbacks=[Callback(spoil)])
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    assert str(error.value) == (
+        "step 3: the loss of tokens 0 to 62 of window 0 (domain0) is not finite; "
+        "in layer 1 the head's conv.bias is not finite"
+    )
+    assert not any(module.training for module in model.modules())
+
+
+def test_an_overflow_of_the_base_model_is_named_with_its_place(tmp_path):
+    model, dataset = patched_tiny(), windows(3)
+    dataset.ids = torch.where(dataset.ids == 63, 62, dataset.ids)
+    dataset.ids[1, 30] = 63
+    model.model.embed_tokens.weight.data[63] = float("inf")
+    options = dict(per_device_train_batch_size=3, logging_steps=1)
+    with pytest.raises(FloatingPointError) as error:
+        head_trainer(model, tmp_path, NextToken(backprop_tokens=20), dataset, **options).train()
+    assert str(error.value) == (
+        "step 1: the loss of tokens 20 to 39 of window 1 (domain1) is not finite; "
+        "all heads are finite: the numbers of the base model overflow"
+    )
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
+    model = patched_tiny()
+    before = heads(model)
+    head_modules(model)[1].mass_scale.register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(FloatingPointError, match="step 1: in layer 1 the gradient of the head's mass_scale"):
+        head_trainer(model, tmp_path, NextToken()).train()
+    assert_same(heads(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(gradient_checkpointing=True), "gradient_checkpointing=True .*backprop_tokens"),
+        (dict(scalar_lr_factor=0.0), "scalar_lr_factor must be positive, got 0.0"),
+        (dict(objective=NextToken(backprop_tokens=4)), "backprop_tokens=4 .*block_size=8"),
+        (dict(objective=NextToken(backprop_tokens=8)), "backprop_tokens=8 .*such as 32"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # its name before Transformers 6
+def test_what_cannot_train_heads_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        head_trainer(patched_tiny(), tmp_path, **{"objective": NextToken(), **options})
+
+
+def test_models_without_heads_to_train_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not patched"):
+        head_trainer(tiny_llama(), tmp_path, NextToken())
+    with pytest.raises(ValueError, match="no heads to train.*num_heavy=8"):
+        head_trainer(lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig.h2o(16)), tmp_path, NextToken())
+    adapted = get_peft_model(patched_tiny(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lococo_head"]))
+    with pytest.raises(ValueError, match="ModulesToSaveWrapper.*modules_to_save"):
+        head_trainer(adapted, tmp_path, NextToken())
+
+
+def test_heads_of_a_model_with_lora_train_without_it(tmp_path):
+    adapted = get_peft_model(patched_tiny(), LoraConfig(target_modules=["q_proj"]))
+    before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
+    head_trainer(adapted, tmp_path, Distill()).train()
+    for name, parameter in adapted.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lococo_head" not in name), name
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_padded_windows_are_refused(mode, tmp_path):
+    mask = torch.ones(64, dtype=torch.long)
+    mask[:5] = 0
+    dataset = [{"input_ids": IDS[0], "attention_mask": mask}]
+    trainer = head_trainer(patched_tiny(), tmp_path, NextToken(), dataset, eval_dataset=dataset)
+    with pytest.raises(ValueError, match="must not be padded"):
+        getattr(trainer, mode)()
+
+
+def test_deepspeed_config_leaves_to_the_trainer_what_it_knows():
+    config = json.loads(DEEPSPEED_ZERO2.read_text())
+    assert config["zero_optimization"]["stage"] == 2
+    automatic = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
+    assert [config[name] for name in [*automatic, "gradient_clipping"]] == ["auto"] * 4
+    assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+    # With an optimizer or a scheduler of its own, DeepSpeed would not take those of the trainer.
+    assert not {"optimizer", "scheduler"} & config.keys()

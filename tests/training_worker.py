@@ -1,0 +1,126 @@
+"""Heads of a tiny model trained by ``HeadTrainer`` in one process, or in one of two under DDP.
+
+As a script, ``training_worker.py RANK FOLDER``: one of the two processes, which writes ``FOLDER/RANK.pt``.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from tiny import tiny_ids, tiny_llama
+from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainingArguments
+
+import lococo
+from lococo.patch import suspended
+from lococo.state import head_modules
+from lococo.training.data import Windows
+from lococo.training.objectives import Distill, NextToken
+from lococo.training.trainer import HeadTrainer
+
+CONFIG = lococo.LoCoCoConfig(
+    num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
+)
+# Chunks that end inside a block, and gradients of two batches before a step.
+TASKS = {"full": NextToken(), "truncated": Distill(backprop_tokens=20, next_token_weight=0.3)}
+
+
+def patched_tiny(config=CONFIG, dtype=torch.float64, **overrides):
+    """A patched model in evaluation mode, with the same random heads every time."""
+    model = lococo.patch_model(tiny_llama(**overrides), config).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for head in head_modules(model).values():
+            for parameter in head.conv.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def windows(count=8, length=64, seed=3):
+    return Windows(tiny_ids(count, length, seed=seed).int(), [f"domain{index % 2}" for index in range(count)])
+
+
+def head_trainer(model, folder, objective, dataset=None, **options):
+    names = {"objective", "eval_dataset", "callbacks", "scalar_lr_factor"}
+    arguments = dict(
+        output_dir=str(folder),
+        max_steps=3,
+        learning_rate=0.05,
+        per_device_train_batch_size=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    arguments.update((name, value) for name, value in options.items() if name not in names)
+    return HeadTrainer(
+        model,
+        TrainingArguments(**arguments),
+        objective=objective,
+        train_dataset=windows() if dataset is None else dataset,
+        **{name: value for name, value in options.items() if name in names},
+    )
+
+
+def heads(model):
+    return {
+        f"{index}.{name}": parameter.detach().clone()
+        for index, head in head_modules(model).items()
+        for name, parameter in head.named_parameters()
+    }
+
+
+class Exchanges(TrainerCallback):
+    """Counts how often DDP exchanges gradients (in one bucket, as small as the heads are)."""
+
+    count = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.model_wrapped, DistributedDataParallel):
+            self.trainer.model_wrapped.register_comm_hook(None, self.exchange)
+
+    def exchange(self, state, bucket):
+        self.count += 1
+        return allreduce_hook(None, bucket)
+
+
+def run(task, folder, per_device, accumulation):
+    """Heads after three steps of four windows each, and the losses on the way."""
+    model = patched_tiny()
+    exchanges = Exchanges()
+    options = dict(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, logging_steps=1)
+    exchanges.trainer = head_trainer(model, folder, TASKS[task], callbacks=[exchanges], **options)
+    exchanges.trainer.train()
+    losses = [entry["loss"] for entry in exchanges.trainer.state.log_history if "loss" in entry]
+    return {"heads": heads(model), "losses": losses, "exchanges": exchanges.count}
+
+
+@torch.no_grad()
+def suspended_in_ddp():
+    """Logits of a patched model inside DDP while it is suspended."""
+    model = patched_tiny()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    wrapped = DistributedDataParallel(model)
+    with suspended(wrapped):
+        return wrapped(input_ids=tiny_ids(1, 64)).logits
+
+
+def main(rank, folder):
+    torch.set_num_threads(1)
+    launched = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    # Accelerate wants to be told an address, though the group is there already.
+    os.environ.update(**launched, MASTER_ADDR="localhost", MASTER_PORT="0")
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    results = {task: run(task, folder / task, per_device=1, accumulation=2) for task in TASKS}
+    torch.save({**results, "suspended": suspended_in_ddp()}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
