@@ -218,7 +218,8 @@ def _calibrate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     deepspeed = str(DEEPSPEED_ZERO2) if options.deepspeed == "zero2" else options.deepspeed
-    work_dir = options.work_dir or options.output.with_name(f"{options.output.name}.work")
+    output = options.output.absolute()  # "." has no name
+    work_dir = options.work_dir or output.with_name(f"{output.name}.work")
     run: dict[str, Any] = dict(work_dir=work_dir, resume=options.resume, first=options.first)
     check_calibration(config, data, recipe, options.output, **run)
     process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on

@@ -1,4 +1,4 @@
-"""Layer-local training: what is recorded comes back, what is learned holds on other texts, what was done stays done."""
+"""Layer-local training: recordings come back, what is learned holds on other texts, a killed run goes on."""
 
 import weakref
 from pathlib import Path

@@ -22,6 +22,9 @@ STACKED_LAYERS = 10
 STEPS_BETWEEN = 3  # levels put between two measured ones
 STEEPEST = 4  # power of the slots by which an error may fall between them
 
+# What decides which tokens stay.
+SELECTION_FIELDS = ("block_size", "num_sinks", "num_heavy", "num_recent", "num_fused", "residual", "score")
+
 Measure = Callable[[Sequence, Callable[[], list]], list]
 
 
@@ -65,7 +68,7 @@ def eviction_errors(
         records = functools.cache(functools.partial(record, model, ids[None].long(), gradients=True))
         for place, slots in enumerate(levels):
             head_config = config.with_slots(slots)
-            key = ("eviction_errors", head_config.to_dict(), ids.tolist())
+            key = ("eviction_errors", {name: getattr(head_config, name) for name in SELECTION_FIELDS}, ids.tolist())
             errors = measure(key, functools.partial(_errors, records, head_config))
             total[place] += torch.tensor(errors, dtype=torch.float64)
     return total / len(windows)

@@ -394,7 +394,7 @@ def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     budgets, losses, gaps = figure.subplots(1, 3)
     if config.slots_per_head:
-        image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2(), aspect="auto", cmap="viridis")
+        image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2().numpy(), aspect="auto", cmap="viridis")
         bar = figure.colorbar(image, ax=budgets)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.0f}")
     budgets.set(xlabel="layer", ylabel="KV head", title=f"slots per head, {config.num_slots} on average")

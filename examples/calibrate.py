@@ -1,0 +1,60 @@
+"""Train heads for a model and see what they are worth: the steps of ``lococo calibrate`` that matter, one by one.
+
+python examples/calibrate.py --model folder --data texts.jsonl --output heads
+accelerate launch examples/calibrate.py --model folder --data texts.jsonl --output heads
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+import lococo
+from lococo.evaluation.likelihood import perplexity
+from lococo.training.data import DataConfig, prepare
+from lococo.training.objectives import Distill
+from lococo.training.trainer import HeadTrainer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
+    parser.add_argument("--gguf-file", help="GGUF file in that folder")
+    parser.add_argument("--data", nargs="+", required=True, help="files, folders or Hub ids of texts")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--num-slots", type=int, default=256, help="slots per layer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="training steps (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="heads folder to write")
+    options = parser.parse_args()
+
+    process = PartialState()
+    tokenizer = AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf_file)
+    model = AutoModelForCausalLM.from_pretrained(options.model, gguf_file=options.gguf_file, dtype=torch.float32)
+    model.to(process.device).eval()
+    data = DataConfig(tuple(options.data), options.length, options.steps * process.num_processes, num_heldout=4)
+    with process.main_process_first(), tempfile.TemporaryDirectory() as folder:
+        train, heldout = prepare(data, tokenizer, folder)
+    texts = [ids[None].long() for ids in heldout.ids]
+    process.print(f"perplexity with the full cache: {perplexity(model, texts, first=options.length // 2):.3f}")
+
+    torch.manual_seed(0)  # the same first weights in every process
+    block_size = min(options.num_slots, 512)
+    lococo.patch_model(model, lococo.LoCoCoConfig(options.num_slots, block_size, head_rank=16, gate_init=0.05))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = dict(max_steps=options.steps, learning_rate=1e-3, per_device_train_batch_size=1, logging_steps=10)
+        on_cpu = process.device.type == "cpu"
+        arguments = TrainingArguments(folder, **arguments, use_cpu=on_cpu, save_strategy="no", report_to=[])
+        objective = Distill(backprop_tokens=4 * block_size)
+        HeadTrainer(model, arguments, objective=objective, scalar_lr_factor=10, train_dataset=train).train()
+    if process.is_main_process:
+        lococo.save_heads(model, options.output, dtype=torch.bfloat16)
+    process.print(
+        f"with {options.num_slots} slots per layer: {perplexity(model, texts, first=options.length // 2):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
