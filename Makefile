@@ -16,12 +16,18 @@ DOMAINS := books wikipedia math_latex arxiv code web
 LOCOCO = $(VENV)/bin/lococo
 ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
+TRAIN := $(DOMAINS:%=$(DATA)/%/train.jsonl)
+HEADS := examples/heads/smollm2-135m
+BUDGETS := 128 256
+GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
+# Stages on a GPU end after so many seconds; the same command goes on with them.
+LIMIT ?= 900
 
 test test-versions: export HF_HUB_OFFLINE = 1
 test test-versions: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench memory perplexity gpu test-versions clean
+.PHONY: help test lint demo bench memory perplexity calibrate calibration gpu test-versions clean
 .SECONDARY:
 
 help: ## list the targets
@@ -55,10 +61,29 @@ memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memo
 perplexity: $(MODEL)/$(GGUF) ## perplexity by domain and method on the texts in DATA -> docs/results/perplexity
 	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) --output $(RESULTS)/perplexity
 
-gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, then perplexity on more texts -> RESULTS
+calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
+
+calibrate-%: $(MODEL)/$(GGUF)
+	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --windows 180 --heldout 3 \
+		--steps 16 --learning-rate 3e-3 --measure-every 8 --output $(HEADS)-$* --resume
+
+calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration
+	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --length 4096 --min-length 1024 \
+		--documents 2 --methods full,h2o,h2o-slot --num-slots $(BUDGETS) --heads $(BUDGETS:%=$(HEADS)-%) \
+		--output $(RESULTS)/calibration
+
+gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, the paper's scale of calibration, perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
-	$(LOCOCO) eval ppl $(ON_MODEL) --device cuda --data $(HELDOUT) --documents 32 --num-slots 128 256 512 \
+	$(MAKE) $(GPU_HEADS)
+	$(LOCOCO) eval ppl $(ON_MODEL) --device cuda --data $(HELDOUT) --length 4096 --documents 8 \
+		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) --heads $(GPU_HEADS) \
 		--output $(RESULTS)/perplexity_cuda
+
+# 200 steps of 128 windows of 4096 tokens, as in the paper.
+$(RESULTS)/heads/smollm2-135m-%: | $(MODEL)/$(GGUF)
+	timeout $(LIMIT) $(LOCOCO) calibrate $(ON_MODEL) --device cuda --dataset $(TRAIN) --num-slots $* --block-size 128 \
+		--windows 2048 --steps 200 --windows-per-step 128 --budget-texts 24 --measure-every 20 --output $@ \
+		--cache-dir $(RESULTS)/cache --resume
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
 

@@ -1,6 +1,6 @@
-"""Read a text far beyond a model's window with its full cache, with H2O and with LoCoCo, and ask a question about it.
+"""Read a long text with a model's full cache, with H2O and with calibrated LoCoCo heads, and ask a question about it.
 
-python examples/demo.py --tokens 16384 --num-slots 256
+python examples/demo.py --tokens 8000 --num-slots 256
 """
 
 import argparse
@@ -13,19 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
 from lococo.cli import prompt_ids
-from lococo.evaluation.methods import as_method, method_config
+from lococo.evaluation.methods import Run, as_method, method_config
 from lococo.generation import read_and_answer
+from lococo.heads import read_heads_config
 
 QUESTION = "In one sentence: which programming language is this text about, and what does the text explain?"
 
-# Positions inside the cache: the text is longer than the 8192 positions that the model was trained for.
-METHODS = ("full", "h2o-slot", "lococo-uncalibrated-slot")
+HEADS = Path(__file__).parent / "heads"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the text (default: %(default)s)")
-    parser.add_argument("--num-slots", type=int, default=256, help="slots per layer (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=8000, help="tokens of the text, 8192 at most (default: %(default)s)"
+    )
+    parser.add_argument("--num-slots", type=int, default=256, choices=[128, 256], help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path(".demo/smollm2-135m"), help="where the model is kept")
     options = parser.parse_args()
 
@@ -39,9 +41,12 @@ def main():
     ids = prompt_ids(tokenizer, text, QUESTION, options.tokens - 64)
     print(f"{ids.shape[1]:,} tokens of the Python manual, then: {QUESTION}")
 
-    for method in METHODS:
-        print(f"\n--- {method}")
-        with as_method(model, method_config(method, options.num_slots, block_size=min(options.num_slots, 256))):
+    heads = HEADS / f"smollm2-135m-{options.num_slots}"
+    config = read_heads_config(heads)
+    h2o = method_config("h2o", options.num_slots, config.block_size)
+    for run in (Run("full", None), Run("h2o", h2o), Run("lococo", config, str(heads))):
+        print(f"\n--- {run.name}")
+        with as_method(model, run.config, run.heads):
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             reading = read_and_answer(model, ids, max_new_tokens=48, streamer=streamer, do_sample=False)
         print(reading.summary())

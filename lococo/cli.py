@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -145,7 +146,15 @@ def load(options: argparse.Namespace):
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda, cuda:1, ..., got {device!r}") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"there is no CUDA device for --device {device}")
     dtype = options.dtype
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype must be float32, bfloat16, ..., got {dtype!r}")
     if dtype == "auto" and device == "cpu":
         dtype = "float32"  # half precision is many times slower there
     extra = {"gguf_file": options.gguf_file} if options.gguf_file else {}
@@ -218,6 +227,10 @@ def _calibrate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     deepspeed = str(DEEPSPEED_ZERO2) if options.deepspeed == "zero2" else options.deepspeed
+    if deepspeed and not Path(deepspeed).is_file():
+        raise FileNotFoundError(f"{deepspeed}: no such DeepSpeed config file")
+    if deepspeed and not importlib.util.find_spec("deepspeed"):
+        raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
     output = options.output.absolute()  # "." has no name
     work_dir = options.work_dir or output.with_name(f"{output.name}.work")
     run: dict[str, Any] = dict(work_dir=work_dir, resume=options.resume, first=options.first)

@@ -10,9 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lococo import LoCoCoConfig, patched, perplexity
+from lococo.evaluation.methods import plan_runs
+from lococo.evaluation.ppl_table import perplexity_rows, read_windows
+from lococo.evaluation.results import Journal
 
 ROOT = Path(__file__).parents[1]
-HELDOUT = ROOT.parent / "shared/data/text/wikipedia/heldout.jsonl"
+TEXT = ROOT.parent / "shared/data/text"
+HELDOUT = TEXT / "wikipedia/heldout.jsonl"
+THREADS = TEXT / "stackexchange/heldout.jsonl"
 LENGTH = 640
 
 pytestmark = pytest.mark.slow
@@ -86,3 +91,32 @@ def test_uncalibrated_model_is_better_than_h2o_on_held_out_text(smollm2):
 
     h2o = min(measure(LoCoCoConfig.h2o(128, block_size=128, positions=mode)) for mode in ("absolute", "slot"))
     assert measure(LoCoCoConfig(128, block_size=128)) < h2o
+
+
+@pytest.mark.parametrize("num_slots", [128, 256])
+def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots):
+    model, _ = smollm2
+    with patched(model, heads=ROOT / f"examples/heads/smollm2-135m-{num_slots}"), torch.no_grad():
+        cache = model(manual, use_cache=True).past_key_values
+    memories = [(memory, heads) for layer in cache.layers for memory, heads in layer.groups]
+    slots = sum(memory.config.num_slots * len(heads) for memory, heads in memories)
+    assert 0.95 * num_slots < slots / 90 <= num_slots
+    entries = sum(memory.keys.shape[1] * memory.keys.shape[2] for memory, _ in memories)
+    assert entries == slots + 90 * 128
+
+
+@pytest.mark.skipif(not THREADS.is_file(), reason="needs ../shared/data/text")
+@pytest.mark.parametrize("num_slots", [128, 256])
+def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_slots):
+    model, tokenizer = smollm2
+    recorded = json.loads((ROOT / "docs/results/calibration.json").read_text(encoding="utf-8"))["rows"]
+    rows = {
+        row["method"]: row["nll"]
+        for row in recorded
+        if row["domain"] == "stackexchange" and row["num_slots"] in (num_slots, None)
+    }
+    texts = read_windows([THREADS], tokenizer, 4096, limit=2, first=512, min_length=1024)
+    (run,) = plan_runs([], [], 128, [str(ROOT / f"examples/heads/smollm2-135m-{num_slots}")])
+    measured = perplexity_rows(model, texts, [run], 512, Journal(tmp_path / "journal.jsonl"))[0]["nll"]
+    assert measured == pytest.approx(rows["lococo"], abs=1e-3)
+    assert measured < min(rows["h2o"], rows["h2o-slot"])

@@ -5,95 +5,35 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.util
-import io
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.likelihood import token_nlls
-from lococo.evaluation.methods import as_method, method_config
-from lococo.evaluation.results import Journal, result_content
+from lococo.evaluation.results import Journal
 from lococo.files import write_whole
-from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
+from lococo.heads import check_heads_folder, load_heads
 from lococo.patch import patched
 from lococo.state import head_modules
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.data import DataConfig, Windows, prepare
 from lococo.training.documents import local_files
 from lococo.training.frozen import checksums
+from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipe import Recipe
+from lococo.training.report import save_calibrated
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
-BASELINES = ("full", "h2o", "h2o-slot")
-RESULT_NAME, PICTURE_NAME = ATTACHMENTS
 RUN_NAME = "run.json"
 WORK_NAMES = (RUN_NAME, "recordings", "local", "trainer")
-
-
-@dataclasses.dataclass(frozen=True)
-class GapRatio:
-    """(nll - nll of full) / (nll of H2O - nll of full) on some windows: 0 is the full cache, 1 is H2O.
-
-    Attributes
-    ----------
-    windows : torch.Tensor
-        (texts, tokens).
-    first : int
-        First token that counts.
-    full, h2o : float
-        Mean nll of the full cache, and of H2O with the better of its two position modes.
-    """
-
-    windows: torch.Tensor
-    first: int
-    full: float
-    h2o: float
-
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """``heldout_nll`` and ``gap_ratio`` of a model as it is now patched."""
-        nll = mean_nll(model, self.windows, self.first)
-        return {"heldout_nll": nll, "gap_ratio": (nll - self.full) / (self.h2o - self.full)}
-
-
-def mean_nll(model: PreTrainedModel, windows: torch.Tensor, first: int) -> float:
-    """Mean negative log-likelihood over the tokens of (texts, tokens) windows, from token ``first`` on."""
-    return torch.stack([token_nlls(model, ids[None].long(), first).double().mean() for ids in windows]).mean().item()
-
-
-def baselines(
-    model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, first: int, journal: Journal
-) -> GapRatio:
-    """What the gap ratio of heads with a config is measured against."""
-    nlls = {}
-    for name in BASELINES:
-        method = method_config(name, config.num_slots, config.block_size)
-        with as_method(model, method):
-            key = ("baseline", name, method and method.to_dict(), windows.tolist(), first)
-            nlls[name] = journal.measure(key, lambda: mean_nll(model, windows, first))
-    return GapRatio(windows, first, nlls["full"], min(nlls["h2o"], nlls["h2o-slot"]))
-
-
-class _MeasureGap(TrainerCallback):
-    """Logs the gap ratio every so many steps."""
-
-    def __init__(self, model: PreTrainedModel, gap: GapRatio, every: int) -> None:
-        self.model, self.gap, self.every = model, gap, every
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """See ``TrainerCallback``."""
-        is_last = state.global_step == state.max_steps
-        if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
-            state.log_history.append({"step": state.global_step, **self.gap.measure(self.model)})
 
 
 def this_process(*, on_cpu: bool) -> PartialState:
@@ -138,12 +78,8 @@ def check_calibration(
             f"windows of {data.length} tokens are too short for num_slots={config.num_slots} and "
             f"block_size={config.block_size}: the first token is evicted after {evicting}"
         )
-    tokens = recipe.objective and recipe.objective.backprop_tokens
-    if tokens and config.block_size % tokens == 0:
-        raise ValueError(
-            f"backprop_tokens={tokens} would give heads no gradient: with block_size={config.block_size} every "
-            "compression is the last thing that happens in a chunk"
-        )
+    if recipe.objective:
+        recipe.objective.check_block_size(config.block_size)
     if not importlib.util.find_spec("matplotlib"):
         raise ImportError("calibration draws a picture with the package matplotlib: pip install lococo[train]")
 
@@ -240,7 +176,7 @@ def calibrate(
             if dtype is not None:
                 _round_heads(model, dtype)
                 rows.append({"stage": "saved", "step": recipe.steps if recipe.objective else 0, **gap.measure(model)})
-            _save(model, output, rows, gap, recipe, data, config, dtype, command)
+            save_calibrated(model, output, rows, gap, recipe, data, config, dtype, command)
             shutil.rmtree(work_dir, ignore_errors=True)
     return rows
 
@@ -260,14 +196,10 @@ def _description(config: LoCoCoConfig, data: DataConfig, recipe: Recipe, first: 
         "config": config.to_dict(),
         "data": dataclasses.asdict(data),
         "recipe": dataclasses.asdict(recipe),
-        "objective": _objective_name(recipe),
+        "objective": recipe.objective_name,
         "first": first,
     }
     return json.loads(json.dumps(content))
-
-
-def _objective_name(recipe: Recipe) -> str | None:
-    return type(recipe.objective).__name__ if recipe.objective else None
 
 
 def _check_same_run(work_dir: Path, run: dict[str, Any]) -> None:
@@ -338,7 +270,7 @@ def _train_end_to_end(
         objective=recipe.objective,
         scalar_lr_factor=recipe.scalar_lr_factor,
         train_dataset=train,
-        callbacks=[_MeasureGap(model, gap, recipe.measure_every)],
+        callbacks=[MeasureGap(model, gap, recipe.measure_every)],
     )
     if (done / TRAINER_STATE_NAME).is_file():  # Trainer would train a step more
         load_heads(model, done / HEADS_FOLDER)
@@ -351,61 +283,3 @@ def _train_end_to_end(
         for entry in state.log_history
         if "loss" in entry or "gap_ratio" in entry
     ]
-
-
-def _save(
-    model: PreTrainedModel,
-    output: Path,
-    rows: Sequence[dict[str, Any]],
-    gap: GapRatio,
-    recipe: Recipe,
-    data: DataConfig,
-    config: LoCoCoConfig,
-    dtype: torch.dtype | None,
-    command: str,
-) -> None:
-    last = [row for row in rows if "gap_ratio" in row][-1]
-    metrics = {
-        "heldout_nll": last["heldout_nll"],
-        "heldout_nll_full": gap.full,
-        "heldout_nll_h2o": gap.h2o,
-        "gap_ratio": last["gap_ratio"],
-        "heldout_windows": len(gap.windows),
-        "length": data.length,
-        "first": gap.first,
-    }
-    training = {
-        "command": command,
-        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
-        "objective": _objective_name(recipe),
-        "sources": [Path(source).name if local_files(source) else source for source in data.sources],
-    }
-    attachments = {
-        RESULT_NAME: (json.dumps(result_content(command, model.device, rows), indent=1) + "\n").encode(),
-        PICTURE_NAME: _picture(rows, config),
-    }
-    save_heads(model, output, training=training, metrics=metrics, dtype=dtype, attachments=attachments)
-
-
-def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
-    """PNG: slots per KV head, loss and gap ratio over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    budgets, losses, gaps = figure.subplots(1, 3)
-    if config.slots_per_head:
-        image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2().numpy(), aspect="auto", cmap="viridis")
-        bar = figure.colorbar(image, ax=budgets)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.0f}")
-    budgets.set(xlabel="layer", ylabel="KV head", title=f"slots per head, {config.num_slots} on average")
-    trained = [row for row in rows if "loss" in row]
-    losses.plot([row["step"] for row in trained], [row["loss"] for row in trained], linewidth=1)
-    losses.set(xlabel="step", title="training loss (nats per token)")
-    measured = [row for row in rows if "gap_ratio" in row and row["stage"] != "local"]
-    gaps.plot([row["step"] for row in measured], [row["gap_ratio"] for row in measured], marker="o")
-    gaps.set(xlabel="step", title="gap ratio on held-out text", ylim=(0, None))
-    for axes in (losses, gaps):
-        axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
-    return content.getvalue()

@@ -41,6 +41,21 @@ class Objective(abc.ABC):
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise ValueError(f"backprop_tokens must be a whole number of at least 1, or None, got {tokens!r}")
 
+    def check_block_size(self, block_size: int) -> None:
+        """Refuse chunks in which heads with a block size would get no gradient.
+
+        Raises
+        ------
+        ValueError
+            If every compression would be the last thing that happens in a chunk.
+        """
+        if self.backprop_tokens is not None and block_size % self.backprop_tokens == 0:
+            raise ValueError(
+                f"backprop_tokens={self.backprop_tokens} would give heads no gradient: with block_size={block_size} "
+                "every compression is the last thing that happens in a chunk; give more than a block, such as "
+                f"{4 * block_size + block_size // 2}"
+            )
+
     @property
     def needs_full_cache(self) -> bool:
         """Whether ``losses`` wants to know what the full model predicts."""

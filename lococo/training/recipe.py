@@ -64,6 +64,11 @@ class Recipe:
             )
 
     @property
+    def objective_name(self) -> str | None:
+        """Name of the end-to-end objective."""
+        return type(self.objective).__name__ if self.objective else None
+
+    @property
     def windows_needed(self) -> int:
         """Training windows that no stage has to read twice."""
         end_to_end = self.steps * self.windows_per_step if self.objective else 0

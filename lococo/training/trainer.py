@@ -264,12 +264,7 @@ def _check_arguments(args: TrainingArguments, objective: Objective, block_size: 
             raise ValueError(f"{name}={getattr(args, name)!r} is not supported by HeadTrainer: {instead}")
     if not scalar_lr_factor > 0:
         raise ValueError(f"scalar_lr_factor must be positive, got {scalar_lr_factor!r}")
-    tokens = objective.backprop_tokens
-    if tokens is not None and block_size % tokens == 0:
-        raise ValueError(
-            f"backprop_tokens={tokens} would give heads no gradient: with block_size={block_size} every compression "
-            f"is the last thing that happens in a chunk; give more than a block, such as {4 * block_size}"
-        )
+    objective.check_block_size(block_size)
 
 
 def _unpadded(inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,71 @@
+"""How much of the full cache's advantage over H2O heads win back, measured during training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from lococo.config import LoCoCoConfig
+from lococo.evaluation.likelihood import token_nlls
+from lococo.evaluation.methods import as_method, method_config
+from lococo.evaluation.results import Journal
+
+BASELINES = ("full", "h2o", "h2o-slot")
+
+
+@dataclasses.dataclass(frozen=True)
+class GapRatio:
+    """(nll - nll of full) / (nll of H2O - nll of full) on some windows: 0 is the full cache, 1 is H2O.
+
+    Attributes
+    ----------
+    windows : torch.Tensor
+        (texts, tokens).
+    first : int
+        First token that counts.
+    full, h2o : float
+        Mean nll of the full cache, and of H2O with the better of its two position modes.
+    """
+
+    windows: torch.Tensor
+    first: int
+    full: float
+    h2o: float
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """``heldout_nll`` and ``gap_ratio`` of a model as it is now patched."""
+        nll = mean_nll(model, self.windows, self.first)
+        return {"heldout_nll": nll, "gap_ratio": (nll - self.full) / (self.h2o - self.full)}
+
+
+def mean_nll(model: PreTrainedModel, windows: torch.Tensor, first: int) -> float:
+    """Mean negative log-likelihood over the tokens of (texts, tokens) windows, from token ``first`` on."""
+    return torch.stack([token_nlls(model, ids[None].long(), first).double().mean() for ids in windows]).mean().item()
+
+
+def baselines(
+    model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, first: int, journal: Journal
+) -> GapRatio:
+    """What the gap ratio of heads with a config is measured against."""
+    nlls = {}
+    for name in BASELINES:
+        method = method_config(name, config.num_slots, config.block_size)
+        with as_method(model, method):
+            key = ("baseline", name, method and method.to_dict(), windows.tolist(), first)
+            nlls[name] = journal.measure(key, lambda: mean_nll(model, windows, first))
+    return GapRatio(windows, first, nlls["full"], min(nlls["h2o"], nlls["h2o-slot"]))
+
+
+class MeasureGap(TrainerCallback):
+    """Logs the gap ratio every so many steps."""
+
+    def __init__(self, model: PreTrainedModel, gap: GapRatio, every: int) -> None:
+        self.model, self.gap, self.every = model, gap, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """See ``TrainerCallback``."""
+        is_last = state.global_step == state.max_steps
+        if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
+            state.log_history.append({"step": state.global_step, **self.gap.measure(self.model)})
