@@ -14,6 +14,7 @@ def model_card(content: dict[str, Any], source: str) -> str:
     name = content["base_model"]["name_or_path"]
     base = name or content["base_model"]["model_type"]
     slots = content["config"]["num_slots"]
+    average = " on average" if content["config"].get("slots_per_head") else ""
     # The Hub takes nothing but an id here.
     base_model = f'base_model: "{name}"\n' if HUB_ID.fullmatch(name) else ""
     card = f"""---
@@ -25,8 +26,8 @@ library_name: lococo
 
 # LoCoCo heads for {base}
 
-Trained heads that keep the key-value cache of {base} at {slots} slots per layer and KV head, whatever the length of
-the text. The base model itself is unchanged and not in this folder.
+Trained heads that keep the key-value cache of {base} at {slots} slots per layer and KV head{average}, whatever the
+length of the text. The base model itself is unchanged and not in this folder.
 
 ```python
 import lococo
