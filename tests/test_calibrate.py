@@ -25,7 +25,7 @@ from lococo.evaluation.likelihood import token_nlls
 from lococo.evaluation.methods import as_method, method_config
 from lococo.heads import HEADS_NAME
 from lococo.training import calibrate as module
-from lococo.training import data, local
+from lococo.training import data, gap, local
 from lococo.training.calibrate import calibrate
 from lococo.training.data import DataConfig, prepare
 from lococo.training.local import LocalConfig
@@ -122,6 +122,7 @@ def test_a_heads_folder_is_written_and_nothing_else(heads):
     assert training["objective"] == "Distill" and training["sources"] == ["words.jsonl"]
     assert training["recipe"]["steps"] == 4 and training["recipe"]["local"]["steps"] == 3
     assert training["command"].startswith("lococo calibrate --model")
+    assert not re.search(r"(^|[ =])/", training["command"]), "a folder of the author"
 
 
 def test_recorded_figures_are_those_of_the_heads_in_the_folder(heads, texts, cache):
@@ -204,11 +205,19 @@ def test_running_again_replaces_the_folder(run, tmp_path, capsys):
     assert "also holds mine.txt" in errors(capsys)[0]
 
 
+def test_calibrate_is_a_name_of_the_package_and_imported_when_asked_for():
+    assert lococo.calibrate is calibrate
+    with pytest.raises(AttributeError, match="has no attribute 'calibrated'"):
+        _ = lococo.calibrated
+    script = "import sys, lococo; print({'datasets', 'matplotlib', 'lococo.training'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_tokens_and_figures_are_shared_between_runs(run, heads, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_find_windows", None)
     assert run(tmp_path / "more-slots", *NOTHING, num_slots=24) == 0
-    measured, original = [], module.mean_nll
-    monkeypatch.setattr(module, "mean_nll", lambda *arguments: measured.append(1) or original(*arguments))
+    measured, original = [], gap.mean_nll
+    monkeypatch.setattr(gap, "mean_nll", lambda *arguments: measured.append(1) or original(*arguments))
     assert run(tmp_path / "again", *NOTHING) == 0
     assert len(measured) == 2, "the start and the end; baselines are there"
 
@@ -237,8 +246,8 @@ STOPS = {
     "recording the third text": (stop_in("record", 3), local),
     "learning the second layer": (stop_in("_train_layer", 2), local),
     "between the stages": (stop_in("_train_end_to_end", 1), module),
-    "step three": (stop_in("on_step_end", 3), module._MeasureGap),
-    "saving": (stop_in("_save", 1), module),
+    "step three": (stop_in("on_step_end", 3), gap.MeasureGap),
+    "saving": (stop_in("save_calibrated", 1), module),
 }
 
 
@@ -278,7 +287,7 @@ def test_resumed_after_its_last_step_with_windows_left(run, tmp_path, monkeypatc
     short = [*NOTHING, "--objective", "next-token", "--steps", "2", "--measure-every", "1"]
     assert run(tmp_path / "whole", *short) == 0
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_in("_save", 1)(patched, module)
+        stop_in("save_calibrated", 1)(patched, module)
         run(tmp_path / "cut", *short)
     assert run(tmp_path / "cut", *short, "--resume") == 0
     assert_same_heads(tmp_path / "cut", tmp_path / "whole")
