@@ -76,13 +76,16 @@ def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
         image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2().numpy(), aspect="auto", cmap="viridis")
         bar = figure.colorbar(image, ax=budgets)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.0f}")
+        budgets.yaxis.get_major_locator().set_params(integer=True)
     budgets.set(xlabel="layer", ylabel="KV head", title=f"slots per head, {config.num_slots} on average")
     trained = [row for row in rows if "loss" in row]
     losses.plot([row["step"] for row in trained], [row["loss"] for row in trained], linewidth=1)
     losses.set(xlabel="step", title="training loss (nats per token)")
-    measured = [row for row in rows if "gap_ratio" in row and row["stage"] != "local"]
-    gaps.plot([row["step"] for row in measured], [row["gap_ratio"] for row in measured], marker="o")
-    gaps.set(xlabel="step", title="gap ratio on held-out text", ylim=(0, None))
+    measured = [(row["step"], row["gap_ratio"]) for row in rows if "gap_ratio" in row and row["stage"] != "local"]
+    steps, ratios = zip(*measured, strict=True)
+    gaps.plot(steps, ratios, marker="o")
+    gaps.set(xlabel="step", title="gap ratio on held-out text")
+    gaps.set_ylim(1.1 * min(0.0, *ratios), 1.1 * max(0.1, *ratios))
     for axes in (losses, gaps):
         axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
