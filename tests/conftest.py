@@ -1,6 +1,15 @@
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
+
+
+@pytest.fixture(autouse=True)
+def no_precision_left_over():
+    """Transformers 4 tells accelerate of bf16 in the environment, and so all later Trainers of the process."""
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]

@@ -59,7 +59,7 @@ def test_the_model_computes_what_is_recorded(family):
     assert_close(*logits)
     config = model.config.to_dict()
     layer_types = config.get("layer_types") or ["sliding_attention" if family == "Mistral-window" else ""] * 2
-    scale = config.get("query_pre_attn_scalar", config["head_dim"]) ** -0.5
+    scale = (config.get("query_pre_attn_scalar") or config.get("head_dim") or 8) ** -0.5
     assert list(records) == [0, 1]
     for kind, entry in zip(layer_types, records.values(), strict=True):
         assert entry.window == (WINDOW if kind == "sliding_attention" else None)

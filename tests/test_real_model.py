@@ -1,5 +1,6 @@
 """A real model on real text: SmolLM2-135M-Instruct, fetched once into .demo."""
 
+import copy
 import json
 import pydoc_data.topics
 import sys
@@ -17,7 +18,7 @@ from lococo.evaluation.results import Journal
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared/data/text"
 HELDOUT = TEXT / "wikipedia/heldout.jsonl"
-THREADS = TEXT / "stackexchange/heldout.jsonl"
+MATHS = TEXT / "math_latex/heldout.jsonl"
 LENGTH = 640
 
 pytestmark = pytest.mark.slow
@@ -54,14 +55,15 @@ def test_enough_slots_give_the_full_model(smollm2, manual):
 
 @torch.no_grad()
 def test_any_split_gives_the_same_logits(smollm2, manual):
-    model, _ = smollm2
+    # In float64, since of two tokens whose scores are equal but for rounding another split may keep the other.
+    model = copy.deepcopy(smollm2[0]).double()
     with patched(model, LoCoCoConfig(128, block_size=64)):
         whole, cache, parts = model(manual).logits, None, []
         for part in manual.split([1, 199, 200, 240], dim=1):
             output = model(part, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -105,7 +107,7 @@ def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots):
     assert entries == slots + 90 * 128
 
 
-@pytest.mark.skipif(not THREADS.is_file(), reason="needs ../shared/data/text")
+@pytest.mark.skipif(not MATHS.is_file(), reason="needs ../shared/data/text")
 @pytest.mark.parametrize("num_slots", [128, 256])
 def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_slots):
     model, tokenizer = smollm2
@@ -113,10 +115,11 @@ def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_sl
     rows = {
         row["method"]: row["nll"]
         for row in recorded
-        if row["domain"] == "stackexchange" and row["num_slots"] in (num_slots, None)
+        if row["domain"] == "math_latex" and row["num_slots"] in (num_slots, None)
     }
-    texts = read_windows([THREADS], tokenizer, 4096, limit=2, first=512, min_length=1024)
+    texts = read_windows([MATHS], tokenizer, 4096, limit=2, first=512)
     (run,) = plan_runs([], [], 128, [str(ROOT / f"examples/heads/smollm2-135m-{num_slots}")])
     measured = perplexity_rows(model, texts, [run], 512, Journal(tmp_path / "journal.jsonl"))[0]["nll"]
-    assert measured == pytest.approx(rows["lococo"], abs=1e-3)
-    assert measured < min(rows["h2o"], rows["h2o-slot"])
+    # Of two tokens with all but equal scores another processor's rounding may keep the other.
+    assert measured == pytest.approx(rows["lococo"], abs=0.02)
+    assert min(rows["h2o"], rows["h2o-slot"]) - rows["lococo"] > 0.2, "a figure that others reach too shows nothing"
