@@ -16,7 +16,7 @@ DOMAINS := books wikipedia math_latex arxiv code web
 LOCOCO = $(VENV)/bin/lococo
 ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
-TRAIN := $(DOMAINS:%=$(DATA)/%/train.jsonl)
+TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexchange web wikipedia)
 HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
@@ -64,7 +64,7 @@ perplexity: $(MODEL)/$(GGUF) ## perplexity by domain and method on the texts in 
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
 calibrate-%: $(MODEL)/$(GGUF)
-	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --windows 180 --heldout 3 \
+	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --windows 210 --heldout 3 \
 		--steps 16 --learning-rate 3e-3 --measure-every 8 --output $(HEADS)-$* --resume
 
 calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration
