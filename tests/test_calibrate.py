@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -94,8 +95,12 @@ def content(folder):
     return json.loads((folder / "lococo_config.json").read_text())
 
 
+def result(folder):
+    return json.loads((folder / "calibration.json").read_text())
+
+
 def rows(folder, *stages):
-    rows = json.loads((folder / "calibration.json").read_text())["rows"]
+    rows = result(folder)["rows"]
     return [row for row in rows if not stages or row["stage"] in stages]
 
 
@@ -123,6 +128,15 @@ def test_a_heads_folder_is_written_and_nothing_else(heads):
     assert training["recipe"]["steps"] == 4 and training["recipe"]["local"]["steps"] == 3
     assert training["command"].startswith("lococo calibrate --model")
     assert not re.search(r"(^|[ =])/", training["command"]), "a folder of the author"
+
+
+def test_what_a_calibration_took_is_in_its_record(run, tmp_path):
+    began = time.monotonic()
+    assert run(tmp_path / "heads", *NOTHING) == 0
+    usage = result(tmp_path / "heads")["usage"]
+    assert 0 < usage["seconds"] < time.monotonic() - began and not usage["resumed"]
+    resident = psutil.Process().memory_info().rss
+    assert 0.3 * resident < usage["peak_memory_bytes"] < psutil.virtual_memory().total
 
 
 def test_recorded_figures_are_those_of_the_heads_in_the_folder(heads, texts, cache):
@@ -267,6 +281,7 @@ def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, mo
     assert run(tmp_path / "heads", *SHORT, "--resume") == 0
     assert_same_heads(tmp_path / "heads", heads)
     assert rows(tmp_path / "heads") == rows(heads)
+    assert result(tmp_path / "heads")["usage"]["resumed"]
     assert not (tmp_path / "heads.work").exists()
 
 

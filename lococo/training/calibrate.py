@@ -7,6 +7,7 @@ import datetime
 import importlib.util
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.results import Journal
+from lococo.evaluation.results import Journal, peak_memory
 from lococo.files import write_whole
 from lococo.heads import check_heads_folder, load_heads
 from lococo.patch import patched
@@ -142,6 +143,7 @@ def calibrate(
     FloatingPointError
         If training diverges.
     """
+    started, resumed = time.monotonic(), (work_dir / RUN_NAME).is_file()
     processes = this_process(on_cpu=model.device.type == "cpu")
     check_calibration(config, data, recipe, output, work_dir=work_dir, resume=resume, first=first)
     if recipe.objective and recipe.windows_per_step % processes.num_processes:
@@ -176,7 +178,9 @@ def calibrate(
             if dtype is not None:
                 _round_heads(model, dtype)
                 rows.append({"stage": "saved", "step": recipe.steps if recipe.objective else 0, **gap.measure(model)})
-            save_calibrated(model, output, rows, gap, recipe, data, config, dtype, command)
+            usage = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(model.device)}
+            usage["resumed"] = resumed  # what an earlier process took is not counted
+            save_calibrated(model, output, rows, usage, gap, recipe, data, config, dtype, command)
             shutil.rmtree(work_dir, ignore_errors=True)
     return rows
 

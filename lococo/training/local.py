@@ -161,8 +161,17 @@ def _train_layer(
     learned = len(recordings.paths) - settings.num_checked
     order = torch.randperm(learned, generator=torch.Generator().manual_seed(layer_idx)).tolist()
     device = next(head.parameters()).device
+    selection: dict[int, torch.Tensor] = {}  # error of plain token selection, by text
+
+    def relative_error(text: int) -> torch.Tensor:
+        entry = recordings.layer(layer_idx, text, device)
+        if text not in selection:
+            with torch.no_grad():
+                selection[text] = _summed_error(entry, config, layer_idx).clamp_min(1e-30)
+        return _summed_error(entry, config, layer_idx, head) / selection[text]
+
     for step in range(settings.steps):
-        loss = _relative_error(recordings.layer(layer_idx, order[step % learned], device), config, layer_idx, head)
+        loss = relative_error(order[step % learned])
         if not loss.isfinite():
             raise FloatingPointError(f"layer {layer_idx}, step {step}: the local loss is {loss.item()}")
         if not loss.requires_grad:
@@ -176,14 +185,11 @@ def _train_layer(
             with torch.no_grad():
                 head.gate.clamp_(0, 1)  # beyond, it would have no gradient
     with torch.no_grad():
-        errors = [
-            _relative_error(recordings.layer(layer_idx, text, device), config, layer_idx, head).item()
-            for text in range(learned, len(recordings.paths))
-        ]
+        errors = [relative_error(text).item() for text in range(learned, len(recordings.paths))]
     return sum(errors) / len(errors)
 
 
-def _relative_error(entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: FusionHead) -> torch.Tensor:
-    with torch.no_grad():
-        selection = felt_error(read_record(entry, config, layer_idx), entry).sum()
-    return felt_error(read_record(entry, config, layer_idx, head), entry).sum() / selection.clamp_min(1e-30)
+def _summed_error(
+    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: FusionHead | None = None
+) -> torch.Tensor:
+    return felt_error(read_record(entry, config, layer_idx, head), entry).sum()

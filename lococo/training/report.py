@@ -28,6 +28,7 @@ def save_calibrated(
     model: PreTrainedModel,
     output: Path,
     rows: Sequence[dict[str, Any]],
+    usage: dict[str, Any],
     gap: GapRatio,
     recipe: Recipe,
     data: DataConfig,
@@ -35,7 +36,7 @@ def save_calibrated(
     dtype: torch.dtype | None,
     command: str,
 ) -> None:
-    """Write a heads folder with how the heads were made, what they measure, and a picture of both."""
+    """Write a heads folder with how the heads were made, what that took, what they measure, and a picture."""
     command = _without_folders(command)
     last = [row for row in rows if "gap_ratio" in row][-1]
     metrics = {
@@ -53,8 +54,9 @@ def save_calibrated(
         "objective": recipe.objective_name,
         "sources": [Path(source).name if local_files(source) else source for source in data.sources],
     }
+    result = {"usage": usage, **result_content(command, model.device, rows)}
     attachments = {
-        RESULT_NAME: (json.dumps(result_content(command, model.device, rows), indent=1) + "\n").encode(),
+        RESULT_NAME: (json.dumps(result, indent=1) + "\n").encode(),
         PICTURE_NAME: _picture(rows, config),
     }
     save_heads(model, output, training=training, metrics=metrics, dtype=dtype, attachments=attachments)
