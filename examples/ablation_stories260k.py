@@ -1,10 +1,10 @@
 """What to fuse and how: one change at a time to the heads of a very small real model.
 
-python experiments/stories260k.py stories260K.bin
+python examples/ablation_stories260k.py stories260K.bin
 
 The model is llama2.c's stories260K (5 layers, 8 heads, 4 KV heads, 512 tokens), the texts are sampled from it. Every
 variant is calibrated by distillation and its gap ratio measured on other texts, before and after; writes
-docs/results/stories260k.{json,md}. A stopped run goes on where it stopped.
+docs/results/ablation_stories260k.{json,md,png}. A stopped run goes on where it stopped.
 """
 
 import argparse
@@ -205,11 +205,28 @@ def variant(changes: dict[str, Any], per_head: tuple[tuple[int, ...], ...]) -> t
     return LoCoCoConfig(NUM_SLOTS, block_size=BLOCK_SIZE, **{"gate_init": 0.05, **fields}), training
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Gap ratio of every variant, trained and not."""
+    from matplotlib.figure import Figure
+
+    shown = rows[::-1]
+    figure = Figure(figsize=(8, 0.22 * len(shown) + 1), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(shown))
+    axes.barh(places, [row["trained"] for row in shown], color="#4c72b0", label="after distillation")
+    axes.plot([row["untrained"] for row in shown], places, "k|", markersize=9, label="before")
+    axes.set_yticks(places, [f"{row['question']}: {row['variant']}" for row in shown], fontsize=8)
+    axes.set(xlim=(0, 1.2), ylim=(-1, len(shown)), xlabel="gap ratio on held-out stories (1 is H2O; longer is cut)")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Run the sweep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="stories260K.bin of llama2.c")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/stories260k"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/ablation_stories260k"))
     options = parser.parse_args()
 
     model = load_llama2c(options.model)
@@ -233,8 +250,9 @@ def main() -> None:
             before, after, gate = journal.measure([config.to_dict(), training], run)
             ratios = {"untrained": (before - full) / (h2o - full), "trained": (after - full) / (h2o - full)}
             rows.append({"question": question, "variant": name, **ratios, "mean_gate": gate})
-    command = f"python experiments/stories260k.py {options.model.name}"
+    command = f"python examples/ablation_stories260k.py {options.model.name}"
     write_result(options.output, command, "cpu", rows)
+    plot(rows, options.output.with_suffix(".png"))
     journal.finish()
 
 
