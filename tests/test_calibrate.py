@@ -258,7 +258,7 @@ def stop_in(name, when):
 
 STOPS = {
     "recording the third text": (stop_in("record", 3), local),
-    "learning the second layer": (stop_in("_train_layer", 2), local),
+    "learning the second layer": (stop_in("train_layer", 2), local),
     "between the stages": (stop_in("_train_end_to_end", 1), module),
     "step three": (stop_in("on_step_end", 3), gap.MeasureGap),
     "saving": (stop_in("save_calibrated", 1), module),

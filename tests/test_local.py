@@ -197,7 +197,7 @@ def test_only_one_record_is_in_memory(tmp_path, monkeypatch):
 
 
 def test_killed_after_a_layer_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    recordings, train_layer, trained = recorded(tmp_path / "texts", tiny_llama()), local._train_layer, []
+    recordings, train_layer, trained = recorded(tmp_path / "texts", tiny_llama()), local.train_layer, []
     whole = patch(tiny_llama())
     rows = train_locally(whole, recordings, SHORT, tmp_path / "whole")
 
@@ -208,7 +208,7 @@ def test_killed_after_a_layer_and_resumed_equals_uninterrupted(tmp_path, monkeyp
         trained.append(layer_idx)
         return train_layer(layer_idx, *arguments)
 
-    monkeypatch.setattr(local, "_train_layer", killed)
+    monkeypatch.setattr(local, "train_layer", killed)
     with pytest.raises(KeyboardInterrupt):
         train_locally(patch(tiny_llama()), recordings, SHORT, tmp_path / "cut")
     resumed = patch(tiny_llama())

@@ -136,7 +136,7 @@ def train_locally(
         for layer_idx, head in bar:
             path = folder / f"layer_{layer_idx:03d}.safetensors"
             if not path.is_file():
-                error = _train_layer(layer_idx, head, lococo_config(model), recordings, settings)
+                error = train_layer(layer_idx, head, lococo_config(model), recordings, settings)
                 tensors = {name: parameter.detach().cpu() for name, parameter in head.named_parameters()}
                 write_whole(path, save(tensors, metadata={"error": json.dumps(error)}))
             head.load_state_dict(load_file(path))
@@ -146,9 +146,10 @@ def train_locally(
     return rows
 
 
-def _train_layer(
+def train_layer(
     layer_idx: int, head: FusionHead, config: LoCoCoConfig, recordings: Recordings, settings: LocalConfig
 ) -> float:
+    """Train the head of one layer. Returns its error, as in ``train_locally``, which has the details."""
     scalars = [parameter for parameter in head.parameters() if parameter.dim() == 1]
     kernels = [parameter for parameter in head.parameters() if parameter.dim() > 1]
     optimizer = torch.optim.AdamW(
