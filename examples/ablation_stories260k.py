@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lococo import LoCoCoConfig, patched
 from lococo.config import POSITIONS
 from lococo.evaluation.likelihood import token_nlls
+from lococo.evaluation.pictures import plot_before_and_after
 from lococo.evaluation.results import Journal, write_result
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.frozen import only_heads_learn
@@ -205,23 +206,6 @@ def variant(changes: dict[str, Any], per_head: tuple[tuple[int, ...], ...]) -> t
     return LoCoCoConfig(NUM_SLOTS, block_size=BLOCK_SIZE, **{"gate_init": 0.05, **fields}), training
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Gap ratio of every variant, trained and not."""
-    from matplotlib.figure import Figure
-
-    shown = rows[::-1]
-    figure = Figure(figsize=(8, 0.22 * len(shown) + 1), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(shown))
-    axes.barh(places, [row["trained"] for row in shown], color="#4c72b0", label="after distillation")
-    axes.plot([row["untrained"] for row in shown], places, "k|", markersize=9, label="before")
-    axes.set_yticks(places, [f"{row['question']}: {row['variant']}" for row in shown], fontsize=8)
-    axes.set(xlim=(0, 1.2), ylim=(-1, len(shown)), xlabel="gap ratio on held-out stories (1 is H2O; longer is cut)")
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     """Run the sweep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -252,7 +236,9 @@ def main() -> None:
             rows.append({"question": question, "variant": name, **ratios, "mean_gate": gate})
     command = f"python examples/ablation_stories260k.py {options.model.name}"
     write_result(options.output, command, "cpu", rows)
-    plot(rows, options.output.with_suffix(".png"))
+    labels = [f"{row['question']}: {row['variant']}" for row in rows]
+    before, after = ([row[stage] for row in rows] for stage in ("untrained", "trained"))
+    plot_before_and_after(labels, before, after, "gap ratio (1 is H2O)", options.output.with_suffix(".png"))
     journal.finish()
 
 
