@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from lococo.attention import Call, lococo_attention
 from lococo.cache import LoCoCoCache
+from lococo.compat import Cache
 from lococo.config import LoCoCoConfig
 from lococo.models import attention_layers, base_shape, uses_rotary
 from lococo.models.chatglm import end_call, is_remote_chatglm, remote_arguments

@@ -30,7 +30,9 @@ class RotaryTable:
         self.cos, self.sin = (cos / scaling).to(device), (sin / scaling).to(device)
         self._apply = apply_rotary(attention)
         # A family that rotates in a way of its own fails here, not in the middle of a text.
-        self.rotate(torch.zeros(1, 1, 1, layer_head_dim(attention), device=device), torch.zeros(1, 1, dtype=torch.long))
+        self.rotate(
+            torch.zeros(1, 1, 1, layer_head_dim(attention), device=device), torch.zeros(1, 1, dtype=torch.long)
+        )
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """Rotate keys from position 0 to ``positions``, or back.

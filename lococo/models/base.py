@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from lococo.compat import HAS_ATTENTION_INTERFACE, OLDEST
 from lococo.models.chatglm import (
     check_remote_chatglm,
     is_remote_chatglm,
@@ -39,6 +41,11 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel) and is_remote_chatglm(module):
             check_remote_chatglm(module)
             return module
+    if not HAS_ATTENTION_INTERFACE:
+        raise ValueError(
+            f"{name} needs transformers >= {OLDEST}, {transformers.__version__} is installed; with it only ChatGLM2 "
+            "and ChatGLM3 in their own code can be patched"
+        )
     holders = [
         module
         for module in model.modules()
@@ -115,9 +122,10 @@ def base_shape(model: nn.Module) -> dict[str, int]:
     ValueError
         If there is no Transformers model in it.
     """
-    config = base_config(model).get_text_config()
+    config = base_config(model)
     if hasattr(config, "multi_query_group_num"):
         return remote_shape(config)
+    config = config.get_text_config()
     return {
         "num_layers": config.num_hidden_layers,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,

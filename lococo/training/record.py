@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from lococo import kernels
 from lococo.attention import padding_mask, read_layer
 from lococo.cache import LayerCache
+from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.models import find_decoder
