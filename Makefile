@@ -23,11 +23,11 @@ GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # Stages on a GPU end after so many seconds; the same command goes on with them.
 LIMIT ?= 900
 
-test test-versions: export HF_HUB_OFFLINE = 1
-test test-versions: export OMP_NUM_THREADS = 1
+test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
+test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench memory perplexity calibrate calibration gpu test-versions clean
+.PHONY: help test lint demo bench memory perplexity calibrate calibration gpu test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -95,6 +95,16 @@ test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transfo
 
 .venvs/%/.tested: .venvs/%/.installed $(SOURCES)
 	$(@D)/bin/$(TESTS)
+	touch $@
+
+# The last release that runs ChatGLM's own code whole.
+test-chatglm: .venvs/4.41.2/.installed-chatglm ## generate with ChatGLM's own code, on the release that can
+	.venvs/4.41.2/bin/pytest -q tests/test_remote_generate.py
+
+.venvs/4.41.2/.installed-chatglm: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install "$(TORCH)"
+	$(@D)/bin/pip install "transformers==4.41.2" -e . sentencepiece protobuf pytest pytest-timeout setuptools
 	touch $@
 
 clean: ## remove virtual environments, build products and caches
