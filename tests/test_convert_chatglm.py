@@ -10,7 +10,7 @@ import pytest
 import torch
 from remote_chatglm import colossalai_chatglm, diffusers_chatglm
 from safetensors.torch import load_file, save_file
-from tiny_chatglm import INV_FREQ, chatglm_fields, random_tensors, write_checkpoint
+from tiny_chatglm import INV_FREQ, chatglm_fields, original_model, random_tensors, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GlmForCausalLM, GlmModel
 
 from lococo.cli import main
@@ -35,14 +35,6 @@ VARIANTS = {
 def converted(tmp_path, fields, tensors, **how):
     convert_chatglm(write_checkpoint(tmp_path / "original", fields, tensors, **how), tmp_path / "native")
     return tmp_path / "native"
-
-
-def original_model(implementation, fields, tensors, prefix=""):
-    config_class, model_class = implementation()
-    model = model_class(config_class(**fields, torch_dtype=torch.float32), empty_init=False).eval()
-    loaded = model.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()}, strict=False)
-    assert not loaded.unexpected_keys and [key.split(".")[-1] for key in loaded.missing_keys] == ["inv_freq"]
-    return model
 
 
 def token_ids(length=40):

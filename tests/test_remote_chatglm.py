@@ -1,4 +1,4 @@
-"""ChatGLM in its own code, patched: the laws that hold for other families, and the same numbers as the native class."""
+"""ChatGLM in its own code, patched: the laws of the other families, and the same numbers as the native class."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from transformers import GlmForCausalLM
 
 import lococo
 from lococo import LoCoCoConfig
-from lococo.generation import read_and_answer
 from lococo.models.convert_chatglm import convert_chatglm
 from lococo.patch import suspended
 from lococo.state import head_modules

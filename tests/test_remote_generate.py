@@ -1,4 +1,4 @@
-"""``generate`` of ChatGLM's own code, where a Transformers release runs it whole (4.40, 4.41): see make test-chatglm."""
+"""``generate`` of ChatGLM's own code, on a Transformers release that runs it whole: see make test-chatglm."""
 
 import pytest
 import torch

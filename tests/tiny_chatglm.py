@@ -55,6 +55,15 @@ def random_tensors(fields, seed=0, dtype=torch.float32):
     return {name: torch.randn(shape, generator=generator).mul(0.3).to(dtype) for name, shape in shapes.items()}
 
 
+def original_model(implementation, fields, tensors, prefix=""):
+    """A model of the original code, from ``remote_chatglm``, with a checkpoint's tensors."""
+    config_class, model_class = implementation()
+    model = model_class(config_class(**fields, torch_dtype=torch.float32), empty_init=False).eval()
+    loaded = model.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()}, strict=False)
+    assert not loaded.unexpected_keys and [key.split(".")[-1] for key in loaded.missing_keys] == ["inv_freq"]
+    return model
+
+
 def write_checkpoint(folder, fields, tensors, *, shards=1, kind="safetensors", generation=3):
     """Write a folder as THUDM published them."""
     folder.mkdir()
