@@ -17,7 +17,7 @@ from lococo.cache import LoCoCoCache
 from lococo.compat import Cache
 from lococo.config import LoCoCoConfig
 from lococo.models import attention_layers, base_shape, uses_rotary
-from lococo.models.chatglm import end_call, is_remote_chatglm, remote_arguments
+from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, remote_arguments
 from lococo.positions import RotaryTable
 from lococo.segments import Row, plan_call
 from lococo.state import patched_decoder
@@ -110,6 +110,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     tables = _rotary_tables(decoder, config, cache, tokens.device)
     call = Call(config, plan, cache, tables, rows, real, earlier)
     if is_remote_chatglm(decoder):
+        check_length(decoder, config.capacity if config.positions == "slot" else max(row.seen for row in plan.rows))
         return (), remote_arguments(decoder, kwargs, functools.partial(lococo_attention, lococo=call))
     return (), {**kwargs, "lococo": call}
 

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from remote_chatglm import colossalai_chatglm, diffusers_chatglm
+from safetensors.torch import load_file
+from test_calibrate import write_texts
+from test_cli import word_tokenizer
 from test_convert_chatglm import GOLDEN, read_golden
 from test_families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch
 from tiny_chatglm import chatglm_fields, original_model, random_tensors, write_checkpoint
@@ -10,10 +13,14 @@ from transformers import GlmForCausalLM
 
 import lococo
 from lococo import LoCoCoConfig
+from lococo.heads import HEADS_NAME
 from lococo.models.convert_chatglm import convert_chatglm
 from lococo.patch import suspended
 from lococo.state import head_modules
+from lococo.training.data import DataConfig
+from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, WindowLoss
+from lococo.training.recipe import Recipe
 from lococo.training.record import record
 
 FIELDS = chatglm_fields()
@@ -119,6 +126,13 @@ def test_slot_positions_read_beyond_the_rotary_table():
     model, ids = remote_model(seq_length=32), some_ids(1, 64)
     patch(model, SMALL, positions="slot")
     assert read(model, ids).isfinite().all()
+    lococo.unpatch_model(model)
+    patch(model, SMALL)
+    with pytest.raises(ValueError, match="64 positions are more than the 32 of this model"):
+        read(model, ids)
+    cache = model(ids[:, :32], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="33 positions are more"):
+        model(ids[:, 32:33], past_key_values=cache)
 
 
 def test_a_second_implementation():
@@ -238,3 +252,33 @@ def test_heads_of_one_class_are_heads_of_the_other(tmp_path):
     lococo.patch_model(remote, heads=tmp_path / "heads")
     assert len(head_modules(remote)) == 2
     assert_close(read(remote, ids), read(native, ids))
+
+
+def test_calibration_makes_the_same_heads_for_either_class(tmp_path):
+    write_texts(tmp_path / "words.jsonl")
+    data = DataConfig((str(tmp_path / "words.jsonl"),), length=80, num_windows=6, num_heldout=2)
+    config = LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.2)
+    recipe = Recipe(
+        budget_texts=1, local=LocalConfig(steps=2, num_checked=1), local_texts=3, objective=Distill(), steps=2
+    )
+    models = {"remote": remote_model(seq_length=128), "native": native_model(tmp_path, seq_length=128)}
+    for name, model in models.items():
+        with torch.enable_grad():
+            lococo.calibrate(
+                model,
+                word_tokenizer(),
+                config,
+                data,
+                recipe,
+                tmp_path / "heads" / name,
+                work_dir=tmp_path / "work" / name,
+                cache_dir=tmp_path / "cache",
+                first=40,
+                dtype=None,
+            )
+    remote, native = (load_file(tmp_path / "heads" / name / HEADS_NAME) for name in ("remote", "native"))
+    assert remote.keys() == native.keys()
+    for name, tensor in native.items():
+        torch.testing.assert_close(remote[name], tensor, rtol=1e-4, atol=1e-5)
+    configs = [LoCoCoConfig.from_pretrained(tmp_path / "heads" / name) for name in ("remote", "native")]
+    assert configs[0] == configs[1] and configs[0].slots_per_head

@@ -92,6 +92,21 @@ def bridges(decoder: Any) -> Iterator[tuple[nn.Module, str, Any]]:
         yield layer.core_attention, "forward", Bridge(decoder, layer)
 
 
+def check_length(decoder: Any, tokens: int) -> None:
+    """Refuse positions beyond the decoder's table of angles.
+
+    Raises
+    ------
+    ValueError
+        If there are more positions than the table has.
+    """
+    if tokens > decoder.seq_length:
+        raise ValueError(
+            f"{tokens} positions are more than the {decoder.seq_length} of this model (seq_length): read less, or use "
+            "positions='slot', which needs num_slots + block_size of them"
+        )
+
+
 def remote_arguments(decoder: Any, kwargs: dict[str, Any], attend: Callable) -> dict[str, Any]:
     """Arguments of the decoder's forward for a call that ``attend`` reads.
 
