@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from lococo import kernels
 from lococo.cache import LayerCache, LoCoCoCache, Memory
+from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.positions import RotaryTable

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+from lococo.compat import Cache, CacheLayerMixin
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.positions import RotaryTable

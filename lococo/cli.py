@@ -1,4 +1,4 @@
-"""The command line: ``lococo generate | calibrate | eval | bench``."""
+"""The command line: ``lococo generate | calibrate | eval | bench | convert-chatglm``."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="WHAT"
     )
     _add_memory(benchmarks.add_parser("memory", help="cache bytes against tokens read"))
+    _add_convert_chatglm(
+        commands.add_parser("convert-chatglm", help="write a ChatGLM2 or ChatGLM3 checkpoint as Transformers' own GLM")
+    )
     return parser
 
 
@@ -136,6 +139,12 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, default=512, help="tokens between two readings (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results/memory"), help="(default: %(default)s)")
     parser.set_defaults(run=_memory)
+
+
+def _add_convert_chatglm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder of a ChatGLM2 or ChatGLM3 checkpoint")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write")
+    parser.set_defaults(run=_convert_chatglm)
 
 
 def load(options: argparse.Namespace):
@@ -282,6 +291,13 @@ def _memory(options: argparse.Namespace) -> None:
         options.output,
         options.command_line,
     )
+
+
+def _convert_chatglm(options: argparse.Namespace) -> None:
+    from lococo.models.convert_chatglm import convert_chatglm
+
+    convert_chatglm(options.source, options.destination)
+    print(f"{options.destination}: AutoModelForCausalLM and AutoTokenizer load it without remote code")
 
 
 if __name__ == "__main__":

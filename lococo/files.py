@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -59,3 +60,15 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that moves to its place at the end; after an error or an interrupt nothing of it is left."""
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=existing) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        yield new
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.rename(folder)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
-from lococo.attention import Call
+from lococo.attention import Call, lococo_attention
 from lococo.cache import LoCoCoCache
+from lococo.compat import Cache
 from lococo.config import LoCoCoConfig
-from lococo.models import attention_layers, uses_rotary
+from lococo.models import attention_layers, base_shape, uses_rotary
+from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, remote_arguments
 from lococo.positions import RotaryTable
 from lococo.segments import Row, plan_call
 from lococo.state import patched_decoder
@@ -36,6 +39,17 @@ class Request:
 
     cache: LoCoCoCache | None = None
     keep: int | None = None
+
+
+@contextlib.contextmanager
+def asking(model: nn.Module, request: Request) -> Iterator[None]:
+    """Calls of a patched model inside a ``with`` block come with a request."""
+    patch = patched_decoder(model).lococo_patch
+    patch.request = request
+    try:
+        yield
+    finally:
+        patch.request = None
 
 
 def ask_for_last_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -60,6 +74,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         matrices. For a compressed cache while the patch is suspended.
     """
     config: LoCoCoConfig = decoder.lococo_patch.config
+    end_call(decoder)  # one that failed
     kwargs = _by_name(decoder, args, kwargs)
     if decoder.lococo_patch.is_suspended:
         if isinstance(kwargs.get("past_key_values"), LoCoCoCache):
@@ -69,7 +84,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         return None
     if isinstance(kwargs.get("attention_mask"), Mapping):  # one per type of layers, all as padding_mask made them
         kwargs["attention_mask"] = next(iter(kwargs["attention_mask"].values()), None)
-    request = kwargs.pop("lococo", None) or Request()
+    request = kwargs.pop("lococo", None) or decoder.lococo_patch.request or Request()
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
@@ -78,7 +93,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     earlier: list[torch.Tensor] = []
     if _reads_in_chunks(decoder, config, kwargs, tokens.shape[1]):
         if cache is None:
-            cache = LoCoCoCache(config, decoder.config.num_hidden_layers)
+            cache = new_cache(decoder)
         earlier = _read_up_to_last_chunk(decoder, config, cache, kwargs, tokens.shape[1], request.keep)
         tokens = tokens[:, -_last_chunk(tokens.shape[1], config.prefill_chunk_size, request.keep) :]
     batch, num_tokens = tokens.shape[:2]
@@ -93,24 +108,44 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     if cache is not None:
         cache.is_reading = True
     tables = _rotary_tables(decoder, config, cache, tokens.device)
-    kwargs["lococo"] = Call(config, plan, cache, tables, rows, real, earlier)
-    return (), kwargs
+    call = Call(config, plan, cache, tables, rows, real, earlier)
+    if is_remote_chatglm(decoder):
+        check_length(decoder, config.capacity if config.positions == "slot" else max(row.seen for row in plan.rows))
+        return (), remote_arguments(decoder, kwargs, functools.partial(lococo_attention, lococo=call))
+    return (), {**kwargs, "lococo": call}
 
 
 def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the decoder: the cache has read the call; put the chunks' hidden states together."""
-    call = kwargs.get("lococo")
+    is_remote = is_remote_chatglm(decoder)
+    attend = end_call(decoder)
+    call = attend.keywords["lococo"] if attend else kwargs.get("lococo")
     if not isinstance(call, Call):
         return output
     if call.cache is not None:
         call.cache.advance(call.plan, call.plan.places.shape[1])
         call.cache.is_reading = False
+    if is_remote and call.cache is not None:  # which its code knows nothing of
+        output = _with_cache(output, call.cache)
     if not call.earlier:
         return output
+    tokens_dim = 0 if is_remote else 1
     if isinstance(output, tuple):
-        return (torch.cat([*call.earlier, output[0]], dim=1), *output[1:])
-    output.last_hidden_state = torch.cat([*call.earlier, output.last_hidden_state], dim=1)
+        return (torch.cat([*call.earlier, output[0]], dim=tokens_dim), *output[1:])
+    output.last_hidden_state = torch.cat([*call.earlier, output.last_hidden_state], dim=tokens_dim)
     return output
+
+
+def _with_cache(output: Any, cache: LoCoCoCache) -> Any:
+    if isinstance(output, tuple):
+        return (output[0], cache, *output[1:])
+    output.past_key_values = cache
+    return output
+
+
+def new_cache(decoder: Any) -> LoCoCoCache:
+    """An empty cache for a patched decoder."""
+    return LoCoCoCache(decoder.lococo_patch.config, base_shape(decoder)["num_layers"])
 
 
 def _by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +179,11 @@ def _cache_for(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any]) -> Lo
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
     if isinstance(given, LoCoCoCache):
-        if given.config != config or len(given.layers) != decoder.config.num_hidden_layers:
+        num_layers = base_shape(decoder)["num_layers"]
+        if given.config != config or len(given.layers) != num_layers:
             raise ValueError(
                 f"past_key_values was made for {given.config} and {len(given.layers)} layers, the model is patched "
-                f"with {config} and has {decoder.config.num_hidden_layers} layers"
+                f"with {config} and has {num_layers} layers"
             )
     elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
         raise ValueError(
@@ -165,7 +201,7 @@ def _cache_for(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any]) -> Lo
         use_cache = False
     if given is None and not use_cache:
         return None
-    cache = given if isinstance(given, LoCoCoCache) else LoCoCoCache(config, decoder.config.num_hidden_layers)
+    cache = given if isinstance(given, LoCoCoCache) else new_cache(decoder)
     kwargs["past_key_values"] = cache
     return cache
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from typing import Any
 
@@ -110,13 +111,24 @@ def read_and_answer(
 @torch.no_grad()
 def _read(model: Any, input_ids: torch.Tensor, chunk: int, progress: bool) -> Any:
     cache = None
-    with tqdm(total=input_ids.shape[1], unit="token", desc="reading", disable=None if progress else True) as bar:
-        for part in input_ids.split(chunk, dim=1):
-            cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    tokens = input_ids.shape[1]
+    last = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
+    with tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
+        for start in range(0, tokens, chunk):
+            part = input_ids[:, start : start + chunk]
+            # ChatGLM's own code does not count them on.
+            places = torch.arange(start, start + part.shape[1], device=part.device)[None]
+            output = model(part, position_ids=places, past_key_values=cache, use_cache=True, **last)
+            cache = output.past_key_values
             bar.update(part.shape[1])
     if input_ids.is_cuda:
         torch.cuda.synchronize(input_ids.device)
     return cache
+
+
+def _accepts(model: Any, argument: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def cache_bytes(cache: Any) -> int:

@@ -18,7 +18,8 @@ from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, execution_device, rotary_tables
 from lococo.fusion import FusionHead
 from lococo.heads import load_heads, read_heads_config
-from lococo.models import attention_layers, base_shape, find_decoder
+from lococo.models import attention_layers, base_shape, find_decoder, layer_head_dim
+from lococo.models.chatglm import bridges, is_remote_chatglm, refuse_generate
 from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
 
@@ -95,17 +96,24 @@ def _refuse_distributed(model: nn.Module) -> None:
 
 
 def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
+    is_remote = is_remote_chatglm(decoder)
+    if is_remote:
+        for module, name, value in bridges(decoder):
+            patch.set(module, name, value)
+    else:
+        decoder.config._attn_implementation = NAME
     for index, layer in attention_layers(decoder).items():
         largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
         if largest.num_fused:
-            head = FusionHead(largest, layer.head_dim, device=execution_device(layer), dtype=decoder.dtype)
+            head = FusionHead(largest, layer_head_dim(layer), device=execution_device(layer), dtype=decoder.dtype)
             setattr(layer, HEAD, head.train(layer.training))
-    decoder.config._attn_implementation = NAME
     patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
     patch.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True))
     for holder in _holders(model, decoder):
         if hasattr(holder, "_get_candidate_generator"):
             patch.set(holder, "_get_candidate_generator", refuse_assisted_decoding)
+        if is_remote and holder is not decoder and not hasattr(holder, "generate"):
+            patch.set(holder, "generate", refuse_generate)
         names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
         patch.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
-from lococo.models import rotary_embedding
+from lococo.models import apply_rotary, layer_head_dim, rotary_embedding
 
 
 class RotaryTable:
@@ -27,11 +26,13 @@ class RotaryTable:
         cos, sin = rotary_embedding(decoder, attention, torch.zeros(()), torch.arange(capacity)[None])
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]
-        # (1, capacity, rotary_dim), float32; the embedding may be on another device than the layer.
+        # (1, capacity, rotary_dim or half of it), float32; the embedding may be on another device than the layer.
         self.cos, self.sin = (cos / scaling).to(device), (sin / scaling).to(device)
-        self._apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        self._apply = apply_rotary(attention)
         # A family that rotates in a way of its own fails here, not in the middle of a text.
-        self.rotate(torch.zeros(1, 1, 1, attention.head_dim, device=device), torch.zeros(1, 1, dtype=torch.long))
+        self.rotate(
+            torch.zeros(1, 1, 1, layer_head_dim(attention), device=device), torch.zeros(1, 1, dtype=torch.long)
+        )
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """Rotate keys from position 0 to ``positions``, or back.

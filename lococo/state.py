@@ -22,6 +22,7 @@ class Patch:
     config: LoCoCoConfig
     attention: str | None
     is_suspended: bool = False
+    request: Any = None  # a ``lococo.forward.Request`` for the next calls
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
     attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
 

@@ -81,7 +81,8 @@ def token_nlls(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> tor
     cache, nlls = None, []
     for start in range(0, tokens - 1, CHUNK):
         stop = min(start + CHUNK, tokens - 1)
-        output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        places = torch.arange(start, stop, device=ids.device)[None]  # ChatGLM's own code does not count on
+        output = model(ids[:, start:stop], position_ids=places, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         nlls.append(F.cross_entropy(output.logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
     return torch.cat(nlls)[first - 1 :]

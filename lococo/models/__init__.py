@@ -1,19 +1,23 @@
 """What differs per model family: which layers to patch, and how a layer's keys are rotated."""
 
 from lococo.models.base import (
+    apply_rotary,
     attention_layers,
     base_config,
     base_shape,
     find_decoder,
+    layer_head_dim,
     rotary_embedding,
     uses_rotary,
 )
 
 __all__ = [
+    "apply_rotary",
     "attention_layers",
     "base_config",
     "base_shape",
     "find_decoder",
+    "layer_head_dim",
     "rotary_embedding",
     "uses_rotary",
 ]

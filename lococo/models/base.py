@@ -5,12 +5,23 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from lococo.compat import HAS_ATTENTION_INTERFACE, OLDEST
+from lococo.models.chatglm import (
+    check_remote_chatglm,
+    is_remote_chatglm,
+    remote_apply_rotary,
+    remote_attention_layers,
+    remote_rotary,
+    remote_shape,
+)
 from lococo.models.gemma3 import local_or_global_rotary
 
 # These rotate by the longest text seen so far, so that a key's angle does not follow from its position alone.
@@ -26,6 +37,15 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         If there is none, or it is of a kind that cannot be patched; names the model and the reason.
     """
     name = type(model).__name__
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_remote_chatglm(module):
+            check_remote_chatglm(module)
+            return module
+    if not HAS_ATTENTION_INTERFACE:
+        raise ValueError(
+            f"{name} needs transformers >= {OLDEST}, {transformers.__version__} is installed; with it only ChatGLM2 "
+            "and ChatGLM3 in their own code can be patched"
+        )
     holders = [
         module
         for module in model.modules()
@@ -63,6 +83,8 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
 
 def attention_layers(decoder: nn.Module) -> dict[int, Any]:
     """Attention modules by layer index."""
+    if is_remote_chatglm(decoder):
+        return remote_attention_layers(decoder)
     layers: list[Any] = [module for module in decoder.modules() if _is_decoder_attention(module)]
     return {module.layer_idx: module for module in sorted(layers, key=lambda module: module.layer_idx)}
 
@@ -73,6 +95,13 @@ def _is_decoder_attention(module: nn.Module) -> bool:
         and getattr(module, "is_causal", False)
         and hasattr(module, "num_key_value_groups")
     )
+
+
+def layer_head_dim(attention: Any) -> int:
+    """Size of a key in an attention layer."""
+    if hasattr(attention, "core_attention"):  # ChatGLM's own code
+        return attention.hidden_size_per_attention_head
+    return attention.head_dim
 
 
 def base_shape(model: nn.Module) -> dict[str, int]:
@@ -93,7 +122,10 @@ def base_shape(model: nn.Module) -> dict[str, int]:
     ValueError
         If there is no Transformers model in it.
     """
-    config = base_config(model).get_text_config()
+    config = base_config(model)
+    if hasattr(config, "multi_query_group_num"):
+        return remote_shape(config)
+    config = config.get_text_config()
     return {
         "num_layers": config.num_hidden_layers,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -123,6 +155,8 @@ def uses_rotary(attention: Any) -> bool:
     ValueError
         If only the layer's own code can tell (Cohere 2, EXAONE 4, AFMoE).
     """
+    if hasattr(attention, "core_attention"):  # ChatGLM's own code
+        return True
     if hasattr(attention, "use_rope"):
         return bool(attention.use_rope)
     if _rotates_on_condition(attention):
@@ -154,13 +188,15 @@ def rotary_embedding(
     Returns
     -------
     tuple of torch.Tensor
-        Each (1, tokens, rotary_dim), on the device of the embedding.
+        Each (1, tokens, rotary_dim), ChatGLM's own code (1, tokens, rotary_dim / 2), on the embedding's device.
 
     Raises
     ------
     ValueError
         If the model's rope type makes a key's angle depend on the length of the text.
     """
+    if is_remote_chatglm(decoder):
+        return remote_rotary(decoder, positions)
     rotary = local_or_global_rotary(decoder, attention) or decoder.rotary_emb
     extra, rope_type = {}, getattr(rotary, "rope_type", "default")
     if "layer_type" in inspect.signature(rotary.forward).parameters:
@@ -173,3 +209,10 @@ def rotary_embedding(
         )
     device = next(rotary.buffers()).device
     return rotary(like.to(device), positions.to(device), **extra)
+
+
+def apply_rotary(attention: Any) -> Callable:
+    """The function that rotates a layer's queries and keys: (query, key, cos, sin), shapes as in Transformers."""
+    if hasattr(attention, "core_attention"):
+        return remote_apply_rotary(attention)
+    return sys.modules[type(attention).__module__].apply_rotary_pos_emb

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lococo.cache import LoCoCoCache
-from lococo.forward import Request
+from lococo.forward import Request, asking, new_cache
 from lococo.fusion import FusionHead
 from lococo.patch import suspended
 from lococo.state import head_modules, lococo_config, patched_decoder
@@ -147,19 +146,23 @@ class Caches:
     """What a patched model remembers of the windows it has begun to read, compressed and in full."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.compressed = LoCoCoCache(lococo_config(model), patched_decoder(model).config.num_hidden_layers)
+        self.compressed = new_cache(patched_decoder(model))
         self.full: Any = None
+        self.full_tokens = 0
 
     def logits(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, vocabulary) through the compressed cache, which has read the tokens afterwards."""
         # Named as a request, the cache is used in training mode too, and the model makes none of its own beside it.
-        return model(input_ids=input_ids, use_cache=False, lococo=Request(cache=self.compressed)).logits
+        with asking(model, Request(cache=self.compressed)):
+            return model(input_ids=input_ids, use_cache=False).logits
 
     @torch.no_grad()
     def full_logits(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         """The same through the full cache, without gradients."""
+        start, self.full_tokens = self.full_tokens, self.full_tokens + input_ids.shape[1]
+        places = torch.arange(start, self.full_tokens, device=input_ids.device)[None]
         with suspended(model):
-            output = model(input_ids=input_ids, past_key_values=self.full, use_cache=True)
+            output = model(input_ids=input_ids, position_ids=places, past_key_values=self.full, use_cache=True)
         self.full = output.past_key_values
         return output.logits
 

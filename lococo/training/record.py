@@ -11,15 +11,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
 from lococo import kernels
 from lococo.attention import padding_mask, read_layer
 from lococo.cache import LayerCache
+from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.models import find_decoder
+from lococo.models.chatglm import bridges, end_call, is_remote_chatglm, remote_arguments
 from lococo.segments import Plan, Row, plan_call
 from lococo.state import is_patched
 
@@ -108,13 +109,19 @@ def _attending_by(model: PreTrainedModel, keep: Callable[[int, LayerRecord], Non
     attention = decoder.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     needs_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    bridged = list(bridges(decoder)) if is_remote_chatglm(decoder) else []
     decoder.config._attn_implementation, decoder.lococo_keep = NAME, keep
     handle = decoder.register_forward_pre_hook(_hand_over, with_kwargs=True)
+    for module, name, value in bridged:
+        setattr(module, name, value)
     model.requires_grad_(False).eval()
     try:
         yield
     finally:
         handle.remove()
+        end_call(decoder)
+        for module, name, _ in bridged:
+            delattr(module, name)
         del decoder.lococo_keep
         decoder.config._attn_implementation = attention
         for module in training:
@@ -124,6 +131,9 @@ def _attending_by(model: PreTrainedModel, keep: Callable[[int, LayerRecord], Non
 
 
 def _hand_over(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if is_remote_chatglm(decoder):
+        attend = functools.partial(_recording_attention, lococo_keep=decoder.lococo_keep)
+        return args, remote_arguments(decoder, kwargs, attend)
     return args, {**kwargs, "lococo_keep": decoder.lococo_keep}
 
 
