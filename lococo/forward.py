@@ -16,9 +16,9 @@ from lococo.attention import Call, lococo_attention
 from lococo.cache import LoCoCoCache
 from lococo.compat import Cache
 from lococo.config import LoCoCoConfig
-from lococo.models import attention_layers, base_shape, uses_rotary
+from lococo.models import base_shape
 from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, remote_arguments
-from lococo.positions import RotaryTable
+from lococo.positions import RotaryTable, rotary_tables
 from lococo.segments import Row, plan_call
 from lococo.state import patched_decoder
 
@@ -299,35 +299,3 @@ def _rotary_tables(
     if not tables:
         tables.update(rotary_tables(decoder, config, device))
     return tables
-
-
-def rotary_tables(decoder: Any, config: LoCoCoConfig, device: torch.device) -> dict[int, RotaryTable | None]:
-    """One table per layer, the same object for layers that rotate alike; None for a layer without positions."""
-    by_type: dict[Any, RotaryTable] = {}
-    layer_types = getattr(decoder.config, "layer_types", None)
-    tables: dict[int, RotaryTable | None] = {}
-    for index, layer in attention_layers(decoder).items():
-        if not uses_rotary(layer):
-            tables[index] = None
-            continue
-        layer_device = execution_device(layer)
-        kind = (layer_types[index] if layer_types else None, layer_device)
-        if kind not in by_type:
-            try:
-                by_type[kind] = RotaryTable(decoder, layer, config.capacity, layer_device)
-            except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"positions='slot' must move keys, those of {type(layer).__name__} cannot be rotated outside its "
-                    f"own code ({error!r}); use positions='absolute'"
-                ) from error
-        tables[index] = by_type[kind]
-    return tables
-
-
-def execution_device(layer: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate keeps weights it offloads on the meta device between calls."""
-    for module in layer.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(layer.parameters()).device

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from lococo.attention import NAME
 from lococo.cache import CROP_ERROR
 from lococo.config import LoCoCoConfig
-from lococo.forward import after_forward, ask_for_last_logits, before_forward, execution_device, rotary_tables
+from lococo.forward import after_forward, ask_for_last_logits, before_forward
 from lococo.fusion import FusionHead
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import attention_layers, base_shape, find_decoder, layer_head_dim
 from lococo.models.chatglm import bridges, is_remote_chatglm, refuse_generate
+from lococo.positions import execution_device, rotary_tables
 from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lococo
 from lococo.config import LoCoCoConfig
-from lococo.forward import rotary_tables
+from lococo.positions import rotary_tables
 
 torch.set_num_threads(1)  # threads of tensors this small wait for each other most of the time
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_calibrate import write_texts
 from test_cli import word_tokenizer
 from test_convert_chatglm import GOLDEN, read_golden
-from test_families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch
+from test_families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch, read
 from tiny_chatglm import chatglm_fields, original_model, random_tensors, write_checkpoint
 from transformers import GlmForCausalLM
 
@@ -50,20 +50,6 @@ def native_model(tmp_path, **overrides):
     fields = chatglm_fields(**overrides)
     convert_chatglm(write_checkpoint(tmp_path / "original", fields, random_tensors(fields)), tmp_path / "native")
     return GlmForCausalLM.from_pretrained(tmp_path / "native", attn_implementation="eager").eval()
-
-
-def read(model, ids, split=None, mask=None):
-    """Logits of ids, read in calls of the given lengths."""
-    if split is None:
-        return model(ids, attention_mask=mask).logits
-    cache, logits, stop = None, [], 0
-    for part in ids.split(split, dim=1):
-        stop += part.shape[1]
-        seen = None if mask is None else mask[:, :stop]
-        output = model(part, attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
 
 
 @every_position
