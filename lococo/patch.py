@@ -35,7 +35,8 @@ def patch_model(
     Parameters
     ----------
     model : torch.nn.Module
-        A Transformers decoder (Llama, Mistral, Qwen, Gemma, Phi-3, GLM, ...), also inside PEFT. Changed in place.
+        A Transformers decoder (Llama, Mistral, Qwen, Gemma, Phi-3, GLM, ...) or ChatGLM in its own code, also inside
+        PEFT. Changed in place.
     config : LoCoCoConfig, optional
         The slot budget. None: that of ``heads``, or our default preset.
     heads : str or path, optional

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lococo.compat import HAS_ATTENTION_INTERFACE, OLDEST
 from lococo.models.chatglm import (
     check_remote_chatglm,
+    is_remote_attention,
     is_remote_chatglm,
     remote_apply_rotary,
     remote_attention_layers,
@@ -99,7 +100,7 @@ def _is_decoder_attention(module: nn.Module) -> bool:
 
 def layer_head_dim(attention: Any) -> int:
     """Size of a key in an attention layer."""
-    if hasattr(attention, "core_attention"):  # ChatGLM's own code
+    if is_remote_attention(attention):
         return attention.hidden_size_per_attention_head
     return attention.head_dim
 
@@ -155,7 +156,7 @@ def uses_rotary(attention: Any) -> bool:
     ValueError
         If only the layer's own code can tell (Cohere 2, EXAONE 4, AFMoE).
     """
-    if hasattr(attention, "core_attention"):  # ChatGLM's own code
+    if is_remote_attention(attention):
         return True
     if hasattr(attention, "use_rope"):
         return bool(attention.use_rope)

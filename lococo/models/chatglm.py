@@ -26,6 +26,11 @@ def is_remote_chatglm(decoder: nn.Module) -> bool:
     return hasattr(decoder, "get_masks") and hasattr(decoder, "rotary_pos_emb") and hasattr(decoder, "encoder")
 
 
+def is_remote_attention(layer: nn.Module) -> bool:
+    """Whether a module is the ``SelfAttention`` of that code."""
+    return hasattr(layer, "core_attention")
+
+
 def check_remote_chatglm(decoder: Any) -> None:
     """Refuse what its code can do and ours cannot.
 
