@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with ChatGLM3's tokenizer.model")
     parser.add_argument("--data", nargs="+", required=True, help="files, folders or Hub ids of texts")
-    parser.add_argument("--steps", type=int, default=400, help="of 2048 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of 2048 tokens (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     options = parser.parse_args()
 
