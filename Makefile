@@ -78,8 +78,8 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 	test -d .demo/tiny-chatglm || $(VENV)/bin/python examples/tiny_chatglm.py --tokenizer $(CHATGLM_TOKENIZER) \
 		--data $(DATA)/wikipedia_zh/train.jsonl --output .demo/tiny-chatglm
 	$(LOCOCO) calibrate --model .demo/tiny-chatglm --dataset $(DATA)/wikipedia_zh/train.jsonl --num-slots 32 \
-		--block-size 32 --length 512 --first 128 --heldout 16 --steps 60 --windows-per-step 4 --learning-rate 3e-3 \
-		--measure-every 20 --local-steps 20 --output .demo/tiny-chatglm-heads --resume
+		--block-size 32 --length 512 --first 128 --heldout 8 --steps 30 --windows-per-step 2 --learning-rate 3e-3 \
+		--measure-every 15 --local-steps 10 --output .demo/tiny-chatglm-heads --resume
 	$(LOCOCO) eval ppl --model .demo/tiny-chatglm --data $(DATA)/wikipedia_zh/heldout.jsonl --length 512 --first 128 \
 		--documents 64 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh

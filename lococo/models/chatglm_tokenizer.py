@@ -167,6 +167,6 @@ def _byte_pair_encoding(model: Any) -> BPE:
         if piece.type == model.SentencePiece.NORMAL
     }
     ids = {piece: index for piece, (index, _) in normal.items()}
-    merges = generate_merges(ids, [(piece, score) for piece, (_, score) in normal.items()])
+    merges = generate_merges(ids, {piece: score for piece, (_, score) in normal.items()})
     vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
     return BPE(vocab, merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
