@@ -68,10 +68,12 @@ calibrate-%: $(MODEL)/$(GGUF)
 	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --windows 210 --heldout 3 \
 		--steps 16 --learning-rate 3e-3 --measure-every 8 --output $(HEADS)-$* --resume
 
-calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration
-	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --length 4096 --min-length 1024 \
-		--documents 2 --methods full,h2o,h2o-slot --num-slots $(BUDGETS) --heads $(BUDGETS:%=$(HEADS)-%) \
-		--output $(RESULTS)/calibration
+BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --documents 2 --methods full,h2o,h2o-slot \
+	--num-slots $(BUDGETS) --heads $(BUDGETS:%=$(HEADS)-%)
+
+calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration, _zh
+	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
+	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
 
 # A real model of Chinese text in ChatGLM3's architecture, trained here in minutes.
 chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on held-out Chinese -> docs/results/chatglm_zh
