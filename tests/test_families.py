@@ -308,6 +308,15 @@ def test_slot_positions_refuse_angles_that_depend_on_the_length(rope, family):
     assert_close(read(patch(model, LARGE), ids), full)
 
 
+def test_a_release_that_renames_the_cache_is_refused(monkeypatch):
+    model = tiny_llama()
+    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids=None, cache=None, **kwargs: None)
+    before = anatomy(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not supported on transformers .*past_key_values"):
+        patch(model, SMALL)
+    assert anatomy(model) == before
+
+
 UNSUPPORTED = {
     "not-rotary": lambda: causal_lm("GPT2", n_embd=32, n_layer=2, n_head=4),
     "encoder-decoder": lambda: conditional("T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),

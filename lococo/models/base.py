@@ -65,6 +65,11 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         raise ValueError(
             f"{name} is not supported: its attention does not go through Transformers' attention interface"
         )
+    if "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
+        raise ValueError(
+            f"{name} is not supported on transformers {transformers.__version__}, which renames its past_key_values; "
+            "use transformers < 5.24"
+        )
     layers = attention_layers(decoder)
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
