@@ -24,11 +24,23 @@ GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # Stages on a GPU end after so many seconds; the same command goes on with them.
 LIMIT ?= 900
 
+BENCH_CPU = $(LOCOCO) bench $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
+# Shapes measured on a GPU. A try of it all elsewhere, in a minute:
+# make bench-cuda DEVICE=cpu SHAPES=tiny TRAIN_SHAPES=tiny SLOTS=16 LENGTHS="64 128" TRAIN_LENGTHS=128 BATCHES="1 2"
+DEVICE ?= cuda
+SHAPES ?= llama-3.1-8b chatglm3-6b llama-2-7b
+TRAIN_SHAPES ?= smollm2-135m llama-3.1-8b
+SLOTS ?= 512
+LENGTHS ?= 4096 8192 16384 32768 65536 131072
+BATCHES ?= 1 4 16 32
+TRAIN_LENGTHS ?= 4096 8192 16384 32768
+
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench memory perplexity calibrate calibration chatglm gpu test-versions test-chatglm clean
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda memory perplexity calibrate calibration \
+	chatglm gpu test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -54,7 +66,39 @@ demo: $(VENV)/.installed ## run the demo; arguments in DEMO_ARGS
 $(MODEL)/$(GGUF): | $(VENV)/.installed
 	$(VENV)/bin/python examples/fetch_smollm2.py $(MODEL)
 
-bench: memory ## measure on this machine -> docs/results
+bench: memory bench-decode bench-score bench-prefill ## measure memory and speed on this CPU -> docs/results
+
+bench-prefill: $(MODEL)/$(GGUF)
+	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 2048 4096 8192 16384 \
+		--output $(RESULTS)/bench_prefill_cpu
+
+bench-decode: $(MODEL)/$(GGUF)
+	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 512 8192 \
+		--output $(RESULTS)/bench_decode_cpu
+
+bench-score: $(MODEL)/$(GGUF)
+	$(BENCH_CPU) --heads $(HEADS)-128 --output $(RESULTS)/bench_score_cpu
+
+bench-cuda: $(foreach shape,$(SHAPES),$(addsuffix -$(shape),cuda-decode cuda-prefill cuda-score))
+bench-cuda: $(TRAIN_SHAPES:%=cuda-train-%) ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
+
+# A stage with a result and nothing left in its journal is done; else it goes on where the last call of it stopped.
+cuda_result = $(RESULTS)/bench_$(1)_$(DEVICE)_$*
+bench_cuda = { test -f $(cuda_result).json && ! test -f $(cuda_result).partial.jsonl; } || \
+	$(LOCOCO) bench $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
+	--time-limit $(LIMIT) --output $(cuda_result)
+
+cuda-decode-%: | $(VENV)/.installed
+	$(call bench_cuda,decode) --lengths $(LENGTHS) --batches $(BATCHES)
+
+cuda-prefill-%: | $(VENV)/.installed
+	$(call bench_cuda,prefill) --lengths $(LENGTHS)
+
+cuda-score-%: | $(VENV)/.installed
+	$(call bench_cuda,score)
+
+cuda-train-%: | $(VENV)/.installed
+	$(call bench_cuda,train) --lengths $(TRAIN_LENGTHS) --objectives next-token distill
 
 memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memory
 	$(LOCOCO) bench memory $(ON_MODEL) --output $(RESULTS)/memory
@@ -86,12 +130,13 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 		--documents 64 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
 
-gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, the paper's scale of calibration, perplexity -> RESULTS
+gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, the paper's scale of calibration, perplexity, speed -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
 	$(MAKE) $(GPU_HEADS)
 	$(LOCOCO) eval ppl $(ON_MODEL) --device cuda --data $(HELDOUT) --length 4096 --documents 8 \
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) --heads $(GPU_HEADS) \
 		--output $(RESULTS)/perplexity_cuda
+	$(MAKE) bench-cuda
 
 # 200 steps of 128 windows of 4096 tokens, as in the paper.
 $(RESULTS)/heads/smollm2-135m-%: | $(MODEL)/$(GGUF)

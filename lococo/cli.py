@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lococo
+from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.methods import METHODS, as_method, method_config, plan_runs
+from lococo.loading import add_model_options, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,27 +38,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(required=True, metavar="WHAT")
     _add_perplexity(evaluations.add_parser("ppl", help="perplexity by domain and method"))
-    benchmarks = commands.add_parser("bench", help="measure speed and memory").add_subparsers(
-        required=True, metavar="WHAT"
-    )
-    _add_memory(benchmarks.add_parser("memory", help="cache bytes against tokens read"))
+    benchmarks = commands.add_parser("bench", help="measure speed and memory")
+    add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))
     _add_convert_chatglm(
         commands.add_parser("convert-chatglm", help="write a ChatGLM2 or ChatGLM3 checkpoint as Transformers' own GLM")
     )
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hub id of a causal language model")
-    parser.add_argument("--gguf-file", help="GGUF file in that folder")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's, fp32 on CPU)"
-    )
-
-
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model_options(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt-file", type=Path, help="text file to read")
     prompt.add_argument("--prompt", help="text to read")
@@ -71,7 +62,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="heads folder to write")
     parser.add_argument("--num-slots", type=int, default=LoCoCoConfig.num_slots, help="(default: %(default)s)")
     parser.add_argument("--block-size", type=int, help="(default: as many as slots, at most 512)")
@@ -112,7 +103,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model_options(parser)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files")
     parser.add_argument("--methods", default="full,streaming,h2o,h2o-slot,lococo-uncalibrated")
     parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
@@ -130,46 +121,10 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_perplexity)
 
 
-def _add_memory(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("--methods", default="full,h2o,lococo-uncalibrated")
-    parser.add_argument("--num-slots", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="(default: %(default)s)")
-    parser.add_argument("--step", type=int, default=512, help="tokens between two readings (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/memory"), help="(default: %(default)s)")
-    parser.set_defaults(run=_memory)
-
-
 def _add_convert_chatglm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of a ChatGLM2 or ChatGLM3 checkpoint")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write")
     parser.set_defaults(run=_convert_chatglm)
-
-
-def load(options: argparse.Namespace):
-    """Model and tokenizer named by the options."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be cpu, cuda, cuda:1, ..., got {device!r}") from error
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"there is no CUDA device for --device {device}")
-    dtype = options.dtype
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"--dtype must be float32, bfloat16, ..., got {dtype!r}")
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"  # half precision is many times slower there
-    extra = {"gguf_file": options.gguf_file} if options.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(options.model, **extra)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **extra)
-    return model.to(device).eval(), tokenizer
 
 
 def prompt_ids(tokenizer, text: str, question: str | None = None, max_tokens: int | None = None):
@@ -275,22 +230,6 @@ def _perplexity(options: argparse.Namespace) -> None:
     )
     rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
     print(markdown_table([row for row in rows if row["domain"] == "all"]))
-
-
-def _memory(options: argparse.Namespace) -> None:
-    from lococo.bench import cache_growth
-
-    model, _ = load(options)
-    cache_growth(
-        model,
-        options.methods.split(","),
-        options.num_slots,
-        options.block_size,
-        options.tokens,
-        options.step,
-        options.output,
-        options.command_line,
-    )
 
 
 def _convert_chatglm(options: argparse.Namespace) -> None:

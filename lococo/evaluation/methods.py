@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,10 @@ PRESETS: dict[str, Callable[..., LoCoCoConfig]] = {
 METHODS = ("full", *PRESETS)
 
 
-def method_config(name: str, num_slots: int, block_size: int) -> LoCoCoConfig | None:
-    """Config of a method; None for ``full``.
+def method_config(
+    name: str, num_slots: int, block_size: int, presets: Mapping[str, Callable[..., LoCoCoConfig]] = PRESETS
+) -> LoCoCoConfig | None:
+    """Config of a method, ``full`` or one of ``presets``; None for ``full``.
 
     Raises
     ------
@@ -37,9 +39,9 @@ def method_config(name: str, num_slots: int, block_size: int) -> LoCoCoConfig | 
     """
     if name == "full":
         return None
-    if name not in PRESETS:
-        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    return PRESETS[name](num_slots, block_size=block_size)
+    if name not in presets:
+        raise ValueError(f"unknown method {name!r}: choose from full, {', '.join(presets)}")
+    return presets[name](num_slots, block_size=block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,13 @@ class Run:
         return {**self.config.to_dict(), **({"heads": heads_digest(self.heads)} if self.heads else {})}
 
 
-def plan_runs(methods: Sequence[str], budgets: Sequence[int], block_size: int, heads: Sequence[str] = ()) -> list[Run]:
+def plan_runs(
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    block_size: int,
+    heads: Sequence[str] = (),
+    presets: Mapping[str, Callable[..., LoCoCoConfig]] = PRESETS,
+) -> list[Run]:
     """The runs of a comparison: ``full`` once, other methods at every budget, trained heads as they were trained.
 
     Raises
@@ -80,7 +88,10 @@ def plan_runs(methods: Sequence[str], budgets: Sequence[int], block_size: int, h
     """
     runs = [Run("full", None)] if "full" in methods else []
     runs += [
-        Run(name, method_config(name, slots, block_size)) for slots in budgets for name in methods if name != "full"
+        Run(name, method_config(name, slots, block_size, presets))
+        for slots in budgets
+        for name in methods
+        if name != "full"
     ]
     for folder in heads:
         config = read_heads_config(folder)

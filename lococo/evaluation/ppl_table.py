@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lococo.evaluation.likelihood import Window, token_nlls, windows
 from lococo.evaluation.methods import Run, as_method
-from lococo.evaluation.results import Journal, write_result
+from lococo.evaluation.results import Journal, beside, write_result
 
 ALL_DOMAINS = "all"
 
@@ -166,10 +166,10 @@ def run(
     command: str,
 ) -> list[dict[str, Any]]:
     """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes."""
-    journal = Journal(output.with_suffix(".partial.jsonl"))
+    journal = Journal(beside(output, ".partial.jsonl"))
     rows = perplexity_rows(model, texts, runs, first, journal)
     write_result(output, command, model.device, rows)
     if any(each.name == "full" for each in runs) and len(runs) > 1:
-        plot_rows(rows, output.with_suffix(".png"))
+        plot_rows(rows, beside(output, ".png"))
     journal.finish()
     return rows

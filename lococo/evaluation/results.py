@@ -18,7 +18,19 @@ from lococo.files import write_whole
 from lococo.version import __version__
 
 
-def write_result(path: Path, command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> None:
+def beside(path: Path, ending: str) -> Path:
+    """A file of a result: ``docs/results/bench_llama-3.1-8b`` is a name without a suffix, too."""
+    return path.with_name(path.name + ending)
+
+
+def write_result(
+    path: Path,
+    command: str,
+    device: torch.device | str,
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[str] | None = None,
+    **facts: Any,
+) -> None:
     """Write ``<path>.json`` and the table ``<path>.md`` of it.
 
     Parameters
@@ -29,11 +41,16 @@ def write_result(path: Path, command: str, device: torch.device | str, rows: Seq
         What made it, as a user would type it.
     rows : sequence of dict
         Flat, all with the same keys.
+    columns : sequence of str, optional
+        Keys that the table shows. None: all.
+    **facts
+        What else the file says of all rows.
     """
-    content = result_content(command, device, rows)
-    write_whole(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    content = {**facts, **result_content(command, device, rows)}
+    write_whole(beside(path, ".json"), json.dumps(content, indent=1) + "\n")
     note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
-    write_whole(path.with_suffix(".md"), note + markdown_table(rows))
+    shown = rows if columns is None else [{name: row[name] for name in columns} for row in rows]
+    write_whole(beside(path, ".md"), note + markdown_table(shown))
 
 
 def result_content(command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -131,6 +148,10 @@ class Journal:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": name, "value": self.rows[name]}) + "\n")
         return self.rows[name]
+
+    def recall(self, key: Iterable[Any]) -> Any | None:
+        """The value under a key, None if it has not been measured."""
+        return self.rows.get(json.dumps(list(key)))
 
     def finish(self) -> None:
         """Remove the file: the result stands in its own."""

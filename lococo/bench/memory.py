@@ -1,4 +1,4 @@
-"""Measuring memory."""
+"""``lococo bench memory``: bytes of the cache against tokens read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.evaluation.methods import as_method, method_config
-from lococo.evaluation.results import write_result
+from lococo.evaluation.results import beside, write_result
 from lococo.generation import cache_bytes
 
 
@@ -41,7 +41,7 @@ def cache_growth(
                 cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
                 rows.append({"method": name, "num_slots": slots, "tokens": stop, "cache_bytes": cache_bytes(cache)})
     write_result(output, command, model.device, rows)
-    _plot(rows, output.with_suffix(".png"))
+    _plot(rows, beside(output, ".png"))
     return rows
 
 

@@ -1,0 +1,133 @@
+"""The commands ``lococo bench memory | prefill | decode | train | score``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from lococo.bench.decode import Decode
+from lococo.bench.grid import Grid, Subject
+from lococo.bench.memory import cache_growth
+from lococo.bench.methods import plan_bench
+from lococo.bench.pictures import plot
+from lococo.bench.prefill import Prefill
+from lococo.bench.score import Score
+from lococo.bench.shapes import SHAPES, build
+from lococo.bench.table import columns, rows_of
+from lococo.bench.topic import Cell, Topic
+from lococo.bench.train import Train, with_objectives
+from lococo.evaluation.results import Journal, beside, markdown_table, write_result
+from lococo.loading import add_model_options, chosen_device, chosen_dtype, load
+
+METHODS = {
+    "prefill": "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
+    "decode": "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
+    "train": "full,streaming,lococo-open-rank16",
+    "score": "full,streaming,h2o,lococo-uncalibrated",
+}
+LENGTHS = {"prefill": [2048, 4096, 8192, 16384], "decode": [512, 8192], "train": [2048, 4096]}
+OBJECTIVES = ("distill", "next-token")
+
+
+def add_bench_commands(commands: Any) -> None:
+    """Add a parser for everything that can be measured."""
+    _add_memory(commands.add_parser("memory", help="cache bytes against tokens read"))
+    _add_grid("prefill", commands.add_parser("prefill", help="reading a text: tokens per second, peak memory"))
+    decode = commands.add_parser("decode", help="one token after another: seconds per step, cache bytes")
+    decode.add_argument("--steps", type=int, default=32, help="tokens per measurement (default: %(default)s)")
+    _add_grid("decode", decode)
+    train = commands.add_parser("train", help="a training step of the heads: seconds per token, peak memory")
+    train.add_argument("--objectives", nargs="+", default=["distill"], choices=OBJECTIVES, help="(default: distill)")
+    _add_grid("train", train)
+    _add_grid("score", commands.add_parser("score", help="scoring of heavy hitters: share of a layer's time, bytes"))
+
+
+def _add_grid(topic: str, parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser, list(SHAPES))
+    parser.add_argument("--methods", default=METHODS[topic], help="(default: %(default)s)")
+    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
+    parser.add_argument("--num-slots", type=int, nargs="+", default=[512], help="(default: 512)")
+    parser.add_argument("--block-size", type=int, default=512, help="(default: %(default)s)")
+    if topic in LENGTHS:
+        default = " ".join(map(str, LENGTHS[topic]))
+        parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS[topic], help=f"(default: {default})")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="(default: 1)")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each cell (default: %(default)s)")
+    parser.add_argument("--time-limit", type=float, help="seconds after which no measurement begins")
+    parser.add_argument("--output", type=Path, help=f"(default: docs/results/bench_{topic}_DEVICE)")
+    parser.set_defaults(run=_grid, topic=topic)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--methods", default="full,h2o,lococo-uncalibrated")
+    parser.add_argument("--num-slots", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument("--step", type=int, default=512, help="tokens between two readings (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/memory"), help="(default: %(default)s)")
+    parser.set_defaults(run=_memory)
+
+
+def _memory(options: argparse.Namespace) -> None:
+    model, _ = load(options)
+    cache_growth(
+        model,
+        options.methods.split(","),
+        options.num_slots,
+        options.block_size,
+        options.tokens,
+        options.step,
+        options.output,
+        options.command_line,
+    )
+
+
+def _grid(options: argparse.Namespace) -> None:
+    for name in ("lengths", "batches", "num_slots"):
+        if min(getattr(options, name, [1])) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {min(getattr(options, name))}")
+    device = chosen_device(options.device)
+    output = options.output or Path(f"docs/results/bench_{options.topic}_{device.type}")
+    topic, groups = _plan(options)
+    journal = Journal(beside(output, ".partial.jsonl"))
+    grid = Grid(_subject(options), topic, groups, options.repeats, journal, options.time_limit)
+    remaining = grid.run()
+    rows = rows_of(grid)
+    if rows:
+        shown = columns(topic.name, rows)
+        facts = {"limits": dataclasses.asdict(grid.limits())}
+        write_result(output, options.command_line, device, rows, shown, **facts)
+        plot(topic.name, rows, beside(output, ".png"))
+        print(markdown_table([{name: row[name] for name in shown} for row in rows]))
+    if remaining:
+        print(f"{output}: the time limit left {len(remaining)} cells; the same command goes on with", file=sys.stderr)
+        print(*(f"  {cell}" for cell in remaining), sep="\n", file=sys.stderr)
+    else:
+        journal.finish()
+
+
+def _subject(options: argparse.Namespace) -> Subject:
+    if options.shape:
+        device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
+        return Subject(options.shape, build(options.shape, device, dtype))
+    return Subject(Path(options.model).name, load(options)[0])
+
+
+def _plan(options: argparse.Namespace) -> tuple[Topic, list[list[Cell]]]:
+    """The topic, and its cells in groups that are compared with each other."""
+    runs = plan_bench(options.methods.split(","), options.num_slots, options.block_size, options.heads)
+    if options.topic == "score":
+        groups = [
+            [Cell(run, slots + options.block_size, batch) for run in runs if run.num_slots in (None, slots)]
+            for batch in options.batches
+            for slots in dict.fromkeys(run.num_slots for run in runs if run.num_slots)
+        ]
+        return Score(options.block_size), groups
+    groups = [[Cell(run, length, batch) for run in runs] for batch in options.batches for length in options.lengths]
+    if options.topic == "train":
+        return Train(), [with_objectives(group, options.objectives) for group in groups]
+    return Prefill() if options.topic == "prefill" else Decode(options.steps), groups

@@ -1,0 +1,146 @@
+"""``lococo bench decode``: one token after another."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lococo.bench.counts import Sizes, Work, decode_memory, decode_work, open_block
+from lococo.bench.meter import Meter
+from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.config import LoCoCoConfig
+from lococo.generation import cache_bytes
+from lococo.models import base_shape
+
+
+class Decode(Topic):
+    """A greedy token after ``length`` others, through the model's forward alone.
+
+    A compressed cache compresses once in every block of B tokens. Ordinary steps are timed in the middle of the open
+    block and the step that compresses at its end; a token's time is their mean over a block,
+    ``((B - 1) step + compressing) / B``.
+
+    Parameters
+    ----------
+    steps : int
+        Tokens timed, at least; of ordinary steps the median counts.
+    """
+
+    name = "decode"
+    unit = "step"
+
+    def __init__(self, steps: int = 32) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.steps = steps
+
+    def settings(self) -> dict[str, Any]:
+        """See ``Topic``."""
+        return {"steps": self.steps}
+
+    def tokens(self, cell: Cell) -> int:
+        """One for every row."""
+        return cell.batch
+
+    def work(self, sizes: Sizes, cell: Cell) -> Work:
+        """See ``Topic``."""
+        return decode_work(sizes, cell.run.config, cell.length, cell.batch)
+
+    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
+        """See ``Topic``."""
+        return decode_memory(sizes, cell.run.config, cell.length, cell.batch)
+
+    @torch.no_grad()
+    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+        """See ``Topic``."""
+        config = cell.run.config
+        if config is None:
+            cache: Any = random_full_cache(model, cell.length, cell.batch)
+        else:
+            cache = compressed_cache(model, config, cell.batch, cell.length)
+        held = cache_bytes(cache)
+        meter.reset_peak()
+        reader = _Reader(model, cache, random_ids(model, cell.batch, 1))
+        block = open_block(config)
+        if block == 1:
+            steps = reader.decode(self.steps, meter)
+            step = compressing = statistics.median(steps)
+        else:
+            step, compressing = self._whole_blocks(reader, block, meter)
+        return {
+            "seconds": ((block - 1) * step + compressing) / block,
+            "cache_bytes": held,
+            "step_seconds": step,
+            "compressing_seconds": None if config is None else compressing,
+        }
+
+    def _whole_blocks(self, reader: _Reader, block: int, meter: Meter) -> tuple[float, float]:
+        """Seconds of an ordinary step and of one that compresses, in as many blocks as it takes."""
+        timed = min(self.steps, block - 1)
+        before = (block - 1 - timed) // 2
+        steps, compressing = [], []
+        for _ in range(-(-self.steps // block)):
+            reader.read(before)
+            steps += reader.decode(timed, meter)
+            reader.read(block - 1 - before - timed)
+            compressing += reader.decode(1, meter)
+        return statistics.median(steps), statistics.median(compressing)
+
+
+class _Reader:
+    def __init__(self, model: PreTrainedModel, cache: Any, token: torch.Tensor) -> None:
+        self.model, self.cache, self.token = model, cache, token
+
+    def read(self, tokens: int) -> None:
+        """Read tokens whose time does not count."""
+        if tokens:
+            ids = random_ids(self.model, self.token.shape[0], tokens)
+            self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def decode(self, steps: int, meter: Meter) -> list[float]:
+        """Read the most probable token, so many times. Returns the seconds of each."""
+        for _ in range(steps):
+            with meter.lap():
+                output = self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.token = output.logits[:, -1:].argmax(dim=-1)
+        return meter.seconds()
+
+
+def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, length: int | None = None) -> Any:
+    """The cache of a patched model after a text, without reading all of it.
+
+    Whole blocks are read until the slots are full and the open block is empty: more text changes what the cache holds,
+    not how much it holds nor how long the next token takes.
+
+    Parameters
+    ----------
+    length : int, optional
+        Tokens of the text, where they may be too few to fill the slots.
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter than a block.
+    """
+    most = max([config.num_slots, *(slots for layer in config.slots_per_head or () for slots in layer)])
+    blocks = -(-most // config.block_size) + 1
+    if length is not None:
+        blocks = min(blocks, length // config.block_size)
+    if blocks < 1:
+        raise ValueError(f"lengths must be at least one block of {config.block_size} tokens, got {length}")
+    ids = random_ids(model, batch, blocks * config.block_size)
+    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def random_full_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCache:
+    """The full cache after a text, filled with random numbers."""
+    shape = base_shape(model)
+    cache = DynamicCache(config=model.config)
+    size = (batch, shape["num_kv_heads"], length, shape["head_dim"])
+    for layer in range(shape["num_layers"]):
+        key = torch.randn(size, device=model.device, dtype=model.dtype)
+        cache.update(key, torch.randn_like(key), layer)
+    return cache

@@ -1,0 +1,41 @@
+"""``lococo bench prefill``: reading a text."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from lococo.bench.counts import Sizes, Work, read_memory, read_work
+from lococo.bench.meter import Meter
+from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.generation import cache_bytes
+
+
+class Prefill(Topic):
+    """Reading ``length`` tokens in one call, as ``generate`` does, for the logits of the last.
+
+    Patched models cut such a call into pieces of ``prefill_chunk_size`` themselves.
+    """
+
+    name = "prefill"
+    unit = "text"
+
+    def tokens(self, cell: Cell) -> int:
+        """All of the text."""
+        return cell.batch * cell.length
+
+    def work(self, sizes: Sizes, cell: Cell) -> Work:
+        """See ``Topic``."""
+        return read_work(sizes, cell.run.config, cell.length, cell.batch)
+
+    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
+        """See ``Topic``."""
+        return read_memory(sizes, cell.run.config, cell.length, cell.batch)
+
+    @torch.no_grad()
+    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+        """See ``Topic``."""
+        ids = random_ids(model, cell.batch, cell.length)
+        with meter.lap():
+            output = model(ids, use_cache=True, logits_to_keep=1)
+        return {"seconds": meter.seconds()[0], "cache_bytes": cache_bytes(output.past_key_values)}

@@ -1,0 +1,158 @@
+"""``lococo bench score``: what choosing heavy hitters costs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from lococo import kernels
+from lococo.bench.counts import Sizes, Work, decode_memory, segment_work
+from lococo.bench.decode import compressed_cache, random_full_cache
+from lococo.bench.meter import Meter
+from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.cache import LoCoCoCache, Memory
+from lococo.generation import cache_bytes
+from lococo.models import base_shape, find_decoder
+from lococo.state import head_modules
+
+FIGURES = ("score_seconds", "score_share", "score_bytes", "score_largest_bytes", "matrix_bytes")
+
+
+class Score(Topic):
+    """A layer reading one block of B tokens after M others, and the share that scoring the entries has in it.
+
+    ``length`` is M + B, what the last query of the block sees. ``score_bytes`` are held at once by scoring beside
+    queries and keys, ``score_largest_bytes`` by its largest tensor; ``matrix_bytes`` would hold the block's attention
+    as one matrix in float32.
+
+    Parameters
+    ----------
+    block_size : int
+        B.
+    """
+
+    name = "score"
+    unit = "block and layer"
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    def settings(self) -> dict[str, Any]:
+        """See ``Topic``."""
+        return {"block_size": self.block_size}
+
+    def tokens(self, cell: Cell) -> None:
+        """None: one layer is not a model."""
+
+    def work(self, sizes: Sizes, cell: Cell) -> Work:
+        """See ``Topic``."""
+        past = cell.length - self.block_size
+        return segment_work(sizes, cell.run.config, self.block_size, past, cell.batch)
+
+    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
+        """See ``Topic``."""
+        return decode_memory(sizes, cell.run.config, cell.length, cell.batch)
+
+    @torch.no_grad()
+    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+        """See ``Topic``."""
+        config = cell.run.config
+        if config is None:
+            cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
+        else:
+            cache = compressed_cache(model, config, cell.batch)
+        ids = random_ids(model, cell.batch, self.block_size)
+        with meter.lap():
+            find_decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+        seconds = meter.seconds()[0] / base_shape(model)["num_layers"]
+        figures = _scoring_figures(model, cache, self.block_size, seconds, meter)
+        return {"seconds": seconds, "cache_bytes": cache_bytes(cache), **dict(zip(FIGURES, figures, strict=True))}
+
+
+def _scoring_figures(
+    model: PreTrainedModel, cache: Any, queries: int, seconds: float, meter: Meter
+) -> tuple[float | None, ...]:
+    memories = [memory for memory, _ in cache.layers[0].groups] if isinstance(cache, LoCoCoCache) else []
+    scorings = [scoring(model, memory, queries) for memory in memories if memory.entries.scores is not None]
+    if not scorings:
+        return (None,) * len(FIGURES)
+    with HeldBytes() as held:  # on its own: counting takes time
+        for score in scorings:
+            score()
+    for _ in range(10):
+        with meter.lap():
+            for score in scorings:
+                score()
+    score_seconds = statistics.median(meter.seconds())
+    config = model.config.get_text_config()
+    matrix = sum(
+        4 * memory.keys.shape[0] * queries * memory.config.capacity * memory.keys.shape[1] for memory in memories
+    )
+    groups = config.num_attention_heads // base_shape(model)["num_kv_heads"]
+    return score_seconds, score_seconds / seconds, held.peak, held.largest, groups * matrix
+
+
+def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[], torch.Tensor]:
+    """What a patched model's first layer calls to score the entries of a memory for a block of queries."""
+    config, keys, head = memory.config, memory.keys, head_modules(model).get(0)
+    batch, kv_heads, entries, head_dim = keys.shape
+    heads = query_heads_per_kv_head(model) * kv_heads
+    query = torch.randn(batch, heads, queries, head_dim, device=keys.device, dtype=keys.dtype)
+    bias = memory.entries.log_mass if head is not None and not head.is_closed else None
+    counts = None
+    if config.score_delay:
+        counts = kernels.lower_right(queries, entries, config.score_delay, keys.device)[None, None]
+    visibility, squared = kernels.Visibility(bias=bias), config.score == "distant"
+    scale = 1 / math.sqrt(head_dim)
+    return functools.partial(kernels.attention_mass, query, keys, scale, visibility, counts, squared)
+
+
+def query_heads_per_kv_head(model: PreTrainedModel) -> int:
+    """How many query heads share a key-value head."""
+    return model.config.get_text_config().num_attention_heads // base_shape(model)["num_kv_heads"]
+
+
+class HeldBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside a ``with`` block.
+
+    Attributes
+    ----------
+    peak : int
+        Most bytes held at once.
+    largest : int
+        Bytes of the largest tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.largest = self._held = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address not in given and address not in self._sizes:
+                self._sizes[address] = storage.nbytes()
+                self._held += storage.nbytes()
+                self.peak, self.largest = max(self.peak, self._held), max(self.largest, storage.nbytes())
+                weakref.finalize(storage, self._let_go, address)
+        return result
+
+    def _let_go(self, address: int) -> None:
+        self._held -= self._sizes.pop(address)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

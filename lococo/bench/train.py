@@ -1,0 +1,120 @@
+"""``lococo bench train``: a training step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lococo.bench.counts import Sizes, Work, train_memory, train_work
+from lococo.bench.meter import Meter
+from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.config import LoCoCoConfig
+from lococo.state import head_modules, is_patched
+from lococo.training.frozen import only_heads_learn
+from lococo.training.objectives import Caches, NextToken, Objective, WindowLoss
+from lococo.training.recipe import default_recipe
+
+Loss = Callable[[torch.Tensor, Caches, int, int], torch.Tensor]
+
+
+class Train(Topic):
+    """One step of AdamW on a window of ``length`` tokens.
+
+    Heads learn as in calibration, the model around them frozen, back-propagation ending at every chunk of the default
+    recipe. The full cache and methods without heads have none to train: there the next token is learned by the weights
+    of the norms alone, so that what is measured is the cheapest training of a model through that cache. The full
+    cache's back-propagation goes through the whole window at once, as without LoCoCo. Steps have size zero: the model
+    stays as it is.
+    """
+
+    name = "train"
+    unit = "token"
+
+    def tokens(self, cell: Cell) -> int:
+        """One."""
+        return 1
+
+    def work(self, sizes: Sizes, cell: Cell) -> Work:
+        """See ``Topic``."""
+        distills = cell.objective == "distill"
+        step = train_work(sizes, cell.run.config, cell.length - 1, cell.batch, distills)
+        tokens = cell.batch * (cell.length - 1)
+        return Work(step.flops / tokens, step.bytes / tokens)
+
+    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
+        """See ``Topic``."""
+        chunk = None if cell.run.config is None else objective_of(cell).backprop_tokens
+        return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, chunk)
+
+    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+        """See ``Topic``."""
+        ids = random_ids(model, cell.batch, cell.length)
+        caches = Caches(model) if is_patched(model) else None
+        with learning(model) as parameters:
+            optimizer = torch.optim.AdamW(parameters, lr=0.0)
+            with meter.lap():
+                if caches is None:
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                else:
+                    _backward_in_chunks(_loss(model, objective_of(cell)), objective_of(cell), ids, caches)
+                optimizer.step()
+            seconds = meter.seconds()[0] / (cell.batch * (cell.length - 1))
+            optimizer.zero_grad(set_to_none=True)
+        held = None if caches is None else sum(t.nbytes for layer in caches.compressed.layers for t in layer.buffers())
+        return {"seconds": seconds, "cache_bytes": held}
+
+
+def with_objectives(cells: Sequence[Cell], objectives: Sequence[str]) -> list[Cell]:
+    """Cells of methods with heads once for each objective, the others for the next token."""
+    expanded = []
+    for cell in cells:
+        config = cell.run.config
+        wanted = objectives if config is not None and config.num_fused else ["next-token"]
+        expanded += [dataclasses.replace(cell, objective=objective) for objective in wanted]
+    return expanded
+
+
+def objective_of(cell: Cell) -> Objective:
+    """The objective of a cell with a compressed cache, its chunks those of the default calibration."""
+    config: LoCoCoConfig = cell.run.config  # type: ignore[assignment]
+    objective: Objective = default_recipe(config.num_slots, config.block_size)[1].objective  # type: ignore[assignment]
+    return objective if cell.objective == "distill" else NextToken(backprop_tokens=objective.backprop_tokens)
+
+
+@contextlib.contextmanager
+def learning(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
+    """A model in which only heads learn, or where there are none only norms; gives what learns."""
+    if is_patched(model) and head_modules(model):
+        with only_heads_learn(model):
+            yield [parameter for head in head_modules(model).values() for parameter in head.parameters()]
+        return
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(parameter.dim() == 1)
+        yield [parameter for parameter, _ in flags if parameter.requires_grad]
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def _loss(model: PreTrainedModel, objective: Objective) -> Loss:
+    if head_modules(model):
+        return WindowLoss(model, objective)
+
+    def losses(ids: torch.Tensor, caches: Caches, start: int, stop: int) -> torch.Tensor:
+        return objective.losses(caches.logits(model, ids[:, start:stop]), ids[:, start + 1 : stop + 1], None)
+
+    return losses
+
+
+def _backward_in_chunks(loss: Loss, objective: Objective, ids: torch.Tensor, caches: Caches) -> None:
+    predicted = ids.shape[1] - 1
+    for start, stop in objective.spans(predicted):
+        (loss(ids, caches, start, stop).sum() / (len(ids) * predicted)).backward()
+        caches.detach()
