@@ -37,7 +37,7 @@ def tiny_glm(tokenizer: PreTrainedTokenizerFast) -> GlmForCausalLM:
         partial_rotary_factor=0.5,
         attention_bias=True,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,  # a token seen is a token that may come again: learned at once
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end_ids(tokenizer.backend_tokenizer),
     )
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with ChatGLM3's tokenizer.model")
     parser.add_argument("--data", nargs="+", required=True, help="files, folders or Hub ids of texts")
-    parser.add_argument("--steps", type=int, default=300, help="of 2048 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="of 2048 tokens (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     options = parser.parse_args()
 
