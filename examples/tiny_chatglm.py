@@ -50,21 +50,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with ChatGLM3's tokenizer.model")
     parser.add_argument("--data", nargs="+", required=True, help="files, folders or Hub ids of texts")
-    parser.add_argument("--steps", type=int, default=120, help="of 2048 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of 512 tokens (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     options = parser.parse_args()
 
     backend = fast_tokenizer(options.tokenizer / "tokenizer.model", generation=3)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer_config(generation=3))
-    data = DataConfig(tuple(options.data), LENGTH, 4 * options.steps, num_heldout=0, max_windows_per_document=10_000)
+    data = DataConfig(tuple(options.data), LENGTH, options.steps, num_heldout=0, max_windows_per_document=10_000)
     model = tiny_glm(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         train, _ = prepare(data, tokenizer, Path(folder, "tokens"))
         arguments = TrainingArguments(
             folder,
             max_steps=options.steps,
-            per_device_train_batch_size=4,
-            learning_rate=4e-3,
+            per_device_train_batch_size=1,
+            learning_rate=3e-3,
             lr_scheduler_type="cosine",
             warmup_steps=options.steps // 20,
             logging_steps=20,
