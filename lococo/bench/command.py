@@ -87,12 +87,12 @@ def _memory(options: argparse.Namespace) -> None:
 
 
 def _grid(options: argparse.Namespace) -> None:
-    for name in ("lengths", "batches", "num_slots"):
-        if min(getattr(options, name, [1])) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {min(getattr(options, name))}")
     device = chosen_device(options.device)
     output = options.output or Path(f"docs/results/bench_{options.topic}_{device.type}")
     topic, groups = _plan(options)
+    for group in groups:
+        for cell in group:
+            topic.check(cell)
     journal = Journal(beside(output, ".partial.jsonl"))
     grid = Grid(_subject(options), topic, groups, options.repeats, journal, options.time_limit)
     remaining = grid.run()
@@ -119,6 +119,8 @@ def _subject(options: argparse.Namespace) -> Subject:
 
 def _plan(options: argparse.Namespace) -> tuple[Topic, list[list[Cell]]]:
     """The topic, and its cells in groups that are compared with each other."""
+    if min(options.batches) < 1:
+        raise ValueError(f"batches must be at least 1, got {min(options.batches)}")
     runs = plan_bench(options.methods.split(","), options.num_slots, options.block_size, options.heads)
     if options.topic == "score":
         groups = [

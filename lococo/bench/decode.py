@@ -19,9 +19,10 @@ from lococo.models import base_shape
 class Decode(Topic):
     """A greedy token after ``length`` others, through the model's forward alone.
 
-    A compressed cache compresses once in every block of B tokens. Ordinary steps are timed in the middle of the open
-    block and the step that compresses at its end; a token's time is their mean over a block,
-    ``((B - 1) step + compressing) / B``.
+    The full cache is the one that ``generate`` makes, ``DynamicCache``, which copies itself at every step to grow; it
+    is filled with random numbers. A compressed cache reads until it is full, which is the same at every length. It
+    compresses once in every block of B tokens: ordinary steps are timed in the middle of the open block and the step
+    that compresses at its end, and a token's time is their mean over a block, ``((B - 1) step + compressing) / B``.
 
     Parameters
     ----------
@@ -41,6 +42,12 @@ class Decode(Topic):
         """See ``Topic``."""
         return {"steps": self.steps}
 
+    def check(self, cell: Cell) -> None:
+        """Refuse a text shorter than a block: a compressed cache is filled with whole ones."""
+        block_size = 1 if cell.run.config is None else cell.run.config.block_size
+        if cell.length < block_size:
+            raise ValueError(f"lengths must be at least one block of {block_size} tokens, got {cell.length}")
+
     def tokens(self, cell: Cell) -> int:
         """One for every row."""
         return cell.batch
@@ -57,19 +64,17 @@ class Decode(Topic):
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
         """See ``Topic``."""
         config = cell.run.config
-        if config is None:
-            cache: Any = random_full_cache(model, cell.length, cell.batch)
-        else:
-            cache = compressed_cache(model, config, cell.batch, cell.length)
-        held = cache_bytes(cache)
-        meter.reset_peak()
-        reader = _Reader(model, cache, random_ids(model, cell.batch, 1))
-        block = open_block(config)
+        with meter.apart():
+            if config is None:
+                cache: Any = random_full_cache(model, cell.length, cell.batch)
+            else:
+                cache = compressed_cache(model, config, cell.batch, cell.length)
+        held, block = cache_bytes(cache), open_block(config)
+        reader = _Reader(model, cache, random_ids(model, cell.batch, 1), meter)
         if block == 1:
-            steps = reader.decode(self.steps, meter)
-            step = compressing = statistics.median(steps)
+            step = compressing = statistics.median(reader.decode(self.steps))
         else:
-            step, compressing = self._whole_blocks(reader, block, meter)
+            step, compressing = self._whole_blocks(reader, block)
         return {
             "seconds": ((block - 1) * step + compressing) / block,
             "cache_bytes": held,
@@ -77,36 +82,37 @@ class Decode(Topic):
             "compressing_seconds": None if config is None else compressing,
         }
 
-    def _whole_blocks(self, reader: _Reader, block: int, meter: Meter) -> tuple[float, float]:
+    def _whole_blocks(self, reader: _Reader, block: int) -> tuple[float, float]:
         """Seconds of an ordinary step and of one that compresses, in as many blocks as it takes."""
         timed = min(self.steps, block - 1)
         before = (block - 1 - timed) // 2
         steps, compressing = [], []
         for _ in range(-(-self.steps // block)):
             reader.read(before)
-            steps += reader.decode(timed, meter)
+            steps += reader.decode(timed)
             reader.read(block - 1 - before - timed)
-            compressing += reader.decode(1, meter)
+            compressing += reader.decode(1)
         return statistics.median(steps), statistics.median(compressing)
 
 
 class _Reader:
-    def __init__(self, model: PreTrainedModel, cache: Any, token: torch.Tensor) -> None:
-        self.model, self.cache, self.token = model, cache, token
+    def __init__(self, model: PreTrainedModel, cache: Any, token: torch.Tensor, meter: Meter) -> None:
+        self.model, self.cache, self.token, self.meter = model, cache, token, meter
 
     def read(self, tokens: int) -> None:
-        """Read tokens whose time does not count."""
+        """Read tokens in one go, for which neither time nor memory counts."""
         if tokens:
             ids = random_ids(self.model, self.token.shape[0], tokens)
-            self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            with self.meter.apart():
+                self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
-    def decode(self, steps: int, meter: Meter) -> list[float]:
+    def decode(self, steps: int) -> list[float]:
         """Read the most probable token, so many times. Returns the seconds of each."""
         for _ in range(steps):
-            with meter.lap():
+            with self.meter.lap():
                 output = self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.token = output.logits[:, -1:].argmax(dim=-1)
-        return meter.seconds()
+        return self.meter.seconds()
 
 
 def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, length: int | None = None) -> Any:
@@ -118,19 +124,12 @@ def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, l
     Parameters
     ----------
     length : int, optional
-        Tokens of the text, where they may be too few to fill the slots.
-
-    Raises
-    ------
-    ValueError
-        If the text is shorter than a block.
+        Tokens of the text, a block or more, where they may be too few to fill the slots.
     """
     most = max([config.num_slots, *(slots for layer in config.slots_per_head or () for slots in layer)])
     blocks = -(-most // config.block_size) + 1
     if length is not None:
         blocks = min(blocks, length // config.block_size)
-    if blocks < 1:
-        raise ValueError(f"lengths must be at least one block of {config.block_size} tokens, got {length}")
     ids = random_ids(model, batch, blocks * config.block_size)
     return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 

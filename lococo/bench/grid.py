@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -125,11 +124,6 @@ class Grid:
         """What a cell's measurements found so far."""
         found = (self.journal.recall(self._key(cell, turn)) for turn in range(self.repeats))
         return [turn for turn in found if turn is not None]
-
-    def median(self, cell: Cell, name: str) -> float | None:
-        """Median of a figure over a cell's measurements; None where there is none."""
-        values = [turn[name] for turn in self.turns(cell) if turn.get(name) is not None]
-        return statistics.median(values) if values else None
 
     def _key(self, cell: Cell, what: str | int) -> list[Any]:
         of_cell = [cell.run.name, self._runs[cell.run], cell.length, cell.batch, cell.objective]

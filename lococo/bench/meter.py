@@ -33,10 +33,10 @@ class Meter:
         self.device = device
         self.watches_memory = watches_memory
         self._laps: list[tuple[Any, Any]] = []
-        self._knows_peak = False
+        self._knows_peak, self._earlier_peak = False, 0
         if watches_memory:
             gc.collect()
-            self.reset_peak()
+            self._reset_peak()
 
     @contextlib.contextmanager
     def lap(self) -> Iterator[None]:
@@ -65,8 +65,24 @@ class Meter:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def reset_peak(self) -> None:
-        """Let the peak begin with what is in use now."""
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """A ``with`` block in which memory does not count, only what is left of it afterwards."""
+        self._earlier_peak = self.peak() or 0
+        yield
+        self._reset_peak()
+
+    def peak(self) -> int | None:
+        """Most bytes in use since the meter was made; None where nobody watches or the system does not say."""
+        if not self._knows_peak:
+            return None
+        if self.device.type == "cuda":
+            return max(self._earlier_peak, torch.cuda.max_memory_allocated(self.device))
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+        return max(self._earlier_peak, 1024 * int(found.group(1))) if found else None
+
+    def _reset_peak(self) -> None:
         if not self.watches_memory:
             return
         if self.device.type == "cuda":
@@ -77,16 +93,6 @@ class Meter:
             with contextlib.suppress(OSError):  # not everywhere allowed
                 Path("/proc/self/clear_refs").write_text("5")
                 self._knows_peak = True
-
-    def peak(self) -> int | None:
-        """Most bytes in use since then; None where nobody watches or the system does not say."""
-        if not self._knows_peak:
-            return None
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-        return 1024 * int(found.group(1)) if found else None
 
 
 def release_memory(device: torch.device) -> None:

@@ -66,10 +66,11 @@ class Score(Topic):
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
         """See ``Topic``."""
         config = cell.run.config
-        if config is None:
-            cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
-        else:
-            cache = compressed_cache(model, config, cell.batch)
+        with meter.apart():
+            if config is None:
+                cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
+            else:
+                cache = compressed_cache(model, config, cell.batch)
         ids = random_ids(model, cell.batch, self.block_size)
         with meter.lap():
             find_decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -93,12 +94,9 @@ def _scoring_figures(
             for score in scorings:
                 score()
     score_seconds = statistics.median(meter.seconds())
-    config = model.config.get_text_config()
-    matrix = sum(
-        4 * memory.keys.shape[0] * queries * memory.config.capacity * memory.keys.shape[1] for memory in memories
-    )
-    groups = config.num_attention_heads // base_shape(model)["num_kv_heads"]
-    return score_seconds, score_seconds / seconds, held.peak, held.largest, groups * matrix
+    entries = sum(memory.keys[..., 0].numel() for memory in memories)  # of all KV heads and rows
+    matrix = 4 * query_heads_per_kv_head(model) * queries * entries
+    return score_seconds, score_seconds / seconds, held.peak, held.largest, matrix
 
 
 def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[], torch.Tensor]:

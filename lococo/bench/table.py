@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lococo.bench.grid import Grid
@@ -40,29 +41,36 @@ def rows_of(grid: Grid) -> list[dict[str, Any]]:
     it.
     """
     done = [cell for cell in grid.cells if grid.is_done(cell)]
-    limits = grid.limits() if done else None
-    rows = [_row(grid, cell, limits) for cell in done]
+    if not done:
+        return []
+    limits = grid.limits()
+    rows = [{**_place(grid, cell), **_time(grid, cell, limits), **_memory(grid, cell)} for cell in done]
+    rows = [{**row, **_extras(grid, cell, row)} for row, cell in zip(rows, done, strict=True)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _row(grid: Grid, cell: Cell, limits: Limits | None) -> dict[str, Any]:
-    assert limits is not None
-    run, topic, skipped = cell.run, grid.topic, grid.skipped(cell)
-    seconds = [] if skipped else [turn["seconds"] for turn in grid.turns(cell)]
-    median, tokens = None if skipped else grid.median(cell, "seconds"), topic.tokens(cell)
-    least = topic.work(grid.sizes, cell).seconds(limits.flops_per_second, limits.bytes_per_second)
-    full, streaming = (_median_beside(grid, cell, name) for name in ("full", "streaming"))
-    row = {
+def _place(grid: Grid, cell: Cell) -> dict[str, Any]:
+    config = cell.run.config
+    return {
         "shape": grid.subject.name,
-        "method": run.name,
-        "num_slots": run.num_slots,
-        "block_size": None if run.config is None else run.config.block_size,
+        "method": cell.run.name,
+        "num_slots": cell.run.num_slots,
+        "block_size": None if config is None else config.block_size,
         "length": cell.length,
         "batch": cell.batch,
         "objective": cell.objective,
         "dtype": str(grid.subject.model.dtype).removeprefix("torch."),
-        "unit": topic.unit,
+        "unit": grid.topic.unit,
+    }
+
+
+def _time(grid: Grid, cell: Cell, limits: Limits) -> dict[str, Any]:
+    seconds = [turn["seconds"] for turn in _turns(grid, cell)]
+    median, tokens = statistics.median(seconds) if seconds else None, grid.topic.tokens(cell)
+    full, streaming = (_median_beside(grid, cell, name) for name in ("full", "streaming"))
+    least = grid.topic.work(grid.sizes, cell).seconds(limits.flops_per_second, limits.bytes_per_second)
+    return {
         "repeats": len(seconds),
         "median": median,
         "min": min(seconds, default=None),
@@ -72,24 +80,42 @@ def _row(grid: Grid, cell: Cell, limits: Limits | None) -> dict[str, Any]:
         "time_over_streaming": median / streaming if streaming and median else None,
         "limit_seconds": least,
         "limit_share": least / median if median else None,
-        "peak_bytes": None,
-        "cache_bytes": None,
+    }
+
+
+def _memory(grid: Grid, cell: Cell) -> dict[str, Any]:
+    skipped = grid.skipped(cell)
+    return {
+        **{"peak_bytes": None, "cache_bytes": None},
         **({} if skipped else grid.memory(cell)),
-        "needed_bytes": topic.least_memory(grid.sizes, cell),
-        "skipped": None,
+        **{"needed_bytes": grid.topic.least_memory(grid.sizes, cell), "skipped": None},
         **(skipped or {}),
     }
-    extras = {} if skipped else dict.fromkeys(name for turn in grid.turns(cell) for name in turn if name not in row)
-    return {**row, **{name: grid.median(cell, name) for name in extras if name != "seconds"}}
+
+
+def _extras(grid: Grid, cell: Cell, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians of what else a topic tells."""
+    turns = _turns(grid, cell)
+    values = {
+        name: [turn[name] for turn in turns if turn[name] is not None]
+        for name in (turns[0] if turns else ())
+        if name != "seconds" and name not in row
+    }
+    return {name: statistics.median(found) if found else None for name, found in values.items()}
+
+
+def _turns(grid: Grid, cell: Cell) -> list[dict[str, Any]]:
+    return [] if grid.skipped(cell) else grid.turns(cell)
 
 
 def _median_beside(grid: Grid, cell: Cell, method: str) -> float | None:
     """Median of a method in the same place of the grid."""
+    slots = None if method == "full" else cell.run.num_slots
     for other in grid.cells:
-        is_same = other.run.name == method and (other.length, other.batch) == (cell.length, cell.batch)
-        slots = (None, cell.run.num_slots) if method == "full" else (cell.run.num_slots,)
-        if is_same and other.run.num_slots in slots and grid.is_done(other) and not grid.skipped(other):
-            return grid.median(other, "seconds")
+        is_same = (other.length, other.batch, other.run.num_slots) == (cell.length, cell.batch, slots)
+        if other.run.name == method and is_same and grid.is_done(other):
+            seconds = [turn["seconds"] for turn in _turns(grid, other)]
+            return statistics.median(seconds) if seconds else None
     return None
 
 

@@ -53,6 +53,17 @@ class Topic(abc.ABC):
         """Options that the outcome of a cell depends on, as plain JSON values."""
         return {}
 
+    def check(self, cell: Cell) -> None:
+        """Refuse a cell that cannot be measured, before any work.
+
+        Raises
+        ------
+        ValueError
+            If the text is too short.
+        """
+        if cell.length < 1:
+            raise ValueError(f"lengths must be at least 1, got {cell.length}")
+
     @abc.abstractmethod
     def tokens(self, cell: Cell) -> int | None:
         """Tokens of all rows in a unit. None where the unit is no number of tokens."""

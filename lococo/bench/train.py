@@ -26,14 +26,19 @@ class Train(Topic):
     """One step of AdamW on a window of ``length`` tokens.
 
     Heads learn as in calibration, the model around them frozen, back-propagation ending at every chunk of the default
-    recipe. The full cache and methods without heads have none to train: there the next token is learned by the weights
-    of the norms alone, so that what is measured is the cheapest training of a model through that cache. The full
-    cache's back-propagation goes through the whole window at once, as without LoCoCo. Steps have size zero: the model
-    stays as it is.
+    recipe. The full cache and methods without heads have none to train: there the next token is learned by the norms'
+    weights (and biases) alone, so that what is measured is the cheapest training of a model through that cache. The
+    full cache's back-propagation goes through the whole window at once, as without LoCoCo. Steps have size zero: the
+    model stays as it is.
     """
 
     name = "train"
     unit = "token"
+
+    def check(self, cell: Cell) -> None:
+        """Refuse a window without a token to predict."""
+        if cell.length < 2:
+            raise ValueError(f"lengths must be at least 2, one token to read and one to predict, got {cell.length}")
 
     def tokens(self, cell: Cell) -> int:
         """One."""
@@ -64,9 +69,7 @@ class Train(Topic):
                     _backward_in_chunks(_loss(model, objective_of(cell)), objective_of(cell), ids, caches)
                 optimizer.step()
             seconds = meter.seconds()[0] / (cell.batch * (cell.length - 1))
-            optimizer.zero_grad(set_to_none=True)
-        held = None if caches is None else sum(t.nbytes for layer in caches.compressed.layers for t in layer.buffers())
-        return {"seconds": seconds, "cache_bytes": held}
+        return {"seconds": seconds, "cache_bytes": None if caches is None else caches.compressed.nbytes}
 
 
 def with_objectives(cells: Sequence[Cell], objectives: Sequence[str]) -> list[Cell]:
@@ -88,16 +91,24 @@ def objective_of(cell: Cell) -> Objective:
 
 @contextlib.contextmanager
 def learning(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
-    """A model in which only heads learn, or where there are none only norms; gives what learns."""
-    if is_patched(model) and head_modules(model):
-        with only_heads_learn(model):
-            yield [parameter for head in head_modules(model).values() for parameter in head.parameters()]
-        return
+    """A model in which only heads learn, or only vectors (norms, biases) if it has none; gives what learns."""
+    heads = head_modules(model).values() if is_patched(model) else []
+    with only_heads_learn(model) if heads else _only_vectors_learn(model):
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            yield learned
+        finally:
+            for parameter in learned:
+                parameter.grad = None
+
+
+@contextlib.contextmanager
+def _only_vectors_learn(model: PreTrainedModel) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(parameter.dim() == 1)
-        yield [parameter for parameter, _ in flags if parameter.requires_grad]
+        yield
     finally:
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
