@@ -82,7 +82,7 @@ def _fetch(requirement, members, *options):
             else:
                 _extract(Path(scratch), members, folder)
     if requirement in UNAVAILABLE:
-        pytest.skip(f"the original code in {requirement} cannot be downloaded: {UNAVAILABLE[requirement]}")
+        pytest.fail(f"the original code in {requirement} cannot be downloaded: {UNAVAILABLE[requirement]}")
     return folder
 
 
