@@ -145,20 +145,34 @@ def read_layer(
     torch.Tensor
         (batch, heads, tokens, head_dim).
     """
-    by_head: dict[int, torch.Tensor] = {}
+
+    def reader(memory: Memory) -> _Reader:
+        return _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap)
+
+    is_in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_in_place and not layer.buffers():
+        layer.make_buffers(query, key, value)
+    plan = plan_for(layer.config)
+    if is_in_place and softcap is None and dropout == 0.0 and plan.step is not None:
+        output = layer.read_step(query, key, value, plan_for, head, scale)
+        if plan.segments[0].ends_block:
+            for memory, _ in layer.groups:
+                reader(memory).close(plan_for(memory.config).segments[0])
+        return output
+    if not layer.is_split:
+        return reader(layer.groups[0][0]).read(query, key, value)
+    # Slices, so that no index is uploaded.
+    by_head = [tensor.chunk(key.shape[1], dim=1) for tensor in (query, key, value)]
+    outputs: list[torch.Tensor] = [query] * key.shape[1]
     for memory, heads in layer.groups:
-        reader = _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap)
-        if not layer.is_split:
-            return reader.read(query, key, value)
-        output = reader.read(*(_of_heads(tensor, heads, key.shape[1]) for tensor in (query, key, value)))
-        by_head.update(zip(heads, output.chunk(len(heads), dim=1), strict=True))
-    return torch.cat([by_head[index] for index in sorted(by_head)], dim=1)
+        output = reader(memory).read(*(_of_heads(parts, heads) for parts in by_head))
+        for index, part in zip(heads, output.chunk(len(heads), dim=1) if len(heads) > 1 else [output], strict=True):
+            outputs[index] = part
+    return torch.cat(outputs, dim=1)
 
 
-def _of_heads(tensor: torch.Tensor, heads: Sequence[int], kv_heads: int) -> torch.Tensor:
-    """What belongs to some KV heads of (batch, heads or kv_heads, tokens, d); slices, so that no index is uploaded."""
-    by_head = tensor.chunk(kv_heads, dim=1)
-    return by_head[heads[0]] if len(heads) == 1 else torch.cat([by_head[head] for head in heads], dim=1)
+def _of_heads(parts: Sequence[torch.Tensor], heads: Sequence[int]) -> torch.Tensor:
+    return parts[heads[0]] if len(heads) == 1 else torch.cat([parts[head] for head in heads], dim=1)
 
 
 def _with_zero_gradients(output: torch.Tensor, head: FusionHead) -> torch.Tensor:
@@ -189,14 +203,20 @@ class _Reader:
         for segment in self.plan.segments:
             self.memory.append(segment, tokens)
             parts.append(self._attend(segment, segment.take(query)))
-            for compression in segment.compressions:
-                self.memory.compress(compression, self.head, self.rotary)
-            self.memory.fade_scores(segment)
+            self.close(segment)
         return self.plan.assemble(parts, query)
+
+    def close(self, segment: Segment) -> None:
+        """Compress what a segment has completed."""
+        for compression in segment.compressions:
+            self.memory.compress(compression, self.head, self.rotary)
+        self.memory.fade_scores(segment)
 
     def _attend(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
         keys, values = self.memory.keys[:, :, : segment.stop], self.memory.values[:, :, : segment.stop]
-        visibility = kernels.Visibility(self._mask(segment), self._bias(segment), self.softcap)
+        visibility = kernels.Visibility(
+            self._mask(segment), self.memory.mass_bias(self.head, segment.stop), self.softcap
+        )
         if self.memory.entries.scores is not None:
             with torch.no_grad():
                 squared = self.config.score == "distant"
@@ -225,12 +245,6 @@ class _Reader:
         if delay == 0:
             return None
         return kernels.lower_right(segment.width, segment.stop, delay, self.memory.values.device)[None, None]
-
-    def _bias(self, segment: Segment) -> torch.Tensor | None:
-        log_mass = self.memory.entries.log_mass
-        if log_mass is None or self.head is None or self.head.is_closed:
-            return None
-        return self.head.mass_bias(log_mass[:, :, : segment.stop])
 
 
 def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import torch
 
@@ -11,8 +12,9 @@ from lococo.compat import Cache, CacheLayerMixin
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.positions import RotaryTable
-from lococo.segments import Compression, Plan, Row, Segment
+from lococo.segments import AlignedSegment, Compression, Plan, Row, Segment, Step
 from lococo.slots import Budget, Entries, compress
+from lococo.steps import StepBuffers
 
 
 class Memory:
@@ -43,8 +45,12 @@ class Memory:
         self.window = window
         self.is_initialized = False
         self.is_in_graph = False
+        self.version = 0  # counts changes by anything but steps
+        self._rotated_from: int | None = None  # entries of which only the rotated keys have been written
 
-    def _hold(self, entries: Entries) -> None:
+    def hold(self, entries: Entries) -> None:
+        """Take these entries for its own."""
+        self.version += 1
         self.entries = entries
         self.keys = entries.keys if entries.rotated is None else entries.rotated
         self.values = entries.values
@@ -68,7 +74,7 @@ class Memory:
             log_mass=numbers(config.has_mass and budget.fused > 0),
             rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
         )
-        self._hold(entries)
+        self.hold(entries)
         self.is_initialized = True
 
     def tokens(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None) -> Entries:
@@ -83,6 +89,7 @@ class Memory:
         """
         if not self.is_initialized:
             self.make_buffers(key, value)
+        self._settle(rotary)
         shape = (*key.shape[:2], plan.places.shape[1])
         return Entries(
             keys=key if rotary is None else rotary.rotate(key, plan.entries, inverse=True),
@@ -96,11 +103,38 @@ class Memory:
     def append(self, segment: Segment, tokens: Entries) -> None:
         """Write a segment of the call's tokens into its entries."""
         in_place = not torch.is_grad_enabled()
-        self._make_writable(in_place)
+        self.make_writable(in_place)
         self.is_in_graph = not in_place
-        self._hold(self.entries.combine(tokens, lambda memory, new: segment.write(memory, new, in_place)))
+        self.hold(self.entries.combine(tokens, lambda memory, new: segment.write(memory, new, in_place)))
 
-    def _make_writable(self, in_place: bool) -> None:
+    def begin_steps(self, plan: Plan) -> None:
+        """Make ready for tokens that come one by one and are written by ``StepBuffers``; without gradients."""
+        self.make_writable()
+        self.is_in_graph = False
+        if self.entries.rotated is not None and self._rotated_from is None:
+            self._rotated_from = cast(AlignedSegment, plan.segments[0]).start
+
+    def _settle(self, rotary: RotaryTable | None) -> None:
+        """Write the un-rotated keys that steps leave to the end of their block."""
+        if self._rotated_from is None:
+            return
+        self.make_writable()
+        late = slice(self._rotated_from, None)
+        keys, self._rotated_from = self.keys[:, :, late], None
+        if rotary is not None:
+            places = torch.arange(self.config.capacity, device=keys.device)[None, late]
+            keys = rotary.rotate(keys, places, inverse=True)
+        self.entries.keys[:, :, late] = keys
+
+    def mass_bias(self, head: FusionHead | None, stop: int | None = None) -> torch.Tensor | None:
+        """(batch, kv_heads, entries up to ``stop``) bias on the logits by what entries stand for; None: no bias."""
+        log_mass = self.entries.log_mass
+        if log_mass is None or head is None or head.is_closed:
+            return None
+        return head.mass_bias(log_mass[:, :, :stop])
+
+    def make_writable(self, in_place: bool = True) -> None:
+        """Copy the buffers where a graph, or inference mode, forbids to write to them."""
         # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
         is_needed_by_graph = in_place and self.is_in_graph
         if is_needed_by_graph or (not torch.compiler.is_compiling() and _is_locked(self.values)):
@@ -108,6 +142,7 @@ class Memory:
 
     def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
         """Replace the first entries of some rows by their M slots."""
+        self._settle(rotary)
         rows, num_slots = compression.rows, self.config.num_slots
         in_place = not torch.is_grad_enabled()
 
@@ -129,14 +164,13 @@ class Memory:
         if self.entries.rotated is not None:
             places = torch.arange(num_slots, device=slots.keys.device)[None]
             slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, places)
-        self._hold(self.entries.combine(slots, replace))
+        self.hold(self.entries.combine(slots, replace))
 
     def fade_scores(self, segment: Segment) -> None:
         """Let attention of the past count less after a block is complete."""
         scores, per_token = self.entries.scores, self.config.score_fade
-        fading = segment.fading(per_token) if per_token < 1 else None
-        if scores is not None and fading is not None:
-            scores.mul_(fading)
+        if scores is not None and per_token < 1 and segment.ends_block:
+            scores.mul_(segment.fading(per_token))
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer there is."""
@@ -147,14 +181,14 @@ class Memory:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put a function of every buffer in its place."""
         if self.is_initialized:
-            self._hold(self.entries.map(function))
+            self.hold(self.entries.map(function))
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
         if self.is_initialized:
-            self._make_writable(in_place=True)
+            self.make_writable()
             self.map(torch.Tensor.zero_)
-        self.is_in_graph = False
+        self.is_in_graph, self._rotated_from = False, None
 
     def detach(self) -> None:
         """Cut the graph: back-propagation ends here."""
@@ -183,6 +217,7 @@ class LayerCache(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, config: LoCoCoConfig, layer_idx: int, window: int | None = None) -> None:
+        self.config = config
         by_config: dict[LoCoCoConfig, list[int]] = {}
         for head, head_config in enumerate(config.layer_configs(layer_idx)):
             by_config.setdefault(head_config, []).append(head)
@@ -190,6 +225,8 @@ class LayerCache(CacheLayerMixin):
         self.is_split = config.slots_per_head is not None
         self.is_initialized = True  # for Transformers; buffers are made by the first write
         self.columns = 0
+        self._steps: StepBuffers | None = None
+        self._stepped: list[int] | None = None  # versions of the memories that the step buffers know of
 
     def look_back(self, window: int | None) -> LayerCache:
         """The same, after the layer has told how far its queries see."""
@@ -199,7 +236,61 @@ class LayerCache(CacheLayerMixin):
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer there is."""
-        return [buffer for memory, _ in self.groups for buffer in memory.buffers()]
+        bias = [] if self._steps is None else [self._steps.bias]
+        return [buffer for memory, _ in self.groups for buffer in memory.buffers()] + bias
+
+    def make_buffers(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make all buffers there will be, for tensors as those of ``read_step``."""
+        for memory, heads in self.groups:
+            held = slice(len(heads) if self.is_split else None)
+            memory.make_buffers(key[:, held], value[:, held])
+        self._steps = StepBuffers(self.groups, query.shape[1])
+
+    def read_step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan_for: Callable[[LoCoCoConfig], Plan],
+        head: FusionHead | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of one token of every row, which the layer holds afterwards; without gradients.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (batch, heads, 1, head_dim), rotated.
+        key, value : torch.Tensor
+            (batch, kv_heads, 1, head_dim), keys rotated.
+        plan_for : callable
+            Plan of the call for heads with a config, with a ``step``; in an ``AlignedSegment`` where positions are
+            places in the cache.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, heads, 1, head_dim).
+        """
+        first = self.groups[0][0]
+        if self._stepped != self._versions():
+            self._open_steps(query, plan_for, head)
+        is_limited = first.window is not None and max(row.seen for row in plan_for(first.config).rows) > first.window
+        window = first.window if is_limited else None
+        return cast(StepBuffers, self._steps).read(query, key, value, scale, first.config.score == "distant", window)
+
+    def _open_steps(
+        self, query: torch.Tensor, plan_for: Callable[[LoCoCoConfig], Plan], head: FusionHead | None
+    ) -> None:
+        for memory, _ in self.groups:
+            memory.begin_steps(plan_for(memory.config))
+        if self._steps is None or not self._steps.hold():
+            self._steps = StepBuffers(self.groups, query.shape[1])
+        self._steps.open(lambda memory: cast(Step, plan_for(memory.config).step), head)
+        self._stepped = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [memory.version for memory, _ in self.groups]
 
     def detach(self) -> None:
         """Cut the graph: back-propagation ends here."""

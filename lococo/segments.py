@@ -73,13 +73,18 @@ class AlignedSegment:
         return self.columns.stop - self.columns.start
 
     @property
+    def ends_block(self) -> bool:
+        """Whether a block is complete after it."""
+        return self.closes > 0
+
+    @property
     def stop(self) -> int:
         """Entries that the last query sees."""
         return self.start + self.width
 
-    def fading(self, per_token: float) -> float | None:
-        """Factor by which a block's length fades what was before its end; None where no block ends."""
-        return per_token**self.closes if self.closes else None
+    def fading(self, per_token: float) -> float:
+        """Factor by which a block's length fades what was before its end; 1 where no block ends."""
+        return per_token**self.closes
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """The segment's part of (batch, heads, tokens, d)."""
@@ -105,6 +110,7 @@ class RaggedSegment:
     starts: torch.Tensor  # (batch, 1), first entry of each row's segment
     counts: torch.Tensor  # (batch, 1), tokens of each row
     closes: torch.Tensor  # (batch, 1, 1), length of the block that a row completes, else 0
+    ends_block: bool  # in any row
     width: int
     stop: int
     batch: int
@@ -148,13 +154,30 @@ Segment = AlignedSegment | RaggedSegment
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """A call of one token for every row.
+
+    Attributes
+    ----------
+    entries : torch.Tensor
+        (1 or batch, 1), the entry the token goes to.
+    places : torch.Tensor
+        (1 or batch, 1), its place in its row's text.
+    """
+
+    entries: torch.Tensor
+    places: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The segments of one call and the rows after it."""
+    """The segments of one call and the rows after it; ``step`` where it is one token for every row."""
 
     segments: tuple[Segment, ...]
     rows: tuple[Row, ...]
     entries: torch.Tensor  # (1 or batch, tokens), the entry of each token: its position with positions="slot"
     places: torch.Tensor  # (1 or batch, tokens), each token's place in its row's text
+    step: Step | None = None
 
     def assemble(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The segments' results (batch, heads, width, d) as one (batch, heads, tokens, d), zero for padding."""
@@ -205,12 +228,19 @@ def plan_call(
         limit = config.decode_block_size
     if real is None and len(set(rows)) == 1:
         plan = _plan_aligned(rows[0], num_tokens, config.num_slots, limit, device)
-        return dataclasses.replace(plan, rows=plan.rows * len(rows))
-    if real is None:
-        real = [[True] * num_tokens] * len(rows)
-    if len(rows) == 1:
-        rows = list(rows) * len(real)
-    return _plan_ragged(rows, real, config.num_slots, limit, device)
+        plan = dataclasses.replace(plan, rows=plan.rows * len(rows))
+    else:
+        if real is None:
+            real = [[True] * num_tokens] * len(rows)
+        if len(rows) == 1:
+            rows = list(rows) * len(real)
+        plan = _plan_ragged(rows, real, config.num_slots, limit, device)
+    moves_ragged = config.positions == "slot" and isinstance(
+        plan.segments[0] if plan.segments else None, RaggedSegment
+    )
+    if num_tokens > 1 or moves_ragged or (real is not None and not all(map(all, real))):
+        return plan
+    return dataclasses.replace(plan, step=Step(plan.entries, plan.places))
 
 
 def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device: torch.device | str) -> Plan:
@@ -249,7 +279,7 @@ def _plan_ragged(
             overfull.append(full)
         starts = [row.entries(num_slots) for row in before]
         segments.append(_ragged_segment(tokens, starts, closes, _compressions(overfull, state, device), device))
-    return Plan(tuple(segments), tuple(state), _upload(entries, device), _upload(places, device))
+    return Plan(tuple(segments), tuple(state), upload(entries, device), upload(places, device))
 
 
 def _ragged_segment(
@@ -261,15 +291,16 @@ def _ragged_segment(
 ) -> RaggedSegment:
     table = torch.tensor(tokens).T
     counts = torch.bincount(table[0], minlength=len(starts))
-    row_of, column, place, entry = _upload(table, device)
+    row_of, column, place, entry = upload(table, device)
     return RaggedSegment(
         rows=row_of,
         columns=column,
         places=place,
         entries=entry,
-        starts=_upload(torch.tensor(starts)[:, None], device),
-        counts=_upload(counts[:, None], device),
-        closes=_upload(torch.tensor(closes), device)[:, None, None],
+        starts=upload(torch.tensor(starts)[:, None], device),
+        counts=upload(counts[:, None], device),
+        closes=upload(torch.tensor(closes), device)[:, None, None],
+        ends_block=any(closes),
         width=int(counts.max()),
         stop=int(table[3].max()) + 1,
         batch=len(starts),
@@ -281,12 +312,12 @@ def _compressions(overfull: list[int], state: list[Row], device: torch.device | 
     groups = []
     for entries in sorted(set(overfull) - {0}):
         members = [index for index, count in enumerate(overfull) if count == entries]
-        now = _upload(torch.tensor([state[index].seen for index in members]), device)[:, None, None]
-        groups.append(Compression(entries, now, _upload(torch.tensor(members), device)))
+        now = upload(torch.tensor([state[index].seen for index in members]), device)[:, None, None]
+        groups.append(Compression(entries, now, upload(torch.tensor(members), device)))
     return tuple(groups)
 
 
-def _upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A host tensor on the device; from pinned memory, so that the host does not wait for a GPU."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
