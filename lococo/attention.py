@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 
 from lococo import kernels
-from lococo.cache import LayerCache, LoCoCoCache, Memory
+from lococo.cache import LayerCache, LoCoCoCache
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
+from lococo.memory import Memory
 from lococo.positions import RotaryTable
 from lococo.segments import Plan, RaggedSegment, Row, Segment, plan_call
 
@@ -38,6 +39,8 @@ class Call:
         Last hidden states of the chunks read before this one.
     plans : dict
         Plans by number of slots and device, for models spread over several.
+    is_recorded : bool
+        Whoever made the call replays it, and keeps the books.
     """
 
     config: LoCoCoConfig
@@ -48,6 +51,7 @@ class Call:
     real: Sequence[Sequence[bool]] | None = None
     earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
     plans: dict[tuple[int, torch.device], Plan] = dataclasses.field(default_factory=dict)
+    is_recorded: bool = False
 
     def plan_for(self, config: LoCoCoConfig, device: torch.device) -> Plan:
         """The plan for heads with a config, on a device."""
@@ -153,11 +157,10 @@ def read_layer(
     if is_in_place and not layer.buffers():
         layer.make_buffers(query, key, value)
     plan = plan_for(layer.config)
-    if is_in_place and softcap is None and dropout == 0.0 and plan.step is not None:
+    if is_in_place and plan.is_step and softcap is None and dropout == 0.0:
         output = layer.read_step(query, key, value, plan_for, head, scale)
-        if plan.segments[0].ends_block:
-            for memory, _ in layer.groups:
-                reader(memory).close(plan_for(memory.config).segments[0])
+        if plan.ends_block:
+            layer.close(plan_for, head, rotary)
         return output
     if not layer.is_split:
         return reader(layer.groups[0][0]).read(query, key, value)
@@ -203,14 +206,8 @@ class _Reader:
         for segment in self.plan.segments:
             self.memory.append(segment, tokens)
             parts.append(self._attend(segment, segment.take(query)))
-            self.close(segment)
+            self.memory.close(segment, self.head, self.rotary)
         return self.plan.assemble(parts, query)
-
-    def close(self, segment: Segment) -> None:
-        """Compress what a segment has completed."""
-        for compression in segment.compressions:
-            self.memory.compress(compression, self.head, self.rotary)
-        self.memory.fade_scores(segment)
 
     def _attend(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
         keys, values = self.memory.keys[:, :, : segment.stop], self.memory.values[:, :, : segment.stop]

@@ -35,10 +35,13 @@ class Request:
         Cache to read into, without the model handing it out as ``past_key_values``.
     keep : int, optional
         Hidden states needed at the end of the text. None: all.
+    call : Call, optional
+        A call made already, for arguments that need no more preparation.
     """
 
     cache: LoCoCoCache | None = None
     keep: int | None = None
+    call: Call | None = None
 
 
 @contextlib.contextmanager
@@ -85,6 +88,8 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     if isinstance(kwargs.get("attention_mask"), Mapping):  # one per type of layers, all as padding_mask made them
         kwargs["attention_mask"] = next(iter(kwargs["attention_mask"].values()), None)
     request = kwargs.pop("lococo", None) or decoder.lococo_patch.request or Request()
+    if request.call is not None:
+        return (), {**kwargs, "lococo": request.call}
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
@@ -97,7 +102,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         earlier = _read_up_to_last_chunk(decoder, config, cache, kwargs, tokens.shape[1], request.keep)
         tokens = tokens[:, -_last_chunk(tokens.shape[1], config.prefill_chunk_size, request.keep) :]
     batch, num_tokens = tokens.shape[:2]
-    real = _padding(kwargs.get("attention_mask"), batch, num_tokens, cache)
+    real = padded_columns(kwargs.get("attention_mask"), batch, num_tokens, cache)
     _check_state(cache, batch)
     rows = (Row(),) if cache is None else cache.rows
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
@@ -120,7 +125,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     is_remote = is_remote_chatglm(decoder)
     attend = end_call(decoder)
     call = attend.keywords["lococo"] if attend else kwargs.get("lococo")
-    if not isinstance(call, Call):
+    if not isinstance(call, Call) or call.is_recorded:
         return output
     if call.cache is not None:
         call.cache.advance(call.plan, call.plan.places.shape[1])
@@ -215,10 +220,21 @@ def _check_state(cache: LoCoCoCache | None, batch: int) -> None:
         raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
 
 
-def _padding(
+def padded_columns(
     mask: torch.Tensor | None, batch: int, num_tokens: int, cache: LoCoCoCache | None
 ) -> list[list[bool]] | None:
-    """Which of the call's columns are tokens, row by row; None if all are."""
+    """Which columns of a call are tokens (True) and which padding, row by row; None if all are tokens.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, optional
+        (batch, tokens of the call, or of all calls), 0 for padding.
+
+    Raises
+    ------
+    ValueError
+        If the mask has another shape.
+    """
     if mask is None:
         return None
     seen = 0 if cache is None else cache.seen_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from lococo.cache import CROP_ERROR
 from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward
 from lococo.fusion import FusionHead
+from lococo.graphs import call_model
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import attention_layers, base_shape, find_decoder, layer_head_dim
 from lococo.models.chatglm import bridges, is_remote_chatglm, refuse_generate
@@ -116,6 +118,8 @@ def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
             patch.set(holder, "_get_candidate_generator", refuse_assisted_decoding)
         if is_remote and holder is not decoder and not hasattr(holder, "generate"):
             patch.set(holder, "generate", refuse_generate)
+        if not is_remote and hasattr(holder, "generate"):
+            patch.set(holder, "__call__", functools.partial(call_model, holder))
         names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
         patch.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:

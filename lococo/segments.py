@@ -154,30 +154,23 @@ Segment = AlignedSegment | RaggedSegment
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A call of one token for every row.
-
-    Attributes
-    ----------
-    entries : torch.Tensor
-        (1 or batch, 1), the entry the token goes to.
-    places : torch.Tensor
-        (1 or batch, 1), its place in its row's text.
-    """
-
-    entries: torch.Tensor
-    places: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The segments of one call and the rows after it; ``step`` where it is one token for every row."""
+    """The segments of one call and the rows after it.
+
+    ``is_step``: it is one token for every row, in whose place the segments need not be looked at. Not where rows that
+    differ move their keys to their places in the cache.
+    """
 
     segments: tuple[Segment, ...]
     rows: tuple[Row, ...]
     entries: torch.Tensor  # (1 or batch, tokens), the entry of each token: its position with positions="slot"
     places: torch.Tensor  # (1 or batch, tokens), each token's place in its row's text
-    step: Step | None = None
+    is_step: bool = False
+
+    @property
+    def ends_block(self) -> bool:
+        """Whether a block is complete after it."""
+        return any(segment.ends_block for segment in self.segments)
 
     def assemble(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The segments' results (batch, heads, width, d) as one (batch, heads, tokens, d), zero for padding."""
@@ -235,12 +228,9 @@ def plan_call(
         if len(rows) == 1:
             rows = list(rows) * len(real)
         plan = _plan_ragged(rows, real, config.num_slots, limit, device)
-    moves_ragged = config.positions == "slot" and isinstance(
-        plan.segments[0] if plan.segments else None, RaggedSegment
-    )
-    if num_tokens > 1 or moves_ragged or (real is not None and not all(map(all, real))):
-        return plan
-    return dataclasses.replace(plan, step=Step(plan.entries, plan.places))
+    is_step = num_tokens == 1 and (real is None or all(map(all, real)))
+    moves_apart = config.positions == "slot" and any(isinstance(each, RaggedSegment) for each in plan.segments)
+    return dataclasses.replace(plan, is_step=is_step and not moves_apart)
 
 
 def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device: torch.device | str) -> Plan:

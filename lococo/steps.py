@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 
+from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
-from lococo.segments import Step, upload
+from lococo.segments import Plan, upload
 from lococo.slots import Entries
 
 if TYPE_CHECKING:
-    from lococo.cache import Memory
+    from lococo.memory import Memory
 
 HIDDEN = float("-inf")
 
@@ -87,18 +88,18 @@ class StepBuffers:
             for mine, theirs in zip(held, memory.entries.tensors(), strict=True)
         )
 
-    def open(self, step_for: Callable[[Memory], Step], head: FusionHead | None) -> None:
+    def open(self, plan_for: Callable[[LoCoCoConfig], Plan], head: FusionHead | None) -> None:
         """Take up what was written since, and prepare for steps from the next token on.
 
         Parameters
         ----------
-        step_for : callable
-            The step of the next token by memory.
+        plan_for : callable
+            The plan of the next token, a step, for heads with a config.
         head : FusionHead, optional
             Gives the bias of blends.
         """
-        steps = [step_for(memory) for memory, _ in self.groups]
-        self._place_next(steps)
+        plans = [plan_for(memory.config) for memory, _ in self.groups]
+        self._place_next(plans)
         at, first_at = self._at_by_entry(), self._at[:, :1]
         is_new = self._index >= at  # (rows, entries)
         mass = self._by_entry([memory.mass_bias(head) for memory, _ in self.groups])
@@ -110,7 +111,7 @@ class StepBuffers:
         for tensor in (self.entries.scores, self.entries.log_mass):
             if tensor is not None:
                 tensor.masked_fill_(is_new, 0.0)
-        places = _per_row(steps[0].places, first_at)
+        places = _per_row(plans[0].places, first_at)
         if self.entries.born is not None:
             births = (places + self._index - at).to(self.entries.born.dtype)
             self.entries.born.copy_(torch.where(is_new, births, self.entries.born))
@@ -119,14 +120,14 @@ class StepBuffers:
         if any(memory.config.score_delay for memory, _ in self.groups):
             self._scored_until = self._index - at + first_at + delay
 
-    def _place_next(self, steps: Sequence[Step]) -> None:
+    def _place_next(self, plans: Sequence[Plan]) -> None:
         if not self.is_split:
-            self._at.copy_(_per_row(steps[0].entries, self._at))
+            self._at.copy_(_per_row(plans[0].entries, self._at))
             return
         batch = self._at.shape[0]
         at = {
-            head: step.entries.expand(batch, 1)
-            for (_, heads), step in zip(self.groups, steps, strict=True)
+            head: plan.entries.expand(batch, 1)
+            for (_, heads), plan in zip(self.groups, plans, strict=True)
             for head in heads
         }
         next_entries = torch.cat([at[head] for head in sorted(at)], dim=1) + self._first

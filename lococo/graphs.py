@@ -1,0 +1,183 @@
+"""A decoding step recorded once and replayed: on a GPU the host no longer launches every kernel of every step."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lococo.attention import Call
+from lococo.cache import LoCoCoCache
+from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
+from lococo.models import attention_layers
+from lococo.segments import Plan, plan_call
+from lococo.state import patched_decoder
+
+# A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
+STEPS_BEFORE_RECORDING = 8
+ARGUMENTS = {
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
+# Transformers leaves its own on modules whose outputs were asked for once; they do nothing in other calls.
+IDLE_HOOKS = {"transformers.utils.output_capturing"}
+
+Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
+
+
+def record_cuda_graph(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """Capture a function in a CUDA graph: what replays it, and the output that every replay overwrites."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    return graph.replay, output
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": record_cuda_graph}
+
+_graphs: weakref.WeakKeyDictionary[LoCoCoCache, StepGraph | None] = weakref.WeakKeyDictionary()
+
+
+class StepGraph:
+    """The forward of one token of every row with one cache, for replays with other tokens.
+
+    Whatever changes from step to step lies in the buffers of the cache and in two inputs here. Bookkeeping, and the
+    compressions at the end of a block, stay outside.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A patched causal language model.
+    cache : LoCoCoCache
+        All of its layers with open step buffers.
+    arguments : dict
+        Keyword arguments of a step.
+    record : callable
+        See ``record_cuda_graph``.
+    """
+
+    def __init__(self, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder) -> None:
+        self.buffers = [layer.steps for layer in cache.layers]
+        self.weights = [
+            (module._parameters, name, parameter.data_ptr())
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.input_ids = arguments["input_ids"].clone()
+        self.position_ids = torch.zeros_like(self.input_ids)
+        plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
+        call = Call(cache.config, plan, cache, {}, is_recorded=True)
+
+        def forward() -> Any:
+            with asking(model, Request(call=call)):
+                return type(model).__call__(
+                    model, self.input_ids, position_ids=self.position_ids, past_key_values=cache, use_cache=True
+                )
+
+        self._replay, output = record(forward)
+        self._logits = output.logits
+        self._output_type = type(output)
+
+    def fits(self, cache: LoCoCoCache) -> bool:
+        """Whether buffers and weights are where they were."""
+        return all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True)) and all(
+            weights[name].data_ptr() == address for weights, name, address in self.weights
+        )
+
+    def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Read one token of every row, (batch, 1) each."""
+        self.input_ids.copy_(input_ids)
+        self.position_ids.copy_(position_ids.expand_as(self.position_ids))
+        self._replay()
+        return self._output_type(logits=self._logits.clone(), past_key_values=cache)
+
+
+def call_model(model: nn.Module, *args, **kwargs) -> Any:
+    """Call a patched model as ``model(...)`` does, a step of decoding from a recording where there can be one.
+
+    ``generate`` decodes through the attribute ``__call__`` of the model, in whose place ``patch_model`` puts this.
+    """
+    call = functools.partial(type(model).__call__, model)
+    cache = kwargs.get("past_key_values")
+    if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
+        return call(*args, **kwargs)
+    decoder, input_ids = patched_decoder(model), kwargs["input_ids"]
+    plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
+    if not plan.is_step:
+        return call(**kwargs)
+    step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
+    plan_for = functools.partial(step.plan_for, device=input_ids.device)
+    layers = attention_layers(decoder)
+    heads = {index: getattr(layer, "lococo_head", None) for index, layer in layers.items()}
+    for index, layer in enumerate(cache.layers):
+        layer.open_steps(plan_for, heads[index], decoder.config.num_attention_heads)
+    graph = _graphs.get(cache)
+    if graph is None or not graph.fits(cache):
+        graph = _graphs[cache] = _record(model, cache, kwargs)
+    if graph is None:
+        return call(**kwargs)
+    position_ids = kwargs.get("position_ids")
+    if cache.config.positions == "slot" or position_ids is None:
+        position_ids = plan.entries if cache.config.positions == "slot" else plan.places
+    output = graph.step(cache, input_ids, position_ids)
+    cache.advance(plan, 1)
+    if plan.ends_block:
+        for index, layer in enumerate(cache.layers):
+            layer.close(plan_for, heads[index], cache.rotary_tables.get(index))
+    return output
+
+
+def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
+    input_ids, decoder = arguments.get("input_ids"), patched_decoder(model)
+    if input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type not in RECORDERS:
+        return False
+    wanted = {name for name, value in arguments.items() if value is not None and value is not False}
+    seen = max(row.seen for row in cache.rows)
+    return (
+        wanted <= ARGUMENTS
+        and cache.num_steps >= STEPS_BEFORE_RECORDING
+        and not cache.is_reading
+        and cache.config == decoder.lococo_patch.config
+        and cache.batch_size == input_ids.shape[0]
+        and (cache not in _graphs or _graphs[cache] is not None)
+        and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
+        and not decoder.lococo_patch.is_suspended
+        and not torch.is_grad_enabled()
+        and not model.training
+        and not torch.is_autocast_enabled(input_ids.device.type)
+        and not torch.compiler.is_compiling()
+        and padded_columns(arguments.get("attention_mask"), input_ids.shape[0], 1, cache) is None
+    )
+
+
+def _record(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> StepGraph | None:
+    """A recording, or None where there can be none: foreign hooks would not run, other devices would not be seen."""
+    if _has_foreign_hooks(model) or len({parameter.device for parameter in model.parameters()}) > 1:
+        return None
+    try:
+        return StepGraph(model, cache, arguments, RECORDERS[arguments["input_ids"].device.type])
+    except RuntimeError as error:
+        warnings.warn(f"{type(model).__name__} decodes without a CUDA graph: {error}", stacklevel=2)
+        return None
+
+
+def _has_foreign_hooks(model: nn.Module) -> bool:
+    ours = {before_forward, after_forward, ask_for_last_logits}
+    return any(
+        hook not in ours and getattr(hook, "__module__", None) not in IDLE_HOOKS
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    )

@@ -1,0 +1,176 @@
+"""Recorded steps: the same bits as steps that are not, whatever ``generate`` does; with a recorder for the CPU."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_laws import CONFIGS
+from tiny import tiny_ids, tiny_llama
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import lococo
+from lococo import graphs
+
+PROMPT = tiny_ids(1, 21)
+
+
+class Recorder:
+    """Stands in for a CUDA graph: nothing is computed while recording, every replay writes into one output."""
+
+    def __init__(self):
+        self.recordings = self.replays = 0
+
+    def __call__(self, function):
+        self.recordings += 1
+        output = CausalLMOutputWithPast(logits=torch.full((self.batch, 1, 64), float("nan")))
+
+        def replay():
+            self.replays += 1
+            output.logits.copy_(function().logits)
+
+        return replay, output
+
+    batch = 1
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
+    return recorder
+
+
+def patched_llama(config, **sizes):
+    torch.manual_seed(0)
+    return lococo.patch_model(tiny_llama(**sizes), config)
+
+
+def answer(model, ids=PROMPT, **arguments):
+    arguments = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, **arguments}
+    return model.generate(ids, output_logits=True, **arguments)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_gives_the_same_bits(name, monkeypatch):
+    model = patched_llama(CONFIGS[name])
+    expected = answer(model)
+    recorder = Recorder()
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
+    replayed = answer(model)
+    assert recorder.recordings == 1
+    assert recorder.replays == 39 - graphs.STEPS_BEFORE_RECORDING
+    assert torch.equal(replayed.sequences, expected.sequences)
+    assert all(map(torch.equal, replayed.logits, expected.logits))
+
+
+@pytest.mark.parametrize("name", ["open", "slots-per-head"])
+def test_padded_rows(name, monkeypatch):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(3, 25)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = mask[1, :2] = 0
+    expected = answer(model, ids, attention_mask=mask)
+    recorder = Recorder()
+    recorder.batch = 3
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
+    replayed = answer(model, ids, attention_mask=mask)
+    assert recorder.replays > 20
+    assert all(map(torch.equal, replayed.logits, expected.logits))
+
+
+def test_beams_are_reordered_under_a_recording(monkeypatch):
+    model = patched_llama(CONFIGS["open"])
+    expected = answer(model, num_beams=3).sequences
+    recorder = Recorder()
+    recorder.batch = 3
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
+    assert torch.equal(answer(model, num_beams=3).sequences, expected)
+
+
+@pytest.mark.parametrize("name", ["open", "slots-per-head"])
+def test_a_cache_that_changes_is_recorded_anew(name, recorder):
+    model = patched_llama(CONFIGS[name])
+    with torch.no_grad():
+        cache = model(tiny_ids(2, 21), use_cache=True).past_key_values
+        recorder.batch = 2
+        for _ in range(12):
+            model.__call__(input_ids=tiny_ids(2, 1), past_key_values=cache)
+        assert recorder.recordings == 1
+        cache.batch_select_indices(torch.tensor([1]))
+        recorder.batch = 1
+        tokens = tiny_ids(1, 12, seed=5)
+        replayed = [model.__call__(input_ids=token, past_key_values=cache).logits for token in tokens.split(1, dim=1)]
+        assert recorder.recordings == 2
+        text = torch.cat([tiny_ids(2, 21)[1:], *[tiny_ids(2, 1)[1:]] * 12, tokens], dim=1)
+        torch.testing.assert_close(torch.cat(replayed, dim=1), model(text).logits[:, -12:], rtol=0, atol=1e-5)
+
+
+def test_longer_calls_come_between(recorder):
+    model, ids = patched_llama(CONFIGS["open"]), tiny_ids(1, 90)
+    with torch.no_grad():
+        cache, logits = model(ids[:, :20], use_cache=True).past_key_values, []
+        for part in ids[:, 20:].split([1] * 15 + [13] + [1] * 30 + [12], dim=1):
+            logits.append(model.__call__(input_ids=part, past_key_values=cache).logits)
+        assert recorder.recordings == 1
+        assert recorder.replays == 15 + 30 - graphs.STEPS_BEFORE_RECORDING
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 20:], rtol=0, atol=1e-5)
+
+
+def test_weights_that_move_are_recorded_anew(recorder):
+    model = patched_llama(CONFIGS["open"])
+    with torch.no_grad():
+        cache = model(PROMPT, use_cache=True).past_key_values
+        for _ in range(10):
+            model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
+        model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight)
+        twice = model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache).logits
+        assert recorder.recordings == 2
+        text = torch.cat([PROMPT, *[tiny_ids(1, 1)] * 11], dim=1)
+        torch.testing.assert_close(twice[:, -1], model(text).logits[:, -1], rtol=0, atol=1e-5)
+
+
+def test_nothing_is_recorded_where_it_would_not_be_the_same(recorder):
+    model = patched_llama(CONFIGS["open"])
+    answer(model, output_hidden_states=True)
+    model.train()
+    answer(model)
+    model.eval()
+    seen = []
+    handle = model.model.layers[0].register_forward_hook(lambda *args: seen.append(1))
+    answer(model)
+    handle.remove()
+    assert len(seen) == 40
+    with lococo.patch.suspended(model):
+        answer(model)
+    answer(model, num_beams=2)
+    assert recorder.recordings == 0
+    answer(model)
+    assert recorder.recordings == 1
+
+
+def test_a_recording_that_fails_is_told_once_and_done_without(monkeypatch):
+    def fail(function):
+        raise RuntimeError("capture is not permitted here")
+
+    model = patched_llama(CONFIGS["open"])
+    expected = answer(model).sequences
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", fail)
+    with pytest.warns(UserWarning, match="decodes without a CUDA graph: capture is not permitted here") as warned:
+        assert torch.equal(answer(model).sequences, expected)
+    assert len(warned) == 1
+
+
+def test_unpatching_leaves_nothing_and_copies_stay_patched(recorder):
+    model = tiny_llama()
+    before = set(vars(model))
+    lococo.patch_model(model, CONFIGS["open"])
+    twin = copy.deepcopy(model)
+    thawed = pickle.loads(pickle.dumps(model))
+    expected = answer(model).sequences
+    lococo.unpatch_model(model)
+    assert set(vars(model)) == before
+    for other in (twin, thawed):
+        recorder.replays = 0
+        assert torch.equal(answer(other).sequences, expected)
+        assert recorder.replays > 20
