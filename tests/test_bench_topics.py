@@ -7,11 +7,12 @@ from tiny import tiny_ids, tiny_llama
 import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.bench.decode import Decode, compressed_cache, random_full_cache
+from lococo.bench.dispatch import HeldBytes
 from lococo.bench.limits import measure_limits
 from lococo.bench.meter import Meter
 from lococo.bench.methods import OPEN, plan_bench
 from lococo.bench.prefill import Prefill
-from lococo.bench.score import HeldBytes, Score
+from lococo.bench.score import Score
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train, learning, objective_of, with_objectives
 from lococo.cache import Memory
