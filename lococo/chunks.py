@@ -13,7 +13,7 @@ from lococo.models.chatglm import is_remote_chatglm
 # Share of the free memory that the counted activations may take: kernels, and an allocator's gaps, need theirs.
 FREE_SHARE = 0.25
 # Of all rows together. More is no faster: a GPU's matrix products are as fast as they get, the CPU's caches overflow.
-MOST_TOKENS = {"cuda": 4096, "cpu": 1024}
+MOST_TOKENS = {"cuda": 4096, "cpu": 512}
 
 PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
