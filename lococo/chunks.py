@@ -18,14 +18,15 @@ MOST_TOKENS = {"cuda": 4096, "cpu": 512}
 PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 
-def prefill_chunk(decoder: Any, block_size: int, batch: int) -> int:
-    """Tokens of a row that a decoder reads at once, by the memory that is free now.
+def prefill_chunk(decoder: Any, block_size: int, tokens: torch.Tensor) -> int:
+    """Tokens of a row that a decoder reads at once, by the memory that is free now where tokens and layers are.
 
     Processes that read together read in equal chunks, whatever memory each of them has: the parts of a sharded model
     are called equally often.
     """
-    devices = {parameter.device for parameter in decoder.parameters()} - {torch.device("meta")}
-    most = min(MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]) for device in devices)
+    batch = tokens.shape[0]
+    devices = {tokens.device, *(parameter.device for parameter in decoder.parameters())} - {torch.device("meta")}
+    most = min((MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]) for device in devices), default=MOST_TOKENS["cpu"])
     free = [] if _is_distributed() else [found for found in map(free_memory, devices) if found is not None]
     return chunk_size(min(free, default=None), batch * _decoder_token_bytes(decoder), block_size, most // batch)
 

@@ -93,7 +93,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         return (), kwargs  # the model's own error says what is missing
     cache = request.cache or _cache_for(decoder, config, kwargs)
     earlier: list[torch.Tensor] = []
-    chunk = None if request.is_chunk else _chunk(decoder, config, kwargs, *tokens.shape[:2])
+    chunk = None if request.is_chunk else _chunk(decoder, config, kwargs, tokens)
     if chunk is not None and chunk < tokens.shape[1]:
         if cache is None:
             cache = new_cache(decoder)
@@ -242,14 +242,14 @@ def _padding(
     return real.tolist() if has_padding else None
 
 
-def _chunk(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], batch: int, num_tokens: int) -> int | None:
+def _chunk(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], tokens: torch.Tensor) -> int | None:
     """Tokens to read at once; None: all."""
     wants_hidden = kwargs.get("output_hidden_states")
     wants_hidden = decoder.config.output_hidden_states if wants_hidden is None else wants_hidden
     if torch.is_grad_enabled() or wants_hidden:
         return None
-    if config.prefill_chunk_size is None and num_tokens > config.block_size:
-        return prefill_chunk(decoder, config.block_size, batch)
+    if config.prefill_chunk_size is None and tokens.shape[1] > config.block_size:
+        return prefill_chunk(decoder, config.block_size, tokens)
     return config.prefill_chunk_size
 
 

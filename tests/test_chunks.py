@@ -103,9 +103,16 @@ def test_all_rows_and_processes_count(monkeypatch):
     model = tiny_llama().model
     monkeypatch.setattr(chunks, "MOST_TOKENS", {"cpu": 64})
     monkeypatch.setattr(chunks, "free_memory", lambda device: 48 * TOKEN_BYTES / FREE_SHARE)
-    assert [prefill_chunk(model, B, batch) for batch in (1, 2, 3, 4, 100)] == [48, 24, 16, 8, 8]
+    assert [prefill_chunk(model, B, tiny_ids(batch)) for batch in (1, 2, 3, 4, 100)] == [48, 24, 16, 8, 8]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert [prefill_chunk(model, B, batch) for batch in (1, 2, 100)] == [64, 32, 8]
+    assert [prefill_chunk(model, B, tiny_ids(batch)) for batch in (1, 2, 100)] == [64, 32, 8]
+
+
+def test_layers_that_are_offloaded_read_by_the_memory_where_the_tokens_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr(chunks, "free_memory", asked.append)
+    assert prefill_chunk(tiny_llama().model.to("meta"), B, tiny_ids()) == chunks.MOST_TOKENS["cpu"]
+    assert asked == [torch.device("cpu")]
 
 
 def test_the_system_tells_its_free_memory(monkeypatch):
