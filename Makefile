@@ -78,7 +78,7 @@ bench-prefill: $(MODEL)/$(GGUF)
 
 bench-decode: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 512 8192 \
-		--time-limit 600 --output $(RESULTS)/bench_decode_cpu
+		--time-limit 700 --output $(RESULTS)/bench_decode_cpu
 
 bench-score: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --heads $(HEADS)-128 --time-limit 300 --output $(RESULTS)/bench_score_cpu

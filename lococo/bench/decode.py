@@ -16,7 +16,7 @@ from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes
 from lococo.models import base_shape
 
-KEPT_STEPS = 16
+KEPT_STEPS = 8
 
 
 class Decode(Topic):
@@ -84,24 +84,25 @@ class Decode(Topic):
 
     @torch.no_grad()
     def count(self, model: PreTrainedModel, cell: Cell) -> dict[str, float]:
-        """Operations dispatched in an ordinary step, and bytes of tensors that stay after one, on average.
+        """Operations dispatched in an ordinary step, and bytes of tensors that a token leaves behind.
 
-        Counted from the second block on: a step's mask is made once and then serves the same place of every block.
+        Those are counted from a place in one block to the same place in the next: masks are made once for each place,
+        or again and again for a few.
         """
         reader = _Reader(model, _cache_of(model, cell), random_ids(model, cell.batch, 1), Meter(model.device))
         block = open_block(cell.run.config)
-        steps = KEPT_STEPS if block == 1 else max(1, min(KEPT_STEPS, block - 3))
-        with HeldBytes() as held:
-            reader.decode(steps + 1)
-            reader.read(max(0, block - steps - 1))
-            reader.decode(1)
-            before = held.held
-            reader.decode(steps)
+        steps = KEPT_STEPS if block == 1 else min(KEPT_STEPS, block)
+        tokens = max(steps, block)
+        counter, held = HeldBytes(), []
+        for _ in range(3):  # the first makes what is made once
+            with counter:
+                reader.decode(steps)
             release_memory(model.device)
-            kept = held.held - before
+            held.append(counter.held)
+            reader.read(tokens - steps)
         with Operations() as operations:
             reader.decode(1)
-        return {"ops_per_step": operations.count, "kept_bytes_per_step": kept / steps}
+        return {"ops_per_step": operations.count, "kept_bytes_per_step": (held[2] - held[1]) / tokens}
 
     def _whole_blocks(self, reader: _Reader, block: int) -> tuple[float, float]:
         """Seconds of an ordinary step and of one that compresses, in as many blocks as it takes."""
