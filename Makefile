@@ -23,6 +23,7 @@ GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # Stages on a GPU end after so many seconds; the same command goes on with them.
 LIMIT ?= 900
 
+# Within an hour on one thread; a stage that its time limit stopped goes on when it is made again.
 BENCH_CPU = $(LOCOCO) bench $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
 # Shapes measured on a GPU. A try of it all elsewhere, in a minute:
 # make bench-cuda DEVICE=cpu SHAPES=tiny TRAIN_SHAPES=tiny SLOTS=16 LENGTHS="64 128" TRAIN_LENGTHS=128 BATCHES="1 2"
@@ -38,8 +39,8 @@ test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda memory perplexity calibrate calibration \
-	gpu test-versions test-chatglm clean
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity calibrate \
+	calibration gpu test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -66,17 +67,21 @@ $(MODEL)/$(GGUF): | $(VENV)/.installed
 	$(VENV)/bin/python examples/fetch_smollm2.py $(MODEL)
 
 bench: memory bench-decode bench-score bench-prefill ## measure memory and speed on this CPU -> docs/results
+	$(MAKE) targets
+
+targets: | $(VENV)/.installed ## what was wanted beside what is measured -> docs/results/targets
+	$(LOCOCO) bench targets --results $(RESULTS)
 
 bench-prefill: $(MODEL)/$(GGUF)
-	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 2048 4096 8192 16384 \
-		--output $(RESULTS)/bench_prefill_cpu
+	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 2048 4096 8192 \
+		--time-limit 2100 --output $(RESULTS)/bench_prefill_cpu
 
 bench-decode: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 512 8192 \
-		--output $(RESULTS)/bench_decode_cpu
+		--time-limit 700 --output $(RESULTS)/bench_decode_cpu
 
 bench-score: $(MODEL)/$(GGUF)
-	$(BENCH_CPU) --heads $(HEADS)-128 --output $(RESULTS)/bench_score_cpu
+	$(BENCH_CPU) --heads $(HEADS)-128 --time-limit 300 --output $(RESULTS)/bench_score_cpu
 
 bench-cuda: $(foreach shape,$(SHAPES),$(addsuffix -$(shape),cuda-decode cuda-prefill cuda-score))
 bench-cuda: $(TRAIN_SHAPES:%=cuda-train-%) ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
@@ -125,6 +130,7 @@ gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, the paper's scale o
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) --heads $(GPU_HEADS) \
 		--output $(RESULTS)/perplexity_cuda
 	$(MAKE) bench-cuda
+	$(MAKE) targets
 
 # 200 steps of 128 windows of 4096 tokens, as in the paper.
 $(RESULTS)/heads/smollm2-135m-%: | $(MODEL)/$(GGUF)

@@ -63,8 +63,9 @@ class LoCoCoConfig:
         the token; "sum": in total (H2O); "last": from the current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
-    prefill_chunk_size : int
-        Tokens that go through the model at once when a long prompt is read without gradients.
+    prefill_chunk_size : int, optional
+        Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
+        blocks as the device's free memory has room for, up to what no larger chunk is faster than.
     attention : {"sdpa", "eager", "flex", "flash_attention_2"}
         Attention kernel.
     slots_per_head : tuple of tuples of int, optional
@@ -87,16 +88,16 @@ class LoCoCoConfig:
     positions: Literal["absolute", "slot"] = "absolute"
     score: Literal["distant", "mean", "sum", "last"] = "distant"
     decode_block_size: int | None = None
-    prefill_chunk_size: int = 2048
+    prefill_chunk_size: int | None = None
     attention: Literal["sdpa", "eager", "flex", "flash_attention_2"] = "sdpa"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "block_size", "kernel_size", "prefill_chunk_size"):
+        for name in ("num_slots", "block_size", "kernel_size"):
             _check_count(name, getattr(self, name), least=1)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd so that the convolution is centred, got {self.kernel_size}")
-        for name in ("head_rank", "decode_block_size"):
+        for name in ("head_rank", "decode_block_size", "prefill_chunk_size"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), least=1)
         if self.decode_block_size is not None and self.decode_block_size > self.block_size:

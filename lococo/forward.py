@@ -14,6 +14,7 @@ from torch import nn
 
 from lococo.attention import Call, lococo_attention
 from lococo.cache import LoCoCoCache
+from lococo.chunks import columns, prefill_chunk
 from lococo.compat import Cache
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
@@ -21,8 +22,6 @@ from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, rem
 from lococo.positions import RotaryTable, rotary_tables
 from lococo.segments import Row, plan_call
 from lococo.state import patched_decoder
-
-PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,14 @@ class Request:
         Hidden states needed at the end of the text. None: all.
     call : Call, optional
         A call made already, for arguments that need no more preparation.
+    is_chunk : bool
+        Read at once, whatever the length.
     """
 
     cache: LoCoCoCache | None = None
     keep: int | None = None
     call: Call | None = None
+    is_chunk: bool = False
 
 
 @contextlib.contextmanager
@@ -96,11 +98,13 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         return (), kwargs  # the model's own error says what is missing
     cache = request.cache or _cache_for(decoder, config, kwargs)
     earlier: list[torch.Tensor] = []
-    if _reads_in_chunks(decoder, config, kwargs, tokens.shape[1]):
+    chunk = None if request.is_chunk else _chunk(decoder, config, kwargs, tokens)
+    if chunk is not None and chunk < tokens.shape[1]:
         if cache is None:
             cache = new_cache(decoder)
-        earlier = _read_up_to_last_chunk(decoder, config, cache, kwargs, tokens.shape[1], request.keep)
-        tokens = tokens[:, -_last_chunk(tokens.shape[1], config.prefill_chunk_size, request.keep) :]
+        last = min(tokens.shape[1], max(request.keep or 0, tokens.shape[1] % chunk or chunk))
+        earlier = _read_up_to_last_chunk(decoder, chunk, last, cache, kwargs, tokens.shape[1], request.keep)
+        tokens = tokens[:, -last:]
     batch, num_tokens = tokens.shape[:2]
     real = padded_columns(kwargs.get("attention_mask"), batch, num_tokens, cache)
     _check_state(cache, batch)
@@ -254,56 +258,49 @@ def padded_columns(
     return real.tolist() if has_padding else None
 
 
-def _reads_in_chunks(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], num_tokens: int) -> bool:
+def _chunk(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], tokens: torch.Tensor) -> int | None:
+    """Tokens to read at once; None: all."""
     wants_hidden = kwargs.get("output_hidden_states")
     wants_hidden = decoder.config.output_hidden_states if wants_hidden is None else wants_hidden
-    return num_tokens > config.prefill_chunk_size and not torch.is_grad_enabled() and not wants_hidden
-
-
-def _last_chunk(num_tokens: int, chunk: int, keep: int | None) -> int:
-    return min(num_tokens, max(keep or 0, num_tokens % chunk or chunk))
+    if torch.is_grad_enabled() or wants_hidden:
+        return None
+    if config.prefill_chunk_size is None and tokens.shape[1] > config.block_size:
+        return prefill_chunk(decoder, config.block_size, tokens)
+    return config.prefill_chunk_size
 
 
 def _read_up_to_last_chunk(
     decoder: Any,
-    config: LoCoCoConfig,
+    chunk: int,
+    last: int,
     cache: LoCoCoCache,
     kwargs: dict[str, Any],
     num_tokens: int,
     keep: int | None,
 ) -> list[torch.Tensor]:
     """Read all chunks but the last into the cache and leave ``kwargs`` with the last. Returns their hidden states."""
-    stop = num_tokens - _last_chunk(num_tokens, config.prefill_chunk_size, keep)
+    stop = num_tokens - last
     seen, mask = cache.seen_tokens, kwargs.get("attention_mask")
     if mask is not None and mask.shape[1] == num_tokens:
         mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
     hidden = []
-    for start in range(0, stop, config.prefill_chunk_size):
-        end = min(start + config.prefill_chunk_size, stop)
+    for start in range(0, stop, chunk):
+        end = min(start + chunk, stop)
         output = decoder(
             **{
                 **kwargs,
-                **_columns(kwargs, slice(start, end)),
+                **columns(kwargs, slice(start, end)),
                 "attention_mask": None if mask is None else mask[:, : seen + end],
                 "return_dict": True,
-                "lococo": Request(cache=cache),
+                "lococo": Request(cache, is_chunk=True),
             }
         )
         if keep is None:
             hidden.append(output.last_hidden_state)
-    kwargs.update(_columns(kwargs, slice(stop, num_tokens)))
+    kwargs.update(columns(kwargs, slice(stop, num_tokens)))
     if mask is not None:
         kwargs["attention_mask"] = mask
     return hidden
-
-
-def _columns(kwargs: dict[str, Any], columns: slice) -> dict[str, Any]:
-    parts = {}
-    for name in PER_TOKEN_ARGUMENTS:
-        tensor = kwargs.get(name)
-        if tensor is not None:
-            parts[name] = tensor[columns] if tensor.dim() == 1 else tensor[:, columns]
-    return parts
 
 
 def _rotary_tables(

@@ -93,7 +93,8 @@ class StepGraph:
     def fits(self, cache: LoCoCoCache) -> bool:
         """Whether buffers and weights are where they were."""
         return all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True)) and all(
-            weights[name].data_ptr() == address for weights, name, address in self.weights
+            weight is not None and weight.data_ptr() == address
+            for weight, address in ((weights[name], address) for weights, name, address in self.weights)
         )
 
     def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:

@@ -42,7 +42,7 @@ class Scripted(Topic):
     name, unit = "scripted", "text"
 
     def __init__(self, seconds=None, needs=lambda cell: 0):
-        self.measured, self.seconds, self.needs = [], seconds or {}, needs
+        self.measured, self.counted, self.seconds, self.needs = [], [], seconds or {}, needs
 
     def tokens(self, cell):
         return cell.batch * cell.length
@@ -60,6 +60,10 @@ class Scripted(Topic):
         seconds = self.seconds.get(cell.run.name, 1.0)
         return {"seconds": 1e9 if turn == 0 else turn * seconds, "cache_bytes": 7, "extra": 10.0 * turn}
 
+    def count(self, model, cell):
+        self.counted.append((cell.run.name, cell.length))
+        return {"operations": cell.length}
+
 
 def make_grid(model, topic, path, lengths=(32, 64), repeats=3, runs=RUNS, **options):
     groups = [[Cell(run, length, 2) for run in runs] for length in lengths]
@@ -72,6 +76,7 @@ def test_methods_take_turns_after_a_warm_up(model, tmp_path):
     turn = [("full", 32), ("streaming", 32), ("h2o", 32)]
     assert topic.measured[:12] == 4 * turn
     assert topic.measured[12:] == 4 * [(name, 64) for name, _ in turn]
+    assert topic.counted == turn + [(name, 64) for name, _ in turn]
 
 
 def test_rows_are_complete_and_ratios_follow_from_the_medians(model, tmp_path):
@@ -91,6 +96,7 @@ def test_rows_are_complete_and_ratios_follow_from_the_medians(model, tmp_path):
         assert row["time_over_streaming"] == (None if row["method"] == "full" else pytest.approx(base / 2.0))
         assert row["limit_seconds"] == row["length"]
         assert row["limit_share"] == pytest.approx(row["length"] / row["median"])
+        assert row["operations"] == row["length"]
         assert (row["cache_bytes"], row["extra"], row["dtype"], row["shape"]) == (7, 20.0, "float32", "tiny")
         assert row["skipped"] is None
 
@@ -217,6 +223,8 @@ def test_command_writes_its_files(topic, tmp_path, capsys):
     assert all(row["median"] > 0 and row["limit_share"] > 0 and row["skipped"] is None for row in rows)
     assert all(row["speedup_over_full"] for row in rows)
     assert all((row["time_over_streaming"] is None) == (row["method"] == "full") for row in rows)
+    if topic == "decode":
+        assert all((row["kept_bytes_per_step"] > 0) == (row["method"] == "full") for row in rows)
     table = (output.parent / "bench_llama-3.1-8b.md").read_text()
     assert table.count("\n") == len(rows) + 4 and table.split("\n", 2)[2] == capsys.readouterr().out[:-1]
 

@@ -177,7 +177,10 @@ def test_heads_with_slots_of_their_own_are_counted_one_by_one():
 def test_least_memory():
     sizes = Sizes.of(tiny_llama())
     weights, per_token = sizes.model_bytes, 2 * 2 * sizes.entry_bytes
-    assert read_memory(sizes, None, 1000, 2) == weights + 2 * 1000 * (per_token + 3 * 48 * 4)
+    widest = 3 * 32 + 32 + 3 * 48  # embeddings, input and normed input; between attention and MLP; products
+    assert read_memory(sizes, None, 1000, 2) == weights + 2 * 1000 * (per_token + widest * 4)
+    by_block = weights + 2 * ((M + B) * per_token + B * widest * 4)
+    assert read_memory(sizes, LoCoCoConfig(M, block_size=B), 1000, 2) == by_block
     flat = LoCoCoConfig(M, block_size=B, prefill_chunk_size=100)
     assert read_memory(sizes, flat, 1000) == read_memory(sizes, flat, 10**6)
     assert decode_memory(sizes, None, 1000, 2) == weights + 3 * 1000 * per_token  # one of two layers twice

@@ -7,11 +7,12 @@ from tiny import tiny_ids, tiny_llama
 import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.bench.decode import Decode, compressed_cache, random_full_cache
+from lococo.bench.dispatch import HeldBytes, Operations
 from lococo.bench.limits import measure_limits
 from lococo.bench.meter import Meter
 from lococo.bench.methods import OPEN, plan_bench
 from lococo.bench.prefill import Prefill
-from lococo.bench.score import HeldBytes, Score
+from lococo.bench.score import Score
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train, learning, objective_of, with_objectives
 from lococo.cache import Memory
@@ -127,6 +128,28 @@ def test_decoding_through_the_full_cache_takes_that_many_steps(model):
     assert found["cache_bytes"] == 3 * 40 * 2 * 2 * 2 * 8 * 4
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         Decode(0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["full", "streaming", "lococo-uncalibrated", "split", "paper-decoding", "pairs"])
+def test_only_the_full_cache_keeps_more_with_every_token(model, name, batch):
+    config = {
+        "split": LoCoCoConfig(M, block_size=B, slots_per_head=((20, 12), (9, 16))),
+        "paper-decoding": LoCoCoConfig(M, block_size=B, decode_block_size=1),
+        "pairs": LoCoCoConfig(M, block_size=B, decode_block_size=2),
+    }.get(name)
+    (run,) = [Run(name, config)] if config else plan_bench([name], [M], B)
+    with as_method(model, run.config):
+        counted = Decode(3).count(model, Cell(run, 80, batch))
+    assert counted["ops_per_step"] > 2 * 20  # the model's own
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, their size, bytes
+    assert counted["kept_bytes_per_step"] == (batch * per_token if name == "full" else 0)
+
+
+def test_operations_are_counted_as_they_are_dispatched():
+    with Operations() as operations:
+        (torch.ones(3) + 1).view(1, 3).mul_(2)
+    assert operations.count == 4
 
 
 def test_objectives_are_for_heads_alone_and_in_the_chunks_of_the_recipe():

@@ -50,6 +50,7 @@ def test_presets_take_overrides(preset):
             r"num_sinks=8 \+ num_heavy=8 \+ num_recent=8 = 24 must not exceed num_slots=16",
         ),
         ({"head_rank": 0}, "head_rank must be an integer of at least 1, got 0"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be an integer of at least 1, got 0"),
         ({"decode_block_size": 99, "block_size": 8}, "must not exceed block_size=8, got 99"),
         ({"normalization": "l2"}, "normalization must be one of sum, softmax, got 'l2'"),
         ({"residual": "yes"}, "residual must be one of"),
@@ -88,6 +89,12 @@ def test_slots_per_head_come_back_from_json(tmp_path):
     config.save_pretrained(tmp_path)
     assert LoCoCoConfig.from_pretrained(tmp_path) == config
     assert [head.num_slots for head in config.layer_configs(1)] == [8, 7]
+
+
+@pytest.mark.parametrize("chunk", [None, 2048])
+def test_chunks_by_memory_and_of_a_given_size_come_back_from_json(tmp_path, chunk):
+    LoCoCoConfig(8, prefill_chunk_size=chunk).save_pretrained(tmp_path)
+    assert LoCoCoConfig.from_pretrained(tmp_path).prefill_chunk_size == chunk
 
 
 def test_unknown_keyword_is_an_error():

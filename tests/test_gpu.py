@@ -97,10 +97,11 @@ def test_decoding_never_waits_for_the_gpu(name, padded):
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_of_reading_is_flat():
+@pytest.mark.parametrize("chunk", [512, None])
+def test_memory_of_reading_is_flat(chunk):
     model = tiny_llama(max_position_embeddings=1 << 17).cuda()
     peaks = []
-    with patched(model, LoCoCoConfig(64, block_size=64, prefill_chunk_size=512)), torch.no_grad():
+    with patched(model, LoCoCoConfig(64, block_size=64, prefill_chunk_size=chunk)), torch.no_grad():
         for length in (4096, 65536):
             ids = tiny_ids(1, length).cuda()
             torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""The commands ``lococo bench memory | prefill | decode | train | score``."""
+"""The commands ``lococo bench memory | prefill | decode | train | score | targets``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lococo.bench.prefill import Prefill
 from lococo.bench.score import Score
 from lococo.bench.shapes import SHAPES, build
 from lococo.bench.table import columns, rows_of
+from lococo.bench.targets import target_rows
 from lococo.bench.topic import Cell, Topic
 from lococo.bench.train import Train, with_objectives
 from lococo.evaluation.results import Journal, beside, markdown_table, write_result
@@ -43,6 +44,7 @@ def add_bench_commands(commands: Any) -> None:
     train.add_argument("--objectives", nargs="+", default=["distill"], choices=OBJECTIVES, help="(default: distill)")
     _add_grid("train", train)
     _add_grid("score", commands.add_parser("score", help="scoring of heavy hitters: share of a layer's time, bytes"))
+    _add_targets(commands.add_parser("targets", help="what was wanted beside what the result files say"))
 
 
 def _add_grid(topic: str, parser: argparse.ArgumentParser) -> None:
@@ -70,6 +72,20 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, default=512, help="tokens between two readings (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results/memory"), help="(default: %(default)s)")
     parser.set_defaults(run=_memory)
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
+    folder = Path("docs/results")
+    parser.add_argument("--results", type=Path, default=folder, help="folder of result files (default: %(default)s)")
+    parser.set_defaults(run=_targets)
+
+
+def _targets(options: argparse.Namespace) -> None:
+    if not options.results.is_dir():
+        raise ValueError(f"--results must be a folder of result files, got {options.results}")
+    rows = target_rows(options.results)
+    write_result(options.results / "targets", options.command_line, "cpu", rows)
+    print(markdown_table(rows))
 
 
 def _memory(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lococo.chunks import token_bytes
 from lococo.config import LoCoCoConfig
 from lococo.models import base_config, base_shape, find_decoder
 
@@ -80,6 +81,12 @@ class Sizes:
     def entry_bytes(self) -> int:
         """Bytes of one token's key and value in one KV head."""
         return 2 * self.head_dim * self.element_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's activations while a text is read."""
+        queries, keys = (heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads))
+        return token_bytes(self.hidden_size, self.intermediate_size, queries, keys, self.element_size)
 
 
 def read_pairs(tokens: int, num_slots: int | None, block_size: int = 1, past: int = 0) -> int:
@@ -157,9 +164,8 @@ def cache_size(sizes: Sizes, config: LoCoCoConfig | None, tokens: int, batch: in
 
 def read_memory(sizes: Sizes, config: LoCoCoConfig | None, tokens: int, batch: int = 1) -> int:
     """Least bytes in use while a text is read: weights, cache, and the widest activations of one layer."""
-    at_once = tokens if config is None else min(tokens, config.prefill_chunk_size)
-    activations = 3 * sizes.intermediate_size * sizes.element_size * at_once * batch
-    return sizes.model_bytes + cache_size(sizes, config, tokens, batch) + activations
+    at_once = tokens if config is None else min(tokens, config.prefill_chunk_size or config.block_size)
+    return sizes.model_bytes + cache_size(sizes, config, tokens, batch) + at_once * batch * sizes.token_bytes
 
 
 def decode_memory(sizes: Sizes, config: LoCoCoConfig | None, past: int, batch: int = 1) -> int:

@@ -9,11 +9,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lococo.bench.counts import Sizes, Work, decode_memory, decode_work, open_block
-from lococo.bench.meter import Meter
+from lococo.bench.dispatch import HeldBytes, Operations
+from lococo.bench.meter import Meter, release_memory
 from lococo.bench.topic import Cell, Topic, random_ids
 from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes
 from lococo.models import base_shape
+
+KEPT_STEPS = 8
 
 
 class Decode(Topic):
@@ -65,10 +68,7 @@ class Decode(Topic):
         """See ``Topic``."""
         config = cell.run.config
         with meter.apart():
-            if config is None:
-                cache: Any = random_full_cache(model, cell.length, cell.batch)
-            else:
-                cache = compressed_cache(model, config, cell.batch, cell.length)
+            cache = _cache_of(model, cell)
         held, block = cache_bytes(cache), open_block(config)
         reader = _Reader(model, cache, random_ids(model, cell.batch, 1), meter)
         if block == 1:
@@ -81,6 +81,28 @@ class Decode(Topic):
             "step_seconds": step,
             "compressing_seconds": None if config is None else compressing,
         }
+
+    @torch.no_grad()
+    def count(self, model: PreTrainedModel, cell: Cell) -> dict[str, float]:
+        """Operations dispatched in an ordinary step, and bytes of tensors that a token leaves behind.
+
+        Those are counted from a place in one block to the same place in the next: masks are made once for each place,
+        or again and again for a few.
+        """
+        reader = _Reader(model, _cache_of(model, cell), random_ids(model, cell.batch, 1), Meter(model.device))
+        block = open_block(cell.run.config)
+        steps = KEPT_STEPS if block == 1 else min(KEPT_STEPS, block)
+        tokens = max(steps, block)
+        counter, held = HeldBytes(), []
+        for _ in range(3):  # the first makes what is made once
+            with counter:
+                reader.decode(steps)
+            release_memory(model.device)
+            held.append(counter.held)
+            reader.read(tokens - steps)
+        with Operations() as operations:
+            reader.decode(1)
+        return {"ops_per_step": operations.count, "kept_bytes_per_step": (held[2] - held[1]) / tokens}
 
     def _whole_blocks(self, reader: _Reader, block: int) -> tuple[float, float]:
         """Seconds of an ordinary step and of one that compresses, in as many blocks as it takes."""
@@ -113,6 +135,12 @@ class _Reader:
                 output = self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.token = output.logits[:, -1:].argmax(dim=-1)
         return self.meter.seconds()
+
+
+def _cache_of(model: PreTrainedModel, cell: Cell) -> Any:
+    if cell.run.config is None:
+        return random_full_cache(model, cell.length, cell.batch)
+    return compressed_cache(model, cell.run.config, cell.batch, cell.length)
 
 
 def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, length: int | None = None) -> Any:

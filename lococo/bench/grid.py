@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class Grid:
         return self.journal.recall(self._key(cell, "skipped"))
 
     def memory(self, cell: Cell) -> dict[str, Any]:
-        """What was held in memory while a cell was measured."""
+        """What was held in memory while a cell was measured, and what its topic counts."""
         return self.journal.recall(self._key(cell, "memory")) or {}
 
     def turns(self, cell: Cell) -> list[dict[str, Any]]:
@@ -146,24 +146,30 @@ class Grid:
             self._skip(cell, f"needs at least {needed / GIB:.1f} GiB, the device has {there / GIB:.1f}", needed)
             return
         meter = Meter(self.device, watches_memory=True)
-        found = self._attempt(cell, meter)
-        if found is not None:
-            held = {"peak_bytes": meter.peak(), "cache_bytes": found["cache_bytes"]}
-            self.journal.measure(self._key(cell, "memory"), lambda: held)
+        found = self._attempt(cell, meter, lambda model: self.topic.take(model, cell, meter))
+        if found is None:
+            return
+        held = {"peak_bytes": meter.peak(), "cache_bytes": found["cache_bytes"]}
+        counts = self._attempt(cell, meter, lambda model: self.topic.count(model, cell))
+        if counts is not None:
+            self.journal.measure(self._key(cell, "memory"), lambda: {**held, **counts})
 
     def _measure(self, cell: Cell, turn: int) -> None:
-        found = self._attempt(cell, Meter(self.device))
+        meter = Meter(self.device)
+        found = self._attempt(cell, meter, lambda model: self.topic.take(model, cell, meter))
         if found is not None:
             self.journal.measure(self._key(cell, turn), lambda: found)
 
-    def _attempt(self, cell: Cell, meter: Meter) -> dict[str, Any] | None:
-        """Measure a cell once. None if the device has no room for it; that is then journaled."""
+    def _attempt(
+        self, cell: Cell, meter: Meter, action: Callable[[PreTrainedModel], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Act with a cell's method in force. None if the device has no room for it; that is then journaled."""
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise OutOfTime
         run = cell.run
         try:
             with as_method(self.subject.model, run.config, run.heads):
-                return self.topic.take(self.subject.model, cell, meter)
+                return action(self.subject.model)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

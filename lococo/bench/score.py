@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lococo import kernels
 from lococo.bench.counts import Sizes, Work, decode_memory, segment_work
 from lococo.bench.decode import compressed_cache, random_full_cache
+from lococo.bench.dispatch import HeldBytes
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, Topic, random_ids
 from lococo.cache import LoCoCoCache, Memory
@@ -117,40 +115,3 @@ def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[]
 def query_heads_per_kv_head(model: PreTrainedModel) -> int:
     """How many query heads share a key-value head."""
     return model.config.get_text_config().num_attention_heads // base_shape(model)["num_kv_heads"]
-
-
-class HeldBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside a ``with`` block.
-
-    Attributes
-    ----------
-    peak : int
-        Most bytes held at once.
-    largest : int
-        Bytes of the largest tensor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self.largest = self._held = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in given and address not in self._sizes:
-                self._sizes[address] = storage.nbytes()
-                self._held += storage.nbytes()
-                self.peak, self.largest = max(self.peak, self._held), max(self.largest, storage.nbytes())
-                weakref.finalize(storage, self._let_go, address)
-        return result
-
-    def _let_go(self, address: int) -> None:
-        self._held -= self._sizes.pop(address)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

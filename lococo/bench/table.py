@@ -28,7 +28,11 @@ COLUMNS = (
     "cache_bytes",
     "skipped",
 )
-EXTRA_COLUMNS = {"train": ("objective",), "score": ("score_share", "score_bytes", "matrix_bytes")}
+EXTRA_COLUMNS = {
+    "decode": ("ops_per_step", "kept_bytes_per_step"),
+    "train": ("objective",),
+    "score": ("score_share", "score_bytes", "matrix_bytes"),
+}
 
 
 def rows_of(grid: Grid) -> list[dict[str, Any]]:

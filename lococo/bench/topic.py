@@ -86,6 +86,10 @@ class Topic(abc.ABC):
             ``seconds`` of a unit, ``cache_bytes``, and what else the topic tells; the same keys for every cell.
         """
 
+    def count(self, model: PreTrainedModel, cell: Cell) -> dict[str, float]:
+        """What is counted, not timed, once for a cell, on a model with the cell's method in force."""
+        return {}
+
 
 def random_ids(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
     """(batch, tokens) ids where the model is, the same ones at every call."""

@@ -15,6 +15,9 @@ from lococo.fusion import FusionHead
 from lococo.patch import suspended
 from lococo.state import head_modules, lococo_config, patched_decoder
 
+# Tokens whose logits are held at once, the same on every machine.
+LOSS_CHUNK = 2048
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):
@@ -235,7 +238,7 @@ class WindowLoss(nn.Module):
             raise ValueError(f"windows need at least 2 tokens, one to predict, got {input_ids.shape[1]}")
         caches = caches or Caches(self.model)
         stop = input_ids.shape[1] - 1 if stop is None else stop
-        step = lococo_config(self.model).prefill_chunk_size
+        step = lococo_config(self.model).prefill_chunk_size or LOSS_CHUNK
         losses = []
         for first in range(start, stop, step):
             last = min(first + step, stop)
