@@ -20,8 +20,15 @@ TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexc
 HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
-# Stages on a GPU end after so many seconds; the same command goes on with them.
-LIMIT ?= 900
+# On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
+LIMIT ?= 300
+GPU_MINUTES ?= 28
+ifndef END
+END := $(shell echo $$(($$(date +%s) + 60 * $(GPU_MINUTES))))
+endif
+export END
+within_time = left=$$(($(END) - $$(date +%s))); left=$$((left < $(LIMIT) ? left : $(LIMIT))); \
+	if test $$left -lt 30; then echo "no time left for $@: make the same again"; exit 0; fi
 
 # Within an hour on one thread; a stage that its time limit stopped goes on when it is made again.
 BENCH_CPU = $(LOCOCO) bench $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
@@ -40,7 +47,7 @@ test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity calibrate \
-	calibration gpu test-versions test-chatglm clean
+	calibration gpu gpu-perplexity $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -88,9 +95,9 @@ bench-cuda: $(TRAIN_SHAPES:%=cuda-train-%) ## speed and memory on a GPU, each st
 
 # A stage with a result and nothing left in its journal is done; else it goes on where the last call of it stopped.
 cuda_result = $(RESULTS)/bench_$(1)_$(DEVICE)_$*
-bench_cuda = { test -f $(cuda_result).json && ! test -f $(cuda_result).partial.jsonl; } || \
+bench_cuda = if test -f $(cuda_result).json && ! test -f $(cuda_result).partial.jsonl; then exit 0; fi; $(within_time); \
 	$(LOCOCO) bench $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
-	--time-limit $(LIMIT) --output $(cuda_result)
+	--time-limit $$left --output $(cuda_result)
 
 cuda-decode-%: | $(VENV)/.installed
 	$(call bench_cuda,decode) --lengths $(LENGTHS) --batches $(BATCHES)
@@ -123,20 +130,24 @@ calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by 
 	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
 	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
 
-gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, the paper's scale of calibration, perplexity, speed -> RESULTS
+gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
-	$(MAKE) $(GPU_HEADS)
-	$(LOCOCO) eval ppl $(ON_MODEL) --device cuda --data $(HELDOUT) --length 4096 --documents 8 \
-		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) --heads $(GPU_HEADS) \
-		--output $(RESULTS)/perplexity_cuda
+	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
+	$(MAKE) $(GPU_HEADS) gpu-perplexity
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
-# 200 steps of 128 windows of 4096 tokens, as in the paper.
-$(RESULTS)/heads/smollm2-135m-%: | $(MODEL)/$(GGUF)
-	timeout $(LIMIT) $(LOCOCO) calibrate $(ON_MODEL) --device cuda --dataset $(TRAIN) --num-slots $* --block-size 128 \
-		--windows 2048 --steps 200 --windows-per-step 128 --budget-texts 24 --measure-every 20 --output $@ \
-		--cache-dir $(RESULTS)/cache --resume
+# 200 steps of 128 windows of 4096 tokens, as in the paper. What is done is done: --resume returns at once.
+$(GPU_HEADS): $(RESULTS)/heads/smollm2-135m-%: $(MODEL)/$(GGUF)
+	$(within_time); timeout $$left $(LOCOCO) calibrate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --num-slots $* \
+		--block-size 128 --windows 2048 --steps 200 --windows-per-step 128 --budget-texts 24 --measure-every 20 \
+		--output $@ --cache-dir $(RESULTS)/cache --resume || test $$? -eq 124
+
+gpu-perplexity: $(MODEL)/$(GGUF)
+	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
+	timeout $$left $(LOCOCO) eval ppl $(ON_MODEL) --device $(DEVICE) --data $(HELDOUT) --length 4096 --documents 8 \
+		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
+		--output $(RESULTS)/perplexity_$(DEVICE) || test $$? -eq 124
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
 

@@ -5,7 +5,7 @@ import torch
 from test_kernels import CASES, by_hand, case
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, patched
+from lococo import LoCoCoConfig, graphs, patch_model, patched
 from lococo.kernels import Visibility, attend, attention_mass
 
 pytestmark = [
@@ -18,6 +18,7 @@ CONFIGS = {
     "default": LoCoCoConfig(16, block_size=8),
     "open": LoCoCoConfig(16, block_size=8, gate_init=0.4),
     "open-slot": LoCoCoConfig(16, block_size=8, gate_init=0.4, positions="slot"),
+    "slots-per-head": LoCoCoConfig(16, block_size=8, gate_init=0.4, slots_per_head=((24, 8), (6, 26))),
     "h2o": LoCoCoConfig.h2o(16, block_size=8),
     "streaming": LoCoCoConfig.streaming_llm(16, block_size=8),
 }
@@ -95,6 +96,31 @@ def test_decoding_never_waits_for_the_gpu(name, padded):
                 )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_recorded_steps_give_the_bits_of_launched_ones(name, padded, dtype, monkeypatch):
+    ids, mask = tiny_ids(3, 40).cuda(), torch.ones(3, 40, dtype=torch.long, device="cuda")
+    if padded:
+        mask[0, :13] = mask[1, :2] = 0
+    torch.manual_seed(0)
+    model = patch_model(tiny_llama(), CONFIGS[name]).to("cuda", dtype)
+    recordings = []
+
+    def recorder(function):
+        recordings.append(function)
+        return graphs.record_cuda_graph(function)
+
+    def answer(recorders):
+        monkeypatch.setattr(graphs, "RECORDERS", recorders)
+        options = dict(max_new_tokens=40, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        return torch.stack(model.generate(ids, attention_mask=mask, **options).logits)
+
+    assert torch.equal(answer({"cuda": recorder}), answer({}))
+    moves_apart = padded and CONFIGS[name].positions == "slot"
+    assert len(recordings) == (0 if moves_apart else 1)
 
 
 @pytest.mark.parametrize("chunk", [512, None])

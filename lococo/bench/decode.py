@@ -120,6 +120,7 @@ class Decode(Topic):
 class _Reader:
     def __init__(self, model: PreTrainedModel, cache: Any, token: torch.Tensor, meter: Meter) -> None:
         self.model, self.cache, self.token, self.meter = model, cache, token, meter
+        self.call = model.__call__  # as generate does: steps may be replayed
 
     def read(self, tokens: int) -> None:
         """Read tokens in one go, for which neither time nor memory counts."""
@@ -132,7 +133,7 @@ class _Reader:
         """Read the most probable token, so many times. Returns the seconds of each."""
         for _ in range(steps):
             with self.meter.lap():
-                output = self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                output = self.call(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.token = output.logits[:, -1:].argmax(dim=-1)
         return self.meter.seconds()
 
