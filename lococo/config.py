@@ -21,7 +21,7 @@ SCORES = ("distant", "mean", "sum", "last")
 # What is left of a distant score's old part while as many tokens are read as there are slots.
 DISTANT_FADE = 0.8
 
-ATTENTIONS = ("sdpa", "eager", "flex", "flash_attention_2")
+ATTENTIONS = ("auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,9 @@ class LoCoCoConfig:
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     prefill_chunk_size : int
         Tokens that go through the model at once when a long prompt is read without gradients.
-    attention : {"sdpa", "eager", "flex", "flash_attention_2"}
-        Attention kernel.
+    attention : {"auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"}
+        Attention kernel. "auto": torch's own, and on CUDA without gradients lococo's in Triton where it does less work
+        (logits biased by mass, attention scored). A kernel that cannot mask, cap or differentiate leaves that to torch.
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
@@ -88,7 +89,7 @@ class LoCoCoConfig:
     score: Literal["distant", "mean", "sum", "last"] = "distant"
     decode_block_size: int | None = None
     prefill_chunk_size: int = 2048
-    attention: Literal["sdpa", "eager", "flex", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
