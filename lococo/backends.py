@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_HEAD_DIM = 256
 # Earlier CPU kernels were not read for what they make of grouped queries.
@@ -54,17 +54,44 @@ class Request(NamedTuple):
 def best_backend(request: Request, has_triton: bool) -> str:
     """Backend of ``attention="auto"``.
 
-    Torch's flash attention is as fast as any without a bias; what it lacks on CUDA, Triton's kernel has: a bias on
-    the entries' logits and the log-sum-exp.
+    Torch's flash attention is as fast as any; a bias on the entries' logits and a log-sum-exp that costs nothing are
+    what Triton's kernel has over it on CUDA.
     """
-    in_reach = (
-        has_triton
-        and request.device == "cuda"
-        and request.dtype in TRITON_DTYPES
-        and request.head_dim <= TRITON_HEAD_DIM
-        and not (request.is_masked or request.is_softcapped or request.has_dropout or request.needs_gradient)
-    )
-    return "triton" if in_reach and (request.is_biased or request.wants_lse) else "sdpa"
+    if not (has_triton and _is_for_triton(request.device, request.dtype, request.head_dim)):
+        return "sdpa"
+    if request.is_masked or request.is_softcapped or request.has_dropout or request.needs_gradient:
+        return "sdpa"
+    return "triton" if request.is_biased or request.wants_lse else "sdpa"
+
+
+def triton_takes(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels without gradients run on a tensor of (batch, heads, tokens, head_dim)."""
+    return _is_for_triton(tensor.device.type, tensor.dtype, tensor.shape[-1]) and _has_triton(tensor.device)
+
+
+def _is_for_triton(device: str, dtype: torch.dtype, head_dim: int) -> bool:
+    return device == "cuda" and dtype in TRITON_DTYPES and head_dim <= TRITON_HEAD_DIM
+
+
+def _has_triton(device: torch.device) -> bool:
+    # A compiled model is fused by torch.
+    return device.type == "cuda" and not torch.compiler.is_compiling() and _triton_runs(device)
+
+
+@functools.cache
+def _triton_runs(device: torch.device) -> bool:
+    # Before Ampere the kernels' tiles do not fit.
+    if not _is_installed("triton") or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    import lococo.triton_kernels as triton_kernels
+
+    sample = torch.zeros(1, 1, 1, 16, device=device)
+    try:
+        triton_kernels.attend(sample, sample, sample, 1.0)
+    except Exception as error:  # what is missing, a C compiler most often, has no type of its own
+        warnings.warn(f"Triton does not run here, attention goes through torch alone: {error}", stacklevel=2)
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=32)
@@ -99,7 +126,7 @@ def _auto(query, key, value, scale, visibility, dropout, wants_lse):
         needs_gradient=_needs_gradient(query, key, value, visibility.bias),
         wants_lse=wants_lse,
     )
-    backend = BACKENDS[best_backend(request, HAS_TRITON)]
+    backend = BACKENDS[best_backend(request, _has_triton(query.device))]
     return backend(query, key, value, scale, visibility, dropout, wants_lse)
 
 
@@ -252,7 +279,7 @@ def _triton(query, key, value, scale, visibility, dropout, wants_lse):
     mask, bias, softcap = visibility
     if mask is not None or softcap is not None or dropout or _needs_gradient(query, key, value, bias):
         return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
-    from lococo import triton_kernels
+    import lococo.triton_kernels as triton_kernels
 
     return triton_kernels.attend(query, key, value, scale, bias)
 

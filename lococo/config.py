@@ -66,8 +66,8 @@ class LoCoCoConfig:
     prefill_chunk_size : int
         Tokens that go through the model at once when a long prompt is read without gradients.
     attention : {"auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"}
-        Attention kernel. "auto": torch's own, and on CUDA without gradients lococo's in Triton where it does less work
-        (logits biased by mass, attention scored). A kernel that cannot mask, cap or differentiate leaves that to torch.
+        Attention kernel. "auto": torch's own, and on CUDA without gradients lococo's in Triton where that does less
+        work (logits biased by mass, attention scored). What a kernel cannot do, masks for one, it leaves to torch.
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lococo.backends import BACKENDS, HAS_TRITON, TRITON_DTYPES, TRITON_HEAD_DIM, Visibility, lower_right, wide
+from lococo.backends import BACKENDS, Visibility, lower_right, triton_takes, wide
 
 __all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
 
@@ -99,8 +99,9 @@ def attention_mass(
     torch.Tensor
         (batch, kv_heads, entries) in float32 or wider.
     """
-    if lse is not None and counts is None and _is_for_triton(query, visibility):
-        from lococo import triton_kernels
+    is_plain = counts is None and visibility.mask is None and visibility.softcap is None
+    if lse is not None and is_plain and triton_takes(query):
+        import lococo.triton_kernels as triton_kernels
 
         return triton_kernels.attention_mass(query, key, scale, lse, visibility.bias, delay, squared)
     queries, entries = query.shape[2], key.shape[2]
@@ -129,17 +130,6 @@ def attention_mass(
             mass = key.new_zeros(*key.shape[:2], entries)
         mass[..., :seen] += received
     return key.new_zeros(*key.shape[:2], entries) if mass is None else mass
-
-
-def _is_for_triton(query: torch.Tensor, visibility: Visibility) -> bool:
-    return (
-        query.is_cuda
-        and HAS_TRITON
-        and query.dtype in TRITON_DTYPES
-        and query.shape[-1] <= TRITON_HEAD_DIM
-        and visibility.mask is None
-        and visibility.softcap is None
-    )
 
 
 def _shares(
