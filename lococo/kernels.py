@@ -61,8 +61,7 @@ def attend_and_lse(
         (batch, heads, queries, head_dim) output, and the (batch, heads, queries) log-sum-exp of the logits, or None
         where the kernel does not give it away.
     """
-    output, lse = BACKENDS[backend](query, key, value, scale, visibility, dropout, True)
-    return output, None if lse is None else lse.detach()
+    return BACKENDS[backend](query, key, value, scale, visibility, dropout, True)
 
 
 def attention_mass(
@@ -107,41 +106,36 @@ def attention_mass(
     queries, entries = query.shape[2], key.shape[2]
     dtype = wide(query.dtype)
     key = key.to(dtype).transpose(-1, -2)
-    mass = None
+    if queries == 1:
+        return _received(query.to(dtype), key, scale, visibility, counts, squared, lse, delay, slice(0, 1), 1, entries)
+    mass = key.new_zeros(*key.shape[:2], entries)
     for start in range(0, queries, SCORE_TILE):
         rows = slice(start, min(start + SCORE_TILE, queries))
         # Lower-right causal: no query of the tile sees, or given the log-sum-exp counts for, an entry after these.
         seen = entries
         if visibility.mask is None:
             seen -= queries - rows.stop + (0 if lse is None else delay)
-        if seen <= 0:
-            continue
-        shares = _shares(query[:, :, rows].to(dtype), key[..., :seen], scale, visibility, lse, rows, queries, entries)
-        if delay:
-            shares.tril_(entries - queries + start - delay)
-        if counts is not None:
-            shares.mul_(counts[:, :, None, rows, :seen])
-        if squared:
-            shares.square_()
-        received = shares.sum(dim=(2, 3))
-        if queries == 1 and seen == entries:
-            return received
-        if mass is None:
-            mass = key.new_zeros(*key.shape[:2], entries)
-        mass[..., :seen] += received
-    return key.new_zeros(*key.shape[:2], entries) if mass is None else mass
+        if seen > 0:
+            tile, keys = query[:, :, rows].to(dtype), key[..., :seen]
+            mass[..., :seen] += _received(
+                tile, keys, scale, visibility, counts, squared, lse, delay, rows, queries, entries
+            )
+    return mass
 
 
-def _shares(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    visibility: Visibility,
-    lse: torch.Tensor | None,
-    rows: slice,
-    queries: int,
-    entries: int,
-) -> torch.Tensor:
+def _received(query, key, scale, visibility, counts, squared, lse, delay, rows, queries, entries):
+    """(batch, kv_heads, seen) sums over a tile of queries; nothing of its size is left when the next one begins."""
+    shares = _shares(query, key, scale, visibility, lse, rows, queries, entries)
+    if delay:
+        shares.tril_(entries - queries + rows.start - delay)
+    if counts is not None:
+        shares.mul_(counts[:, :, None, rows, : key.shape[-1]])
+    if squared:
+        shares.square_()
+    return shares.sum(dim=(2, 3))
+
+
+def _shares(query, key, scale, visibility, lse, rows, queries, entries):
     """(batch, kv_heads, groups, rows, seen) attention probabilities of a tile; key is (batch, kv_heads, d, seen)."""
     kv_heads, seen = key.shape[1], key.shape[3]
     mask, bias, softcap = visibility
