@@ -120,6 +120,7 @@ calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by 
 
 gpu: $(MODEL)/$(GGUF) ## on a machine with a GPU: its tests, the paper's scale of calibration, perplexity, speed -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
+	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(GPU_HEADS)
 	$(LOCOCO) eval ppl $(ON_MODEL) --device cuda --data $(HELDOUT) --length 4096 --documents 8 \
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) --heads $(GPU_HEADS) \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -277,8 +278,11 @@ def _flash_attention_4(query, key, value, scale, visibility, dropout, wants_lse)
 def _triton(query, key, value, scale, visibility, dropout, wants_lse):
     _check_installed("triton", "triton", "triton", "triton")
     mask, bias, softcap = visibility
-    if mask is not None or softcap is not None or dropout or _needs_gradient(query, key, value, bias):
+    is_for_torch = mask is not None or softcap is not None or dropout or _needs_gradient(query, key, value, bias)
+    if is_for_torch or query.dtype not in TRITON_DTYPES or query.shape[-1] > TRITON_HEAD_DIM:
         return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
+    if query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("attention='triton' needs a GPU, the model is on cpu; use 'auto' or 'sdpa'")
     import lococo.triton_kernels as triton_kernels
 
     return triton_kernels.attend(query, key, value, scale, bias)

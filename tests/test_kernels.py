@@ -213,6 +213,13 @@ def test_backend_says_what_is_missing(backend, module, message, monkeypatch):
         attend(query, key, value, 0.3, visibility, backend)
 
 
+def test_triton_asks_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda name: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU, the model is on cpu"):
+        attend(*case("causal", torch.float32)[:3], 0.3, Visibility(), "triton")
+
+
 def test_nothing_optional_is_imported_with_lococo():
     code = "import sys; import lococo.attention, lococo.slots; "
     code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
