@@ -6,9 +6,10 @@ import torch
 pytest.importorskip("triton")
 
 import triton.language as tl
+from tiny import tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
 
-from lococo import LoCoCoConfig, kernels, slots, triton_kernels
+from lococo import LoCoCoConfig, kernels, patched, slots, triton_kernels
 from lococo.backends import Visibility
 from lococo.fusion import FusionHead
 
@@ -150,3 +151,26 @@ def test_backend_leaves_masks_caps_and_gradients_to_torch():
         output = kernels.attend(query, key, value, 0.3, seen, "triton")
         assert relative_error(output, kernels.attend(query, key, value, 0.3, seen, "eager").double()) < 1e-6
         assert output.requires_grad == query.requires_grad
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_model_reads_and_generates_the_same(padded, monkeypatch):
+    """Attention, scores and blends of a whole model, those that only torch can do among them."""
+    ids, mask = tiny_ids(2, 45).to(DEVICE), torch.ones(2, 45, dtype=torch.long, device=DEVICE)
+    if padded:
+        mask[0, :13] = 0
+    logits = {}
+    for attention in ("sdpa", "triton"):
+        for module in (kernels, slots):
+            monkeypatch.setattr(module, "triton_takes", lambda tensor, attention=attention: attention == "triton")
+        model = tiny_llama().to(DEVICE)
+        torch.manual_seed(0)
+        config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
+        with patched(model, config), torch.no_grad():
+            read = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True)
+            steps = [read.logits]
+            for step in range(40, 45):
+                call = {"attention_mask": mask[:, : step + 1], "past_key_values": read.past_key_values}
+                steps.append(model(ids[:, step : step + 1], **call).logits)
+        logits[attention] = torch.cat(steps, dim=1)[mask.bool()]
+    torch.testing.assert_close(logits["triton"], logits["sdpa"], rtol=0, atol=1e-4)
