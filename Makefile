@@ -132,6 +132,7 @@ calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by 
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
+	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
 	$(MAKE) $(GPU_HEADS) gpu-perplexity
 	$(MAKE) bench-cuda

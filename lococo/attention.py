@@ -214,13 +214,17 @@ class _Reader:
         visibility = kernels.Visibility(
             self._mask(segment), self.memory.mass_bias(self.head, segment.stop), self.softcap
         )
-        if self.memory.entries.scores is not None:
-            with torch.no_grad():
-                squared = self.config.score == "distant"
-                counts = self._counts(segment)
-                received = kernels.attention_mass(query, keys, self.scale, visibility, counts, squared)
-                self.memory.entries.scores[:, :, : segment.stop] += received
-        return kernels.attend(query, keys, values, self.scale, visibility, self.config.attention, self.dropout)
+        if self.memory.entries.scores is None:
+            return kernels.attend(query, keys, values, self.scale, visibility, self.config.attention, self.dropout)
+        output, lse = kernels.attend_and_lse(
+            query, keys, values, self.scale, visibility, self.config.attention, self.dropout
+        )
+        with torch.no_grad():
+            counts, delay = self._counts(segment)
+            squared = self.config.score == "distant"
+            received = kernels.attention_mass(query, keys, self.scale, visibility, counts, squared, lse, delay)
+            self.memory.entries.scores[:, :, : segment.stop] += received
+        return output
 
     def _mask(self, segment: Segment) -> torch.Tensor | None:
         mask = segment.visible() if isinstance(segment, RaggedSegment) else None
@@ -234,14 +238,18 @@ class _Reader:
             mask = kernels.lower_right(segment.width, segment.stop, 0, born.device)
         return mask & in_window
 
-    def _counts(self, segment: Segment) -> torch.Tensor | None:
-        """(1 or batch, 1, width, stop), True where a query's attention counts for an entry's score. None: all do."""
+    def _counts(self, segment: Segment) -> tuple[torch.Tensor | None, int]:
+        """Which attention counts for scores, as ``kernels.attention_mass`` takes it.
+
+        Returns
+        -------
+        tuple
+            (batch, 1, width, stop), True where a query's attention to an entry counts, or None; and a delay.
+        """
         delay = self.config.score_delay
         if isinstance(segment, RaggedSegment):
-            return segment.visible(delay) & segment.queries()[..., None]
-        if delay == 0:
-            return None
-        return kernels.lower_right(segment.width, segment.stop, delay, self.memory.values.device)[None, None]
+            return segment.visible(delay) & segment.queries()[..., None], 0
+        return None, delay
 
 
 def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:

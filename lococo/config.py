@@ -21,7 +21,7 @@ SCORES = ("distant", "mean", "sum", "last")
 # What is left of a distant score's old part while as many tokens are read as there are slots.
 DISTANT_FADE = 0.8
 
-ATTENTIONS = ("sdpa", "eager", "flex", "flash_attention_2")
+ATTENTIONS = ("auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,9 @@ class LoCoCoConfig:
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
         blocks as the device's free memory has room for, up to what no larger chunk is faster than.
-    attention : {"sdpa", "eager", "flex", "flash_attention_2"}
-        Attention kernel.
+    attention : {"auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"}
+        Attention kernel. "auto": torch's own, and on CUDA without gradients lococo's in Triton where that does less
+        work (logits biased by mass, attention scored). What a kernel cannot do, masks for one, it leaves to torch.
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
@@ -89,7 +90,7 @@ class LoCoCoConfig:
     score: Literal["distant", "mean", "sum", "last"] = "distant"
     decode_block_size: int | None = None
     prefill_chunk_size: int | None = None
-    attention: Literal["sdpa", "eager", "flex", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:

@@ -80,19 +80,38 @@ class FusionHead(nn.Module):
         torch.Tensor
             (batch, kv_heads, slots, entries) in float32 or wider; rows sum to 1.
         """
-        (batch, kv_heads), slots = keys.shape[:2], anchors.shape[-1]
+        slots = anchors.shape[-1]
+        logits = self._logits(keys, values, slots)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # row sums of many small weights
+        weights = self._normalise(logits.to(wide).relu(), rest[:, :, None])
+        gates = self._gates(slots, wide)
+        if gates is None:
+            return weights
+        residual = (1 - gates)[:, None].expand(*anchors.shape, 1)
+        return (gates[:, None] * weights).scatter_add(-1, anchors[..., None], residual)
+
+    def logits_and_gates(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What ``forward`` makes the weights from, for a kernel that makes them itself.
+
+        Returns
+        -------
+        tuple
+            (batch, kv_heads, slots, entries) output of the convolution, and (slots or 1,) gates or None.
+        """
+        with _onloaded(self):
+            return self._logits(keys, values, slots), self._gates(slots, torch.float32)
+
+    def _logits(self, keys: torch.Tensor, values: torch.Tensor, slots: int) -> torch.Tensor:
         pairs = torch.cat([keys, values], dim=-1).flatten(0, 1).transpose(1, 2)  # (batch * kv_heads, 2d, entries)
         logits = self.conv(pairs.to(self.conv.weight.dtype))
         if self.expand is not None:
             logits = self.expand(logits)
-        wide = torch.promote_types(logits.dtype, torch.float32)  # row sums of many small weights
-        logits = logits[:, :slots].unflatten(0, (batch, kv_heads)).to(wide).relu()
-        weights = self._normalise(logits, rest[:, :, None])
-        if self.gate is None:
-            return weights
-        gate = self.gate[:slots].to(wide).clamp(0, 1)[:, None]  # (slots or 1, 1)
-        residual = (1 - gate).expand(slots, 1).expand(*anchors.shape, 1)
-        return (gate * weights).scatter_add(-1, anchors[..., None], residual)
+        return logits[:, :slots].unflatten(0, keys.shape[:2])
+
+    def _gates(self, slots: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self.gate is None else self.gate[:slots].to(dtype).clamp(0, 1)
 
     def _normalise(self, logits: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         if self.normalization == "softmax":

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
-SCORE_TILE = 128
+from lococo.backends import BACKENDS, Visibility, lower_right, triton_takes, wide
 
+__all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
 
-class Visibility(NamedTuple):
-    """What a query sees besides itself, and how its logits are changed.
-
-    Attributes
-    ----------
-    mask : torch.Tensor, optional
-        (batch, 1 or kv_heads, queries, entries), True where visible. None: lower-right causal, the last query sees
-        every entry, the one before it all but the last, and so on.
-    bias : torch.Tensor, optional
-        (batch, kv_heads, entries), added to the logits of an entry.
-    softcap : float, optional
-        Logits become ``softcap * tanh(logits / softcap)`` before mask and bias.
-    """
-
-    mask: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    softcap: float | None = None
+SCORE_TILE = 64
 
 
 def attend(
@@ -39,7 +17,7 @@ def attend(
     value: torch.Tensor,
     scale: float,
     visibility: Visibility,
-    backend: str = "sdpa",
+    backend: str = "auto",
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention with grouped queries.
@@ -63,7 +41,27 @@ def attend(
     ValueError
         If ``backend`` cannot do what ``visibility`` asks for.
     """
-    return BACKENDS[backend](query, key, value, scale, visibility, dropout)
+    return BACKENDS[backend](query, key, value, scale, visibility, dropout, False)[0]
+
+
+def attend_and_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    visibility: Visibility,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``attend``, and what ``attention_mass`` is cheaper with.
+
+    Returns
+    -------
+    tuple
+        (batch, heads, queries, head_dim) output, and the (batch, heads, queries) log-sum-exp of the logits, or None
+        where the kernel does not give it away.
+    """
+    return BACKENDS[backend](query, key, value, scale, visibility, dropout, True)
 
 
 def attention_mass(
@@ -73,6 +71,8 @@ def attention_mass(
     visibility: Visibility,
     counts: torch.Tensor | None = None,
     squared: bool = False,
+    lse: torch.Tensor | None = None,
+    delay: int = 0,
 ) -> torch.Tensor:
     """Attention probability each entry receives, summed over queries and the query heads of its group.
 
@@ -88,145 +88,70 @@ def attention_mass(
         (1 or batch, 1, queries, entries), False where a query's attention to an entry counts for nothing.
     squared : bool
         Sum the squares of the probabilities.
+    lse : torch.Tensor, optional
+        (batch, heads, queries), log-sum-exp of the logits, from ``attend_and_lse``.
+    delay : int
+        A query counts for entries at least so many before it, where both end together.
 
     Returns
     -------
     torch.Tensor
         (batch, kv_heads, entries) in float32 or wider.
     """
+    is_plain = counts is None and visibility.mask is None and visibility.softcap is None
+    if lse is not None and is_plain and triton_takes(query):
+        import lococo.triton_kernels as triton_kernels
+
+        return triton_kernels.attention_mass(query, key, scale, lse, visibility.bias, delay, squared)
     queries, entries = query.shape[2], key.shape[2]
-    mass = query.new_zeros(*key.shape[:3], dtype=_wide(query.dtype))
+    dtype = wide(query.dtype)
+    key = key.to(dtype).transpose(-1, -2)
+    if queries == 1:
+        return _received(query.to(dtype), key, scale, visibility, counts, squared, lse, delay, slice(0, 1), 1, entries)
+    mass = key.new_zeros(*key.shape[:2], entries)
     for start in range(0, queries, SCORE_TILE):
-        stop = min(start + SCORE_TILE, queries)
-        logits = _logits(query[:, :, start:stop], key, scale, visibility, slice(start, stop), queries, entries)
-        probabilities = logits.softmax(dim=-1, dtype=mass.dtype)  # (batch, kv_heads, groups, tile, entries)
-        if counts is not None:
-            probabilities = probabilities * counts[:, :, None, start:stop]
-        if squared:
-            probabilities = probabilities.square()
-        mass += probabilities.sum(dim=(2, 3))
+        rows = slice(start, min(start + SCORE_TILE, queries))
+        # Lower-right causal: no query of the tile sees, or given the log-sum-exp counts for, an entry after these.
+        seen = entries
+        if visibility.mask is None:
+            seen -= queries - rows.stop + (0 if lse is None else delay)
+        if seen > 0:
+            tile, keys = query[:, :, rows].to(dtype), key[..., :seen]
+            mass[..., :seen] += _received(
+                tile, keys, scale, visibility, counts, squared, lse, delay, rows, queries, entries
+            )
     return mass
 
 
-def _logits(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    visibility: Visibility,
-    rows: slice,
-    queries: int,
-    entries: int,
-) -> torch.Tensor:
-    """(batch, kv_heads, groups, rows, entries) logits of a slice of the queries, everything applied."""
-    batch, kv_heads = key.shape[:2]
-    grouped = query.reshape(batch, kv_heads, -1, *query.shape[-1:])  # (batch, kv_heads, groups * rows, head_dim)
-    logits = (grouped @ key.transpose(-1, -2)) * scale
-    if visibility.softcap is not None:
-        logits = visibility.softcap * torch.tanh(logits / visibility.softcap)
-    if visibility.bias is not None:
-        logits = logits + visibility.bias[:, :, None].to(logits.dtype)
-    logits = logits.unflatten(2, (-1, rows.stop - rows.start))
-    if visibility.mask is not None:
-        hidden = ~visibility.mask[:, :, None, rows]
-    elif queries == 1:
-        return logits
-    else:
-        hidden = ~lower_right(queries, entries, 0, query.device)[rows]
-    return logits.masked_fill(hidden, float("-inf"))
+def _received(query, key, scale, visibility, counts, squared, lse, delay, rows, queries, entries):
+    """(batch, kv_heads, seen) sums over a tile of queries; nothing of its size is left when the next one begins."""
+    shares = _shares(query, key, scale, visibility, lse, rows, queries, entries)
+    if delay:
+        shares.tril_(entries - queries + rows.start - delay)
+    if counts is not None:
+        shares.mul_(counts[:, :, None, rows, : key.shape[-1]])
+    if squared:
+        shares.square_()
+    return shares.sum(dim=(2, 3))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-@functools.lru_cache(maxsize=32)
-def lower_right(queries: int, entries: int, delay: int, device: torch.device) -> torch.Tensor:
-    """(queries, entries), True where the query is at least ``delay`` after the entry when both end together."""
-    return torch.ones(queries, entries, dtype=torch.bool, device=device).tril(entries - queries - delay)
-
-
-def _eager(query, key, value, scale, visibility, dropout):
-    queries, entries = query.shape[2], key.shape[2]
-    logits = _logits(query, key, scale, visibility, slice(0, queries), queries, entries)
-    probabilities = F.dropout(logits.softmax(dim=-1, dtype=_wide(query.dtype)), dropout).to(value.dtype)
-    return (probabilities @ value[:, :, None]).flatten(1, 2)
-
-
-def _sdpa(query, key, value, scale, visibility, dropout):
-    if visibility.softcap is not None:
-        return _eager(query, key, value, scale, visibility, dropout)
-    head_dim, queries, entries = query.shape[-1], query.shape[2], key.shape[2]
-    if visibility.bias is not None:
-        query, key, value = _with_bias_channel(query, key, value, visibility.bias, scale)
-    mask = visibility.mask
-    groups = query.shape[1] // key.shape[1]
-    if mask is not None:
-        mask = mask.repeat_interleave(groups, dim=1) if mask.shape[1] > 1 else mask
-    elif queries > 1:
-        # Kernels other than CUDA's take lower-right causality only as a mask; ours is kept, not rebuilt each call.
-        on_cuda = query.device.type == "cuda"
-        mask = causal_lower_right(queries, entries) if on_cuda else lower_right(queries, entries, 0, query.device)
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
-    )
-    return output[..., :head_dim]
-
-
-def _with_bias_channel(query, key, value, bias, scale):
-    """A bias on the logits as one more channel of q (constant) and k (the bias), padded to a multiple of 8."""
-    channels = 8
-    constant = query.new_ones(*query.shape[:-1], 1)
-    query = F.pad(torch.cat([query, constant], dim=-1), (0, channels - 1))
-    key = F.pad(torch.cat([key, (bias / scale).to(key.dtype)[..., None]], dim=-1), (0, channels - 1))
-    return query, key, F.pad(value, (0, channels))
-
-
-def _flex(query, key, value, scale, visibility, dropout):
-    if dropout:
-        raise ValueError(f"attention='flex' has no dropout, the model asks for {dropout}; use 'sdpa'")
-    from torch.nn.attention.flex_attention import flex_attention
-
-    offset, groups = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
+def _shares(query, key, scale, visibility, lse, rows, queries, entries):
+    """(batch, kv_heads, groups, rows, seen) attention probabilities of a tile; key is (batch, kv_heads, d, seen)."""
+    kv_heads, seen = key.shape[1], key.shape[3]
     mask, bias, softcap = visibility
-
-    def change(score, batch, head, query_index, entry):
-        kv_head = head // groups
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if bias is not None:
-            score = score + bias[batch, kv_head, entry].to(score.dtype)
-        if mask is None:
-            seen = entry <= query_index + offset
-        else:
-            seen = mask[batch, kv_head if mask.shape[1] > 1 else 0, query_index, entry]
-        return torch.where(seen, score, float("-inf"))
-
-    return flex_attention(query, key, value, score_mod=change, scale=scale, enable_gqa=groups > 1)
-
-
-def _flash_attention_2(query, key, value, scale, visibility, dropout):
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ImportError("attention='flash_attention_2' needs the package flash-attn: pip install lococo[flash]")
-    if visibility.mask is not None:
-        return _sdpa(query, key, value, scale, visibility, dropout)
-    from flash_attn import flash_attn_func
-
-    head_dim = query.shape[-1]
-    if visibility.bias is not None:
-        query, key, value = _with_bias_channel(query, key, value, visibility.bias, scale)
-    output = flash_attn_func(
-        *(tensor.transpose(1, 2) for tensor in (query, key, value)),
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-        softcap=visibility.softcap or 0.0,
-    )
-    return output.transpose(1, 2)[..., :head_dim]
-
-
-BACKENDS: dict[str, Callable] = {
-    "sdpa": _sdpa,
-    "eager": _eager,
-    "flex": _flex,
-    "flash_attention_2": _flash_attention_2,
-}
+    grouped = (query * scale).reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+    shares = grouped @ key  # (batch, kv_heads, groups * rows, seen)
+    if softcap is not None:
+        shares.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        shares.add_(bias[:, :, None, :seen])
+    shares = shares.unflatten(2, (-1, query.shape[2]))
+    is_hidden = None
+    if mask is not None:
+        is_hidden = ~mask[:, :, None, rows]
+    elif queries > 1:
+        is_hidden = ~lower_right(queries, entries, 0, query.device)[rows, :seen]
+    if lse is None:
+        return (shares if is_hidden is None else shares.masked_fill_(is_hidden, float("-inf"))).softmax(dim=-1)
+    shares.sub_(lse[:, :, rows].unflatten(1, (kv_heads, -1))[..., None]).exp_()
+    return shares if is_hidden is None else shares.masked_fill_(is_hidden, 0)

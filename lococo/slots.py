@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lococo.backends import triton_takes
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
+from lococo.fusion import ROW_SUM_EPS, FusionHead
 
 SMALLEST_WEIGHT = 1e-9
 
@@ -181,6 +182,8 @@ def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
     fused_anchors = choice.anchors.gather(-1, choice.fused)
     rest = torch.ones(entries.keys.shape[:3], dtype=torch.bool, device=entries.keys.device)
     rest = rest.scatter(-1, choice.anchors, False).scatter(-1, fused_anchors, True)
+    if head.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
+        return blend_in_triton(entries, fused_anchors, rest, head)
     weights = head(entries.keys, entries.values, fused_anchors, rest)
     mix = weights.to(entries.keys.dtype)
     fixed = weights.detach()
@@ -191,6 +194,29 @@ def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
         born=_average(fixed, entries.born),
         log_mass=None if entries.log_mass is None else log_mass(weights, entries.log_mass),
     )
+
+
+def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor, head: FusionHead) -> Entries:
+    """Blends of a head that divides its weights by their sum, in one kernel.
+
+    Parameters
+    ----------
+    anchors, rest
+        As in ``FusionHead.forward``.
+    """
+    import lococo.triton_blend as triton_blend
+
+    logits, gates = head.logits_and_gates(entries.keys, entries.values, anchors.shape[-1])
+    averaged = [tensor for tensor in (entries.scores, entries.born) if tensor is not None]
+    carried = entries.log_mass
+    keys, values, averages = triton_blend.blend(
+        *(entries.keys, entries.values, averaged, carried, logits, gates, anchors, rest),
+        ROW_SUM_EPS,
+        SMALLEST_WEIGHT,
+    )
+    log_mass = None if carried is None else averages.pop()
+    born = None if entries.born is None else averages.pop()
+    return Entries(keys, values, averages.pop() if averages else None, born, log_mass)
 
 
 def log_mass(weights: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:

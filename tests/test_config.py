@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from lococo.config import CONFIG_NAME, LoCoCoConfig
+from lococo.backends import BACKENDS
+from lococo.config import ATTENTIONS, CONFIG_NAME, LoCoCoConfig
 
 PRESETS = [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.reference, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
 
@@ -24,6 +25,12 @@ def test_presets_are_what_they_are_named_after():
     h2o, streaming = LoCoCoConfig.h2o(128), LoCoCoConfig.streaming_llm(128)
     assert (h2o.num_heavy, h2o.num_recent, h2o.score) == (64, 64, "sum")
     assert (streaming.num_sinks, streaming.num_recent, streaming.positions) == (4, 124, "slot")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_attention_has_a_backend(attention):
+    assert LoCoCoConfig(16, attention=attention).attention in BACKENDS
+    assert LoCoCoConfig(16).attention == "auto" and set(ATTENTIONS) == set(BACKENDS)
 
 
 def test_default_has_a_closed_gate_and_fused_slots():

@@ -5,14 +5,27 @@ import torch
 from test_kernels import CASES, by_hand, case
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, graphs, patch_model, patched
-from lococo.kernels import Visibility, attend, attention_mass
+from lococo import LoCoCoConfig, backends, graphs, patch_model, patched, slots
+from lococo.fusion import FusionHead
+from lococo.kernels import Visibility, attend, attend_and_lse, attention_mass
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+MODULES = {
+    "triton": "triton",
+    "flash_attention_2": "flash_attn.flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+}
+BACKENDS = [name for name in backends.BACKENDS if name not in MODULES or backends._is_installed(MODULES[name])]
+DTYPES = [
+    (backend, dtype)
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if dtype != torch.float32 or not backend.startswith("flash")
+]
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 CONFIGS = {
     "default": LoCoCoConfig(16, block_size=8),
@@ -32,8 +45,7 @@ def on_gpu(tensor, dtype):
     return None if tensor is None else tensor.cuda().to(dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex"])
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_float64_by_hand(name, backend, dtype):
     query, key, value, visibility = case(name)
@@ -42,21 +54,68 @@ def test_kernels_equal_float64_by_hand(name, backend, dtype):
     seen = Visibility(on_gpu(visibility.mask, dtype), on_gpu(visibility.bias, dtype), visibility.softcap)
     with torch.no_grad():
         output = attend(*there, 0.3, seen, backend)
-        mass = attention_mass(*there[:2], 0.3, seen)
+        same, lse = attend_and_lse(*there, 0.3, seen, backend)
+        masses = [attention_mass(*there[:2], 0.3, seen, lse=known) for known in (None, lse)]
     assert relative_error(output, expected) < TOLERANCES[dtype]
+    assert relative_error(same, expected) < TOLERANCES[dtype]
     columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
-    assert relative_error(mass, columns) < TOLERANCES[dtype]
+    for mass in masses:
+        assert relative_error(mass, columns) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("queries", "entries", "dim"), [(512, 1024, 128), (100, 612, 64), (1, 1024, 128)])
-def test_large_segments_equal_float64(queries, entries, dim, dtype):
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "entries", "dim"), [(512, 1024, 128), (100, 612, 64), (77, 589, 80), (1, 1024, 128), (32, 700, 256)]
+)
+def test_large_segments_equal_float64(queries, entries, dim, biased, backend, dtype):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 8, queries, dim, generator=generator).to(dtype)
+    query = torch.randn(2, queries, 8, dim, generator=generator).to(dtype).transpose(1, 2)
     key, value = torch.randn(2, 2, 2, entries, dim, generator=generator).to(dtype).unbind()
-    expected = attend(query.double(), key.double(), value.double(), dim**-0.5, Visibility(), "eager")
-    output = attend(query.cuda(), key.cuda(), value.cuda(), dim**-0.5, Visibility())
+    bias = torch.rand(2, 2, entries, generator=generator) * 5 if biased else None
+    exact, scale = [tensor.double() for tensor in (query, key, value)], dim**-0.5
+    expected = attend(*exact, scale, Visibility(bias=bias), "eager")
+    counted = {"squared": True, "delay": 100}
+    expected_mass = attention_mass(*exact[:2], scale, Visibility(bias=bias), **counted)
+    there = [tensor.cuda() for tensor in (query, key, value)]
+    seen = Visibility(bias=None if bias is None else bias.cuda())
+    with torch.no_grad():
+        output, lse = attend_and_lse(*there, scale, seen, backend)
+        mass = attention_mass(*there[:2], scale, seen, **counted, lse=lse)
     assert relative_error(output, expected) < TOLERANCES[dtype]
+    assert relative_error(mass, expected_mass) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("residual", ["slot", "layer", "none"])
+def test_compression_in_one_kernel_equals_torch(residual, dtype):
+    """The same compression without gradients, where Triton blends, and with them, where torch does."""
+    config = LoCoCoConfig(512, residual=residual, gate_init=0.4)
+    torch.manual_seed(0)
+    head, shape = FusionHead(config, 128).cuda(), (2, 3, 1024)
+    entries = slots.Entries(
+        keys=torch.randn(*shape, 128, device="cuda").to(dtype),
+        values=torch.randn(*shape, 128, device="cuda").to(dtype),
+        scores=torch.rand(shape, device="cuda"),
+        born=torch.arange(1024.0, device="cuda").expand(shape),
+        log_mass=torch.rand(shape, device="cuda"),
+    )
+    expected = slots.compress(entries, 2048, config, head)
+    with torch.no_grad():
+        got = slots.compress(entries, 2048, config, head)
+    for mine, theirs in zip(got.tensors()[:5], expected.tensors()[:5], strict=True):
+        assert mine.dtype == theirs.dtype
+        assert relative_error(mine, theirs.detach().double().cpu()) < TOLERANCES[dtype]
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+def test_auto_scores_in_triton():
+    query, key = torch.randn(2, 1, 4, 300, 64, device="cuda", dtype=torch.float16).unbind()
+    with torch.no_grad():
+        _, lse = attend_and_lse(query, key, key, 0.125, Visibility())
+        mass = attention_mass(query, key, 0.125, Visibility(), lse=lse)
+    assert backends.triton_takes(query) and lse is not None
+    assert mass.sum().item() == pytest.approx(4 * 300, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

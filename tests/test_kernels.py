@@ -1,12 +1,16 @@
 """Every kernel against a float64 softmax written out by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from lococo import kernels
-from lococo.kernels import Visibility, attend, attention_mass
+from lococo import backends, kernels
+from lococo.backends import Request, best_backend
+from lococo.kernels import Visibility, attend, attend_and_lse, attention_mass
 
-BACKENDS = ["sdpa", "eager", "flex"]
+BACKENDS = ["auto", "sdpa", "eager", "flex"]
 CASES = ["causal", "one-query", "mask", "mask-per-head", "bias", "bias-and-mask", "softcap"]
 
 
@@ -57,13 +61,73 @@ def test_attention_equals_softmax_by_hand(backend, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("tile", [1, 2, 128])
-def test_received_attention_equals_column_sums(name, tile, monkeypatch):
+def test_received_attention_equals_column_sums(name, backend, tile, monkeypatch):
+    """With the log-sum-exp of a kernel that has it, and without."""
     monkeypatch.setattr(kernels, "SCORE_TILE", tile)
     query, key, value, visibility = case(name)
-    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    expected_output, probabilities = by_hand(query, key, value, 0.3, visibility)
+    with torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
+    assert (lse is None) == (backend == "eager" or name in ("one-query", "softcap"))
+    torch.testing.assert_close(output, expected_output, rtol=0, atol=1e-12)
     expected = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
-    torch.testing.assert_close(attention_mass(query, key, 0.3, visibility), expected, rtol=0, atol=1e-12)
+    got = attention_mass(query, key, 0.3, visibility, lse=lse)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def log_sum_exp(query, key, visibility):
+    """(batch, heads, queries), from the probability of the first entry, which every query sees."""
+    _, probabilities = by_hand(query, key, key, 0.3, visibility)
+    firsts = key[:, :, 0].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = (query * firsts[:, :, None]).sum(-1) * 0.3
+    if visibility.softcap:
+        logits = visibility.softcap * (logits / visibility.softcap).tanh()
+    if visibility.bias is not None:
+        logits = logits + visibility.bias[..., :1].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return logits - probabilities[..., 0].log()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("delay", [0, 3, 20])
+def test_received_attention_of_queries_that_count(name, with_lse, squared, delay, monkeypatch):
+    """By delay and by a mask of counts, that say the same."""
+    monkeypatch.setattr(kernels, "SCORE_TILE", 2)
+    query, key, value, visibility = case(name)
+    lse = log_sum_exp(query, key, visibility) if with_lse else None
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    counts = kernels.lower_right(query.shape[2], key.shape[2], delay, query.device)
+    if delay == 0:  # what it says of entries that only a mask shows
+        counts = torch.ones_like(counts)
+    counted = (probabilities.square() if squared else probabilities) * counts
+    expected = counted.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    for arguments in ({"delay": delay}, {"counts": counts[None, None]}):
+        got = attention_mass(query, key, 0.3, visibility, squared=squared, lse=lse, **arguments)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "mask", "bias"])
+def test_log_sum_exp_of_narrow_kernels(name, dtype):
+    query, key, value, visibility = case(name, dtype)
+    with torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility)
+    bias = None if visibility.bias is None else visibility.bias.double()
+    exact = visibility._replace(bias=bias)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(lse.double(), log_sum_exp(*wide[:2], exact), rtol=0, atol=tolerance)
+    torch.testing.assert_close(output.double(), by_hand(*wide, 0.3, exact)[0], rtol=0, atol=tolerance)
+
+
+def test_log_sum_exp_is_left_to_training():
+    query, key, value, visibility = case("causal")
+    query.requires_grad_()
+    output, lse = attend_and_lse(query, key, value, 0.3, visibility)
+    assert output.requires_grad and lse is None
 
 
 def test_padding_queries_do_not_vote():
@@ -95,33 +159,72 @@ def test_gradients_equal_those_by_hand(name):
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-11)
 
 
-def test_no_matrix_over_the_whole_segment_is_made_for_scores():
-    """Tracked at the dispatcher: no tensor of a long segment's scores has more elements than a tile's."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.numel())
-            return result
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_two_tiles_are_held_for_scores(with_lse):
+    from lococo.bench.score import HeldBytes
 
     queries, entries = 1024, 1536
     query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)
-    mask = torch.ones(1, 1, queries, entries, dtype=torch.bool)
-    with Sizes():
-        attention_mass(query, key, 0.3, Visibility(mask))
-    assert largest <= max(2 * kernels.SCORE_TILE * entries, mask.numel())
-    assert largest < 2 * queries * entries
+    lse = torch.zeros(1, 2, queries) if with_lse else None
+    attention_mass(query, key, 0.3, Visibility(), lse=lse)  # what is kept for the next call is made
+    with HeldBytes() as held:
+        attention_mass(query, key, 0.3, Visibility(), squared=True, lse=lse, delay=100)
+    tile = 4 * 2 * kernels.SCORE_TILE * entries
+    assert held.largest <= tile
+    assert held.peak <= (1.5 if with_lse else 2.5) * tile
 
 
-def test_flash_attention_2_says_what_is_missing():
+NARROW = Request("cuda", torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(
+    ("request_", "backend"),
+    [
+        (NARROW, "sdpa"),
+        (NARROW._replace(is_biased=True), "triton"),
+        (NARROW._replace(wants_lse=True), "triton"),
+        (NARROW._replace(wants_lse=True, dtype=torch.float32, head_dim=80), "triton"),
+        (NARROW._replace(wants_lse=True, dtype=torch.float64), "sdpa"),
+        (NARROW._replace(wants_lse=True, head_dim=320), "sdpa"),
+        (NARROW._replace(wants_lse=True, device="cpu"), "sdpa"),
+        (NARROW._replace(is_biased=True, is_masked=True), "sdpa"),
+        (NARROW._replace(is_biased=True, is_softcapped=True), "sdpa"),
+        (NARROW._replace(is_biased=True, has_dropout=True), "sdpa"),
+        (NARROW._replace(is_biased=True, needs_gradient=True), "sdpa"),
+    ],
+)
+def test_auto_goes_to_triton_for_what_torch_lacks(request_, backend):
+    assert best_backend(request_, has_triton=True) == backend
+    assert best_backend(request_, has_triton=False) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "message"),
+    [
+        ("flash_attention_2", "flash_attn.flash_attn_interface", r"pip install lococo\[flash\]"),
+        ("flash_attention_4", "flash_attn.cute", "pip install --pre flash-attn-4"),
+        ("triton", "triton", "pip install triton"),
+    ],
+)
+def test_backend_says_what_is_missing(backend, module, message, monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name != module)
     query, key, value, visibility = case("causal")
-    with pytest.raises(ImportError, match="flash-attn"):
-        attend(query, key, value, 0.3, visibility, "flash_attention_2")
+    with pytest.raises(ImportError, match=message):
+        attend(query, key, value, 0.3, visibility, backend)
+
+
+def test_triton_asks_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda name: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU, the model is on cpu"):
+        attend(*case("causal", torch.float32)[:3], 0.3, Visibility(), "triton")
+
+
+def test_nothing_optional_is_imported_with_lococo():
+    code = "import sys; import lococo.attention, lococo.slots; "
+    code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_flex_refuses_dropout():

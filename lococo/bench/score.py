@@ -104,12 +104,11 @@ def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[]
     heads = query_heads_per_kv_head(model) * kv_heads
     query = torch.randn(batch, heads, queries, head_dim, device=keys.device, dtype=keys.dtype)
     bias = memory.entries.log_mass if head is not None and not head.is_closed else None
-    counts = None
-    if config.score_delay:
-        counts = kernels.lower_right(queries, entries, config.score_delay, keys.device)[None, None]
-    visibility, squared = kernels.Visibility(bias=bias), config.score == "distant"
-    scale = 1 / math.sqrt(head_dim)
-    return functools.partial(kernels.attention_mass, query, keys, scale, visibility, counts, squared)
+    visibility, scale = kernels.Visibility(bias=bias), 1 / math.sqrt(head_dim)
+    with torch.no_grad():
+        lse = kernels.attend_and_lse(query, keys, memory.values, scale, visibility, config.attention)[1]
+    mass = functools.partial(kernels.attention_mass, query, keys, scale, visibility, lse=lse)
+    return functools.partial(mass, squared=config.score == "distant", delay=config.score_delay)
 
 
 def query_heads_per_kv_head(model: PreTrainedModel) -> int:
