@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 import triton.language as tl
 from tiny import tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
