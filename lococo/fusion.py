@@ -6,11 +6,15 @@ import contextlib
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lococo.config import LoCoCoConfig
 
 ROW_SUM_EPS = 1e-6
+
+# Output channels up to which a convolution on a CPU is faster as a matrix product.
+NARROW = 32
 
 
 class FusionHead(nn.Module):
@@ -104,11 +108,15 @@ class FusionHead(nn.Module):
             return self._logits(keys, values, slots), self._gates(slots, torch.float32)
 
     def _logits(self, keys: torch.Tensor, values: torch.Tensor, slots: int) -> torch.Tensor:
-        pairs = torch.cat([keys, values], dim=-1).flatten(0, 1).transpose(1, 2)  # (batch * kv_heads, 2d, entries)
-        logits = self.conv(pairs.to(self.conv.weight.dtype))
-        if self.expand is not None:
-            logits = self.expand(logits)
-        return logits[:, :slots].unflatten(0, keys.shape[:2])
+        pairs = torch.cat([keys, values], dim=-1).flatten(0, 1)  # (batch * kv_heads, entries, 2d)
+        logits = _convolve(self.conv, pairs.to(self.conv.weight.dtype))
+        if self.expand is None:
+            logits = logits[:, :slots]
+        else:
+            with _onloaded(self.expand):
+                weight, bias = self.expand.weight[:slots, :, 0], cast(nn.Parameter, self.expand.bias)[:slots, None]
+                logits = weight @ logits + bias
+        return logits.unflatten(0, keys.shape[:2])
 
     def _gates(self, slots: int, dtype: torch.dtype) -> torch.Tensor | None:
         return None if self.gate is None else self.gate[:slots].to(dtype).clamp(0, 1)
@@ -121,7 +129,22 @@ class FusionHead(nn.Module):
         return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _onloaded(head: FusionHead) -> contextlib.AbstractContextManager:
+def _convolve(conv: nn.Conv1d, entries: torch.Tensor) -> torch.Tensor:
+    """(rows, channels, entries) convolution of (rows, entries, 2d) along the entries."""
+    is_narrow = conv.out_channels <= NARROW and conv.bias is None
+    if entries.device.type != "cpu" or torch.is_grad_enabled() or not is_narrow:
+        return conv(entries.transpose(1, 2))
+    # The CPU's convolution packs its weights anew at every call; this is one matrix product for all taps.
+    with _onloaded(conv):
+        channels, inputs, kernel = conv.weight.shape
+        taps = entries @ conv.weight.permute(1, 2, 0).reshape(inputs, kernel * channels)
+    rows, length, width = taps.shape
+    taps = F.pad(taps, (0, 0, kernel // 2, kernel // 2))
+    strides = (taps.stride(0), width, width + channels, 1)  # of an entry, tap t comes from t rows further down
+    return taps.as_strided((rows, length, kernel, channels), strides).sum(dim=2).transpose(1, 2)
+
+
+def _onloaded(head: nn.Module) -> contextlib.AbstractContextManager:
     """Context in which weights that accelerate offloads between the forwards of their module are there."""
     if not hasattr(head, "_hf_hook"):
         return contextlib.nullcontext()
