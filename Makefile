@@ -4,6 +4,7 @@ VENV ?= .venv
 VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
+CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
 SOURCES := $(shell find lococo tests -name '*.py')
@@ -47,7 +48,7 @@ test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity calibrate \
-	calibration gpu gpu-perplexity $(GPU_HEADS) test-versions test-chatglm clean
+	calibration chatglm gpu gpu-perplexity $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -129,6 +130,17 @@ BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --doc
 calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration, _zh
 	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
 	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
+
+# A real model of Chinese text in ChatGLM3's architecture, trained here in minutes.
+chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on held-out Chinese -> docs/results/chatglm_zh
+	test -d .demo/tiny-chatglm || $(VENV)/bin/python examples/tiny_chatglm.py --tokenizer $(CHATGLM_TOKENIZER) \
+		--data $(DATA)/wikipedia_zh/train.jsonl --output .demo/tiny-chatglm
+	$(LOCOCO) calibrate --model .demo/tiny-chatglm --dataset $(DATA)/wikipedia_zh/train.jsonl --num-slots 32 \
+		--block-size 32 --length 512 --first 128 --windows 240 --heldout 8 --budget-texts 24 --steps 60 \
+		--windows-per-step 2 --measure-every 20 --output .demo/tiny-chatglm-heads --resume
+	$(LOCOCO) eval ppl --model .demo/tiny-chatglm --data $(DATA)/wikipedia_zh/heldout.jsonl --length 512 --first 128 \
+		--documents 104 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
+		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu

@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with ChatGLM3's tokenizer.model")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files of texts")
-    parser.add_argument("--steps", type=int, default=900, help=f"of {TOKENS_PER_STEP} tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help=f"of {TOKENS_PER_STEP} tokens (default: %(default)s)")
     parser.add_argument("--repeated", type=int, default=250, help="first steps, on random tokens that come again")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     options = parser.parse_args()

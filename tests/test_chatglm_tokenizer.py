@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_chatglm import tiny_tokenizer_model
 from transformers import AutoTokenizer
@@ -177,6 +177,7 @@ class TestAgainstSentencePiece:
     @settings(max_examples=300, deadline=None)
     @given(text=st.text(st.sampled_from("ab er.,=-#012\n\t▁é你好的是。😀\u3000")) | st.text())
     def test_any_text(self, pieces, real, text):
+        assume(not any(token.content in text for token in real[3].added_tokens_decoder.values()))
         ids = real[3](text, add_special_tokens=False).input_ids
         assert ids == pieces.encode(text)
         assert real[3].decode(ids) == pieces.decode(ids) == text.replace("▁", " ")
