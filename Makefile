@@ -31,7 +31,7 @@ export END
 within_time = left=$$(($(END) - $$(date +%s))); left=$$((left < $(LIMIT) ? left : $(LIMIT))); \
 	if test $$left -lt 30; then echo "no time left for $@: make the same again"; exit 0; fi
 
-# Within an hour on one thread; a stage that its time limit stopped goes on when it is made again.
+# On one thread; a stage that its time limit stopped goes on when it is made again.
 BENCH_CPU = $(LOCOCO) bench $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
 # Shapes measured on a GPU. A try of it all elsewhere, in a minute:
 # make bench-cuda DEVICE=cpu SHAPES=tiny TRAIN_SHAPES=tiny SLOTS=16 LENGTHS="64 128" TRAIN_LENGTHS=128 BATCHES="1 2"
@@ -81,8 +81,8 @@ targets: | $(VENV)/.installed ## what was wanted beside what is measured -> docs
 	$(LOCOCO) bench targets --results $(RESULTS)
 
 bench-prefill: $(MODEL)/$(GGUF)
-	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 2048 4096 8192 \
-		--time-limit 2100 --output $(RESULTS)/bench_prefill_cpu
+	$(BENCH_CPU) --methods full,streaming,lococo-uncalibrated --heads $(HEADS)-128 --lengths 2048 4096 8192 16384 \
+		--time-limit 3600 --output $(RESULTS)/bench_prefill_cpu
 
 bench-decode: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --methods full,streaming,h2o,lococo-uncalibrated --heads $(HEADS)-128 --lengths 512 8192 \
@@ -94,9 +94,15 @@ bench-score: $(MODEL)/$(GGUF)
 bench-cuda: $(foreach shape,$(SHAPES),$(addsuffix -$(shape),cuda-decode cuda-prefill cuda-score))
 bench-cuda: $(TRAIN_SHAPES:%=cuda-train-%) ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
 
-# A stage with a result and nothing left in its journal is done; else it goes on where the last call of it stopped.
+# A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
+# on where the last call of it stopped.
+MEASURED := $(wildcard $(addprefix lococo/,attention.py backends.py bench cache.py chunks.py forward.py fusion.py graphs.py \
+	kernels.py memory.py segments.py slots.py steps.py triton_blend.py triton_kernels.py))
+is_current = test -f $(1).json && ! test -f $(1).partial.jsonl && { \
+	commit=$$(sed -n 's/.*"commit": "\([0-9a-f]*\).*/\1/p' $(1).json); \
+	! git cat-file -e "$$commit" 2>/dev/null || git diff --quiet "$$commit" -- $(MEASURED); }
 cuda_result = $(RESULTS)/bench_$(1)_$(DEVICE)_$*
-bench_cuda = if test -f $(cuda_result).json && ! test -f $(cuda_result).partial.jsonl; then exit 0; fi; $(within_time); \
+bench_cuda = if $(call is_current,$(cuda_result)); then exit 0; fi; $(within_time); \
 	$(LOCOCO) bench $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
 	--time-limit $$left --output $(cuda_result)
 
