@@ -100,6 +100,7 @@ class Decode(Topic):
             release_memory(model.device)
             held.append(counter.held)
             reader.read(tokens - steps)
+        reader.decode(1)  # after a longer call, or at the start of a block, there is more to do
         with Operations() as operations:
             reader.decode(1)
         return {"ops_per_step": operations.count, "kept_bytes_per_step": (held[2] - held[1]) / tokens}
