@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -158,8 +158,12 @@ def new_cache(decoder: Any) -> LoCoCoCache:
 
 
 def _by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_argument_names(type(decoder).forward), args, strict=False)), **kwargs}
+
+
+@functools.lru_cache
+def _argument_names(forward: Callable) -> list[str]:
+    return [name for name in inspect.signature(forward).parameters if name != "self"]
 
 
 def _refuse_unsupported(decoder: Any, kwargs: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from torch import nn
 from lococo.attention import Call
 from lococo.cache import LoCoCoCache
 from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
-from lococo.models import attention_layers
+from lococo.fusion import FusionHead
+from lococo.models import base_shape
 from lococo.segments import Plan, plan_call
-from lococo.state import patched_decoder
+from lococo.state import head_modules, patched_decoder
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -75,6 +76,7 @@ class StepGraph:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        self.heads = fusion_heads(model)
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
         plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
@@ -120,11 +122,10 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
         return call(**kwargs)
     step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
     plan_for = functools.partial(step.plan_for, device=input_ids.device)
-    layers = attention_layers(decoder)
-    heads = {index: getattr(layer, "lococo_head", None) for index, layer in layers.items()}
-    for index, layer in enumerate(cache.layers):
-        layer.open_steps(plan_for, heads[index], decoder.config.num_attention_heads)
     graph = _graphs.get(cache)
+    heads = fusion_heads(model) if graph is None else graph.heads
+    for layer, head in zip(cache.layers, heads, strict=True):
+        layer.open_steps(plan_for, head, decoder.config.num_attention_heads)
     if graph is None or not graph.fits(cache):
         graph = _graphs[cache] = _record(model, cache, kwargs)
     if graph is None:
@@ -135,9 +136,15 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     output = graph.step(cache, input_ids, position_ids)
     cache.advance(plan, 1)
     if plan.ends_block:
-        for index, layer in enumerate(cache.layers):
-            layer.close(plan_for, heads[index], cache.rotary_tables.get(index))
+        for index, (layer, head) in enumerate(zip(cache.layers, heads, strict=True)):
+            layer.close(plan_for, head, cache.rotary_tables.get(index))
     return output
+
+
+def fusion_heads(model: nn.Module) -> list[FusionHead | None]:
+    """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
+    heads = head_modules(model)
+    return [heads.get(index) for index in range(base_shape(model)["num_layers"])]
 
 
 def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
