@@ -89,7 +89,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return word_tokenizer()
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "<s>"  # lm-eval ends an answer there
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,11 @@ def open_model():
 
 
 def requests_of(data, name, shots, lm):
-    task = FewShotTask(name, shots, data)
-    return [request for item in task.items(lm) for request in item.requests]
+    return [request for prompt in prompts_of(FewShotTask(name, shots, data), lm) for request in prompt.requests]
+
+
+def prompts_of(task, lm, limit=None):
+    return [task.prompt(lm, question) for question in task.questions(limit)]
 
 
 def copies(requests):
@@ -201,7 +206,8 @@ def test_only_the_last_used_beginnings_are_kept():
 
 def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_question(data, tokenizer):
     task = FewShotTask("arc_easy", 2, data, seed=1)
-    items = list(task.items(PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=3))
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    items = prompts_of(task, lm, limit=3)
     prompts = [item.requests[0].args[0] for item in items]
     examples = [text.rsplit("\n\n", 1)[0] for text in prompts]
     assert len(items) == 3 and len(set(examples)) == 1 and len(set(prompts)) == 3
@@ -209,25 +215,26 @@ def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_questi
     assert all(example in possible for example in examples[0].split("\n\n"))
     assert [prompt.rsplit("\n\n", 1)[1] for prompt in prompts] == [arc(index)["query"] for index in range(3)]
     assert [request.args[1] for request in items[2].requests] == [f" {choice}" for choice in arc(2)["choices"]]
-    others = FewShotTask("arc_easy", 2, data, seed=2).items(PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=1)
-    assert next(others).requests[0].args[0] != prompts[0]
+    others = FewShotTask("arc_easy", 2, data, seed=2)
+    assert prompts_of(others, lm, limit=1)[0].requests[0].args[0] != prompts[0]
+    assert others.digest(others.questions(1)[0]) != task.digest(task.questions(1)[0])
 
 
 def test_more_shots_begin_with_the_examples_of_fewer(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
-    few, more = (next(FewShotTask("hellaswag", shots, data).items(lm)).requests[0].args[0] for shots in (2, 5))
+    few, more = (prompts_of(FewShotTask("hellaswag", shots, data), lm)[0].requests[0].args[0] for shots in (2, 5))
     assert more.startswith(few.rsplit("\n\n", 1)[0])
 
 
 def test_race_asks_the_last_question_of_an_article(data, tokenizer):
-    item = next(FewShotTask("race", 1, data).items(PrefixLM(tiny_llama(), tokenizer=tokenizer)))
+    item = prompts_of(FewShotTask("race", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
     question = item.requests[0].args[0].split("Article: ")[-1]
     first, last = race(0)["questions"]
     assert question == f"{race(0)['article']}\n\nQuestion: {first}\nAnswer: {arc(0)['choices'][1]}\n{last}"
 
 
 def test_winogrande_reads_both_sentences_and_scores_what_follows(data, tokenizer):
-    item = next(FewShotTask("winogrande", 1, data).items(PrefixLM(tiny_llama(), tokenizer=tokenizer)))
+    item = prompts_of(FewShotTask("winogrande", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
     sentence, options = winogrande(0)["sentence"], [winogrande(0)[name] for name in ("option1", "option2")]
     before, after = sentence.split("_")
     assert [request.args[0].split("\n\n")[1] for request in item.requests] == [before + each for each in options]
@@ -236,26 +243,29 @@ def test_winogrande_reads_both_sentences_and_scores_what_follows(data, tokenizer
 
 def test_triviaqa_takes_its_examples_from_the_end_and_scores_the_rest(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
-    items = list(FewShotTask("triviaqa", 2, data).items(lm))
-    assert [item.doc["question"] for item in items] == [triviaqa(index)["question"] for index in range(4)]
+    task = FewShotTask("triviaqa", 2, data)
+    items = prompts_of(task, lm)
+    assert [question["question"] for question in task.questions()] == [
+        triviaqa(index)["question"] for index in range(4)
+    ]
     assert all(triviaqa(index)["question"] in items[0].requests[0].args[0] for index in (4, 5))
 
 
 def test_prompts_that_are_too_long_lose_whole_examples(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
-    whole = next(FewShotTask("arc_easy", 6, data).items(lm))
+    whole = prompts_of(FewShotTask("arc_easy", 6, data), lm)[0]
     assert whole.shots == 6
     longest = max(lm.tokens_read(request.args)[1] for request in whole.requests)
     exact = PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=longest)
-    assert next(FewShotTask("arc_easy", 6, data).items(exact)).requests[0].args == whole.requests[0].args
+    assert prompts_of(FewShotTask("arc_easy", 6, data), exact)[0].requests[0].args == whole.requests[0].args
     shorter = PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=longest - 1)
-    cut = next(FewShotTask("arc_easy", 6, data).items(shorter))
+    cut = prompts_of(FewShotTask("arc_easy", 6, data), shorter)[0]
     parts = whole.requests[0].args[0].split("\n\n")
     assert cut.shots == 5
     assert cut.requests[0].args[0].split("\n\n") == [*parts[:5], parts[-1]]
-    assert cut.prompt_tokens == len(tokenizer(cut.requests[0].args[0]).input_ids)
-    with pytest.raises(ValueError, match=r"arc_easy, question 0: alone it has \d+ tokens, more than the 5"):
-        next(FewShotTask("arc_easy", 6, data).items(PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=5)))
+    assert cut.tokens == len(tokenizer(cut.requests[0].args[0]).input_ids)
+    with pytest.raises(ValueError, match=r"arc_easy: a question alone has \d+ tokens, more than the 5"):
+        prompts_of(FewShotTask("arc_easy", 6, data), PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=5))[0]
 
 
 def test_lm_eval_itself_is_told_of_prompts_that_are_too_long(data, tokenizer):
@@ -288,9 +298,10 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
     assert [row["metric"] for row in rows[::2]] == ["acc", "acc", "exact_match"]
     lm = HFLM(tiny_llama(), tokenizer=tokenizer)
     right, tokens = 0, 0
-    for item in FewShotTask("arc_easy", 2, data).items(PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=4):
+    prompts = prompts_of(FewShotTask("arc_easy", 2, data), PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=4)
+    for index, item in enumerate(prompts):
         scores = [score for score, _ in lm.loglikelihood(copies(item.requests))]
-        right += scores.index(max(scores)) == item.index % 4
+        right += scores.index(max(scores)) == index % 4
         tokens += len(tokenizer(item.requests[0].args[0]).input_ids)
     full = rows[0]
     assert (full["accuracy"], full["prompt_tokens"], full["items"]) == (right / 4, tokens / 4, 4)
@@ -302,20 +313,20 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
 
 def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch):
     expected = run(data, tokenizer, tmp_path / "whole", seed=0)
-    score, calls = FewShotTask.score, []
+    is_right, calls = FewShotTask.is_right, []
 
     def counted(*args):
         if len(calls) == 9:
             raise KeyboardInterrupt
         calls.append(args)
-        return score(*args)
+        return is_right(*args)
 
-    monkeypatch.setattr(FewShotTask, "score", counted)
+    monkeypatch.setattr(FewShotTask, "is_right", counted)
     with pytest.raises(KeyboardInterrupt):
         run(data, tokenizer, tmp_path / "cut", seed=0)
     assert not (tmp_path / "cut.json").exists()
     again = []
-    monkeypatch.setattr(FewShotTask, "score", lambda *args: again.append(args) or score(*args))
+    monkeypatch.setattr(FewShotTask, "is_right", lambda *args: again.append(args) or is_right(*args))
     assert run(data, tokenizer, tmp_path / "cut", seed=0) == expected
     assert len(calls) + len(again) == 2 * 3 * 4
     assert not (tmp_path / "cut.partial.jsonl").exists()
@@ -325,12 +336,13 @@ def test_right_answers_score_one(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
     for name in LINES:
         task = FewShotTask(name, 2, data)
-        for item in task.items(lm):
-            gold = {"race": 3, "triviaqa": 0, "winogrande": item.index % 2}.get(name, item.index % 4)
+        for index, question in enumerate(task.questions()):
+            item = task.prompt(lm, question)
+            gold = {"race": 3, "triviaqa": 0, "winogrande": index % 2}.get(name, index % 4)
             for wrong in (0, 1):
                 chosen = (gold + wrong) % len(item.requests)
                 scores = [(-float(place != chosen), False) for place in range(len(item.requests))]
-                texts = [words(5, 6) if wrong else f" {words(3 * item.index).upper()}"]
+                texts = [words(5, 6) if wrong else f" {words(3 * index).upper()}"]
 
                 class Oracle:
                     def loglikelihood(self, requests, disable_tqdm, scores=scores):
@@ -339,7 +351,7 @@ def test_right_answers_score_one(data, tokenizer):
                     def generate_until(self, requests, disable_tqdm, texts=texts):
                         return texts
 
-                assert task.score(Oracle(), item) == 1 - wrong
+                assert task.is_right(Oracle(), question, item) is not bool(wrong)
 
 
 def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):

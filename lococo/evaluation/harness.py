@@ -6,6 +6,7 @@ is lm-eval's own command with them; ``accelerate launch -m lococo.evaluation.har
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ class PrefixLM(HFLM):
     """
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+        # A prompt is encoded for its length and for each of its answers.
+        self._encode = functools.lru_cache(maxsize=16)(super().tok_encode)
         super().__init__(pretrained, backend="causal", **kwargs)
         self.forget()
 
@@ -63,6 +66,10 @@ class PrefixLM(HFLM):
         tokens = len(self.tok_encode(prompt))
         return tokens, tokens + normalize_gen_kwargs(answer, self.max_gen_toks)["max_gen_toks"]
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
+        """Token ids of a text."""
+        return list(self._encode(string, add_special_tokens, **settings))
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue prompts until a stop string."""
         self._refuse_long(self.tokens_read(request.args)[1] for request in requests)
@@ -75,9 +82,9 @@ class PrefixLM(HFLM):
         answers = []
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.rank != 0) as bar:
             for context, group in itertools.groupby(requests, key=lambda request: request[1]):
-                texts, _, continuations = zip(*group, strict=True)
-                scores = self.reader.score(context, continuations)
-                for text, score in zip(texts, scores, strict=True):
+                asked = list(group)
+                scores = self.reader.score(context, [continuation for _, _, continuation in asked])
+                for (text, _, _), score in zip(asked, scores, strict=True):
                     if text is not None:  # a part of a rolling one, which is cached as a whole
                         self.cache_hook.add_partial("loglikelihood", text, score)
                 answers += scores

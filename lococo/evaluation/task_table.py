@@ -14,9 +14,9 @@ from tqdm import tqdm
 from lococo.evaluation.harness import PrefixLM
 from lococo.evaluation.methods import Run, as_method
 from lococo.evaluation.results import Journal, beside, write_result
-from lococo.evaluation.tasks import FewShotTask, Item, parse_tasks
+from lococo.evaluation.tasks import FewShotTask, parse_tasks
 
-Outcome = tuple[Item, float]
+Outcome = dict[str, Any]
 
 
 def read_tasks(names: Sequence[str], data_dir: Path | None, seed: int) -> list[FewShotTask]:
@@ -62,17 +62,17 @@ def run(
         If a question is longer than ``max_length``.
     """
     lm = PrefixLM(model, tokenizer=tokenizer, max_length=max_length)
-    items = [list(task.items(lm, limit)) for task in tasks]
+    questions = [task.questions(limit) for task in tasks]
     journal = Journal(beside(output, ".partial.jsonl"))
     outcomes: dict[tuple[int, int], list[Outcome]] = {}
     for column, each in enumerate(tqdm(runs, desc="methods", disable=None)):
         with as_method(model, each.config, each.heads):
             lm.forget()
             for line, task in enumerate(tasks):
-                keys = (*facts.values(), task.name, task.shots, each.name, each.identity())
+                same = (*facts.values(), lm.max_length, task.name, task.shots, each.name, each.identity())
                 outcomes[line, column] = [
-                    (item, journal.measure((*keys, item.index, item.digest), functools.partial(task.score, lm, item)))
-                    for item in tqdm(items[line], desc=f"{each.name} {task.name}", leave=False, disable=None)
+                    journal.measure((*same, task.digest(question)), functools.partial(ask, lm, task, question))
+                    for question in tqdm(questions[line], desc=f"{each.name} {task.name}", leave=False, disable=None)
                 ]
     rows = [_row(tasks[line], runs[column], outcomes[line, column]) for line, column in sorted(outcomes)]
     write_result(output, command, model.device, rows, **facts, max_length=lm.max_length)
@@ -81,9 +81,15 @@ def run(
     return rows
 
 
+def ask(lm: PrefixLM, task: FewShotTask, question: dict[str, Any]) -> Outcome:
+    """One question to the model as it is."""
+    prompt = task.prompt(lm, question)
+    return {"right": task.is_right(lm, question, prompt), "shots": prompt.shots, "tokens": prompt.tokens}
+
+
 def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     count = len(outcomes)
-    accuracy = sum(right for _, right in outcomes) / count
+    accuracy = sum(outcome["right"] for outcome in outcomes) / count
     return {
         "task": task.name,
         "shots": task.shots,
@@ -94,8 +100,8 @@ def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, 
         "metric": task.metric,
         "accuracy": accuracy,
         "stderr": math.sqrt(accuracy * (1 - accuracy) / count),
-        "shots_that_fit": sum(item.shots for item, _ in outcomes) / count,
-        "prompt_tokens": sum(item.prompt_tokens for item, _ in outcomes) / count,
+        "shots_that_fit": sum(outcome["shots"] for outcome in outcomes) / count,
+        "prompt_tokens": sum(outcome["tokens"] for outcome in outcomes) / count,
     }
 
 

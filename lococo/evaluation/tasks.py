@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,31 +58,21 @@ class FixedExamples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class Prompt:
     """A question with as many examples before it as fit.
 
     Attributes
     ----------
-    index : int
-        Its place in the task.
     requests : list
         lm-eval's instances: one per choice, or one to continue.
     shots : int
-        Examples in the prompt.
-    prompt_tokens : int
+        Examples.
+    tokens : int
     """
 
-    index: int
-    doc: dict[str, Any]
     requests: list[Any]
     shots: int
-    prompt_tokens: int
-
-    @property
-    def digest(self) -> str:
-        """What is asked, and what would be right, in short."""
-        asked = [[str(argument) for argument in request.args] for request in self.requests]
-        return hashlib.sha256(json.dumps([asked, str(self.doc)]).encode()).hexdigest()[:16]
+    tokens: int
 
 
 class FewShotTask:
@@ -117,38 +107,46 @@ class FewShotTask:
         """The metric's name in lm-eval; accuracy where it has several."""
         return "exact_match" if self.task.OUTPUT_TYPE == "generate_until" else "acc"
 
-    def items(self, lm: PrefixLM, limit: int | None = None) -> Iterator[Item]:
-        """The first ``limit`` questions, with as many of the examples as fit into the model's length.
+    def questions(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """The first ``limit`` questions."""
+        return [doc for _, doc in self.task.doc_iterator(limit=limit)]
+
+    def digest(self, question: dict[str, Any]) -> str:
+        """The question with its right answer and all examples, in short."""
+        asked = json.dumps([question, self.task.sampler.examples[: self.shots]], sort_keys=True, default=str)
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    def prompt(self, lm: PrefixLM, question: dict[str, Any]) -> Prompt:
+        """What is asked, with as many of the examples as fit into the model's length.
 
         Raises
         ------
         ValueError
-            If a question alone is too long.
+            If the question alone is too long.
         """
-        for index, doc in self.task.doc_iterator(limit=limit):
-            shots = self.shots
-            if self._tokens_read(lm, doc, shots) > lm.max_length:
-                shots = bisect.bisect_right(
-                    range(self.shots), lm.max_length, key=lambda shots: self._tokens_read(lm, doc, shots)
-                )
-                shots -= 1
-            if shots < 0:
-                raise ValueError(
-                    f"{self.name}, question {index}: alone it has {self._tokens_read(lm, doc, 0)} tokens, more than "
-                    f"the {lm.max_length} of the model; choose a larger --max-length"
-                )
-            requests = self._requests(doc, shots)
-            yield Item(index, doc, requests, shots, lm.tokens_read(requests[0].args)[0])
+        shots = self.shots
+        if self._tokens_read(lm, question, shots) > lm.max_length:
+            fitting = bisect.bisect_right(
+                range(self.shots), lm.max_length, key=lambda shots: self._tokens_read(lm, question, shots)
+            )
+            shots = fitting - 1
+        if shots < 0:
+            raise ValueError(
+                f"{self.name}: a question alone has {self._tokens_read(lm, question, 0)} tokens, more than the "
+                f"{lm.max_length} of the model; choose a larger --max-length"
+            )
+        requests = self._requests(question, shots)
+        return Prompt(requests, shots, lm.tokens_read(requests[0].args)[0])
 
-    def score(self, lm: PrefixLM, item: Item) -> float:
-        """1 if the model's answer is right, else 0."""
-        answers = getattr(lm, item.requests[0].request_type)(item.requests, disable_tqdm=True)
-        for request, answer in zip(item.requests, answers, strict=True):
+    def is_right(self, lm: PrefixLM, question: dict[str, Any], prompt: Prompt) -> bool:
+        """Whether the model's answer is right by the task's metric."""
+        answers = getattr(lm, prompt.requests[0].request_type)(prompt.requests, disable_tqdm=True)
+        for request, answer in zip(prompt.requests, answers, strict=True):
             request.resps = [answer]
-        self.task._instances = item.requests
+        self.task._instances = prompt.requests
         self.task.apply_filters()
-        filtered = [next(iter(request.filtered_resps.values())) for request in item.requests]
-        return float(self.task.process_results(item.doc, filtered)[self.metric])
+        filtered = [next(iter(request.filtered_resps.values())) for request in prompt.requests]
+        return bool(self.task.process_results(question, filtered)[self.metric])
 
     def _requests(self, doc: dict[str, Any], shots: int) -> list[Any]:
         prompt = self.task.fewshot_context(doc, shots)
