@@ -4,6 +4,7 @@ VENV ?= .venv
 VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
+EVAL_DATA ?= ../shared/data/eval
 CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
@@ -20,6 +21,8 @@ HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
 TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexchange web wikipedia)
 HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
+TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
+GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
@@ -47,8 +50,8 @@ test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity calibrate \
-	calibration chatglm gpu gpu-perplexity $(GPU_HEADS) test-versions test-chatglm clean
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks calibrate \
+	calibration chatglm gpu gpu-perplexity gpu-tasks $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -124,6 +127,10 @@ memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memo
 perplexity: $(MODEL)/$(GGUF) ## perplexity by domain and method on the texts in DATA -> docs/results/perplexity
 	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) --output $(RESULTS)/perplexity
 
+tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
+	$(LOCOCO) eval tasks $(ON_MODEL) --data-dir $(EVAL_DATA) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
+		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
+
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
 calibrate-%: $(MODEL)/$(GGUF)
@@ -152,7 +159,7 @@ gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, cali
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
@@ -167,6 +174,12 @@ gpu-perplexity: $(MODEL)/$(GGUF)
 	timeout $$left $(LOCOCO) eval ppl $(ON_MODEL) --device $(DEVICE) --data $(HELDOUT) --length 4096 --documents 8 \
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/perplexity_$(DEVICE) || test $$? -eq 124
+
+gpu-tasks: $(MODEL)/$(GGUF)
+	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
+	timeout $$left $(LOCOCO) eval tasks $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) --tasks $(GPU_TASKS) \
+		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
+		--output $(RESULTS)/tasks_$(DEVICE) || test $$? -eq 124
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
 

@@ -16,6 +16,8 @@ from lococo.config import LoCoCoConfig
 from lococo.evaluation.methods import METHODS, as_method, method_config, plan_runs
 from lococo.loading import add_model_options, load
 
+TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40", "arc_challenge:40"]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Bad input ends with one line on stderr and status 2."""
@@ -38,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(required=True, metavar="WHAT")
     _add_perplexity(evaluations.add_parser("ppl", help="perplexity by domain and method"))
+    _add_tasks(evaluations.add_parser("tasks", help="accuracy by few-shot task and method"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory")
     add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))
     _add_convert_chatglm(
@@ -119,6 +122,31 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=6, help="texts per file (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results/perplexity"), help="(default: %(default)s)")
     parser.set_defaults(run=_perplexity)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=TASKS,
+        metavar="NAME:SHOTS",
+        help=f"(default: {' '.join(TASKS)})",
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder with a folder of files per task (default: the Hub)")
+    parser.add_argument("--methods", default="full,streaming,h2o,lococo-uncalibrated", help="(default: %(default)s)")
+    parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
+    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
+    parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="questions per task (default: all)")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of a prompt with its answer; longer ones lose examples (default: model's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/tasks"), help="(default: %(default)s)")
+    parser.set_defaults(run=_tasks)
 
 
 def _add_convert_chatglm(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +258,32 @@ def _perplexity(options: argparse.Namespace) -> None:
     )
     rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
     print(markdown_table([row for row in rows if row["domain"] == "all"]))
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from lococo.evaluation import task_table
+    from lococo.evaluation.results import markdown_table
+
+    for name in ("limit", "max_length"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    heads = [str(folder) for folder in options.heads]
+    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
+    tasks = task_table.read_tasks(options.tasks, options.data_dir, options.seed)
+    model, tokenizer = load(options)
+    rows = task_table.run(
+        model,
+        tokenizer,
+        tasks,
+        runs,
+        options.output,
+        options.command_line,
+        limit=options.limit,
+        max_length=options.max_length,
+        checkpoint=options.model,
+        seed=options.seed,
+    )
+    print(markdown_table(rows))
 
 
 def _convert_chatglm(options: argparse.Namespace) -> None:

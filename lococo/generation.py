@@ -85,7 +85,9 @@ def read_and_answer(
     if tokens < 2:
         raise ValueError(f"the prompt needs at least 2 tokens, got {tokens}")
     started = time.perf_counter()
-    cache = _read(model, input_ids[:, :-1], chunk, progress)
+    cache = read_tokens(model, input_ids[:, :-1], chunk=chunk, progress=progress)
+    if input_ids.is_cuda:
+        torch.cuda.synchronize(input_ids.device)
     read = time.perf_counter()
     output = model.generate(
         input_ids,
@@ -109,20 +111,36 @@ def read_and_answer(
 
 
 @torch.no_grad()
-def _read(model: Any, input_ids: torch.Tensor, chunk: int, progress: bool) -> Any:
-    cache = None
+def read_tokens(
+    model: Any, input_ids: torch.Tensor, cache: Any = None, start: int = 0, chunk: int = 512, progress: bool = False
+) -> Any:
+    """Read tokens piece by piece, without keeping logits. Returns the cache, None if there was neither it nor a token.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Patched or not.
+    input_ids : torch.Tensor
+        (1, tokens).
+    cache : optional
+        To go on with.
+    start : int
+        Tokens that the cache has read.
+    chunk : int
+        Tokens at a time.
+    progress : bool
+        Whether to show a bar on a terminal.
+    """
     tokens = input_ids.shape[1]
     last = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
     with tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
-        for start in range(0, tokens, chunk):
-            part = input_ids[:, start : start + chunk]
+        for first in range(0, tokens, chunk):
+            part = input_ids[:, first : first + chunk]
             # ChatGLM's own code does not count them on.
-            places = torch.arange(start, start + part.shape[1], device=part.device)[None]
+            places = torch.arange(start + first, start + first + part.shape[1], device=part.device)[None]
             output = model(part, position_ids=places, past_key_values=cache, use_cache=True, **last)
             cache = output.past_key_values
             bar.update(part.shape[1])
-    if input_ids.is_cuda:
-        torch.cuda.synchronize(input_ids.device)
     return cache
 
 

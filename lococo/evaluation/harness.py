@@ -1,0 +1,147 @@
+"""Models for lm-eval (EleutherAI's harness) that read through slots, and read what prompts share once.
+
+``python -m lococo.evaluation.harness run --model lococo --model_args pretrained=MODEL,method=h2o,num_slots=256 ...``
+is lm-eval's own command with them; ``accelerate launch -m lococo.evaluation.harness run ...`` shares the items out.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lococo.config import LoCoCoConfig
+from lococo.evaluation.methods import method_config
+from lococo.evaluation.prefixes import PrefixReader
+from lococo.heads import read_heads_config
+from lococo.patch import patch_model
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError as error:
+    raise ImportError(f"tasks are measured with lm-eval ({error}): pip install lococo[eval]") from error
+
+
+class PrefixLM(HFLM):
+    """lm-eval's model of Transformers, without padding, and with no token of a shared beginning read again and again.
+
+    Prompts longer than ``max_length`` are refused: cut by tokens, they would begin in the middle of an example.
+
+    Parameters
+    ----------
+    pretrained : str or transformers.PreTrainedModel
+        Patched or not.
+    **kwargs
+        As lm-eval's ``HFLM`` takes them.
+    """
+
+    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+        # A prompt is encoded for its length and for each of its answers.
+        self._encode = functools.lru_cache(maxsize=16)(super().tok_encode)
+        super().__init__(pretrained, backend="causal", **kwargs)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as one must after the model was patched or unpatched."""
+        self.reader = PrefixReader(self.model)
+
+    def tokens_read(self, arguments: Sequence[Any]) -> tuple[int, int]:
+        """Tokens of a request's prompt, and those that go through the model in all, an answer of any length included.
+
+        Parameters
+        ----------
+        arguments : sequence
+            Prompt and continuation, or prompt and settings of ``generate``.
+        """
+        prompt, answer = arguments
+        if isinstance(answer, str):
+            context, continuation = self._encode_pair(prompt, answer)
+            return len(context), len(context) + len(continuation) - 1
+        tokens = len(self.tok_encode(prompt))
+        return tokens, tokens + normalize_gen_kwargs(answer, self.max_gen_toks)["max_gen_toks"]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
+        """Token ids of a text."""
+        return list(self._encode(string, add_special_tokens, **settings))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue prompts until a stop string."""
+        self._refuse_long(self.tokens_read(request.args)[1] for request in requests)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        self._refuse_long(len(context) + len(continuation) - 1 for _, context, continuation in requests)
+        answers = []
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.rank != 0) as bar:
+            for context, group in itertools.groupby(requests, key=lambda request: request[1]):
+                asked = list(group)
+                scores = self.reader.score(context, [continuation for _, _, continuation in asked])
+                for (text, _, _), score in zip(asked, scores, strict=True):
+                    if text is not None:  # a part of a rolling one, which is cached as a whole
+                        self.cache_hook.add_partial("loglikelihood", text, score)
+                answers += scores
+                bar.update(len(scores))
+        return answers
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> Any:
+        if context.shape[0] == 1 and context.shape[1] > 1:
+            settings["past_key_values"] = self.reader.read(context[0, :-1].tolist())
+        return super()._model_generate(context, max_length, stop, **settings)
+
+    def _refuse_long(self, lengths: Iterable[int]) -> None:
+        longest = max(lengths, default=0)
+        if longest > self.max_length:
+            raise ValueError(
+                f"a prompt and its answer have {longest} tokens, max_length is {self.max_length}: raise it or take "
+                "fewer examples ('lococo eval tasks' leaves out as many as it must)"
+            )
+
+
+@register_model("lococo")
+class LoCoCoLM(PrefixLM):
+    """A model patched by a method, under the name ``lococo`` in lm-eval.
+
+    Parameters
+    ----------
+    pretrained : str or transformers.PreTrainedModel
+        Not patched.
+    method : str
+        A name of ``lococo.evaluation.methods``.
+    num_slots : int
+    block_size : int, optional
+        None: as many as slots, at most 512.
+    heads : str, optional
+        Folder or Hub id of trained heads; sets method, slots and block.
+    **kwargs
+        As lm-eval's ``HFLM`` takes them.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        method: str = "lococo-uncalibrated",
+        num_slots: int = LoCoCoConfig.num_slots,
+        block_size: int | None = None,
+        heads: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = (
+            read_heads_config(heads) if heads else method_config(method, num_slots, block_size or min(num_slots, 512))
+        )
+        super().__init__(pretrained, **kwargs)
+        if config is not None:
+            patch_model(self.model, config, heads=heads)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
