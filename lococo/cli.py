@@ -13,7 +13,8 @@ from typing import Any
 import lococo
 from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.methods import METHODS, as_method, method_config, plan_runs
+from lococo.evaluation.command import add_eval_commands
+from lococo.evaluation.methods import METHODS, as_method, method_config
 from lococo.loading import add_model_options, load
 
 
@@ -36,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="read a long prompt and answer"))
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
-    evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(required=True, metavar="WHAT")
-    _add_perplexity(evaluations.add_parser("ppl", help="perplexity by domain and method"))
+    evaluations = commands.add_parser("eval", help="measure quality")
+    add_eval_commands(evaluations.add_subparsers(required=True, metavar="WHAT"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory")
     add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))
     _add_convert_chatglm(
@@ -100,25 +101,6 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
     parser.set_defaults(run=_calibrate)
-
-
-def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files")
-    parser.add_argument("--methods", default="full,streaming,h2o,h2o-slot,lococo-uncalibrated")
-    parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
-    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
-    parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens per text (default: %(default)s)")
-    parser.add_argument(
-        "--min-length",
-        type=int,
-        help="a file without long texts is measured on shorter ones, down to this many tokens",
-    )
-    parser.add_argument("--first", type=int, default=512, help="first token that counts (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=6, help="texts per file (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/perplexity"), help="(default: %(default)s)")
-    parser.set_defaults(run=_perplexity)
 
 
 def _add_convert_chatglm(parser: argparse.ArgumentParser) -> None:
@@ -216,20 +198,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     if process.is_main_process:
         last = [row for row in rows if "gap_ratio" in row][-1]
         print(f"{options.output}: gap ratio {last['gap_ratio']:.3f} (0 is the full cache, 1 is H2O)")
-
-
-def _perplexity(options: argparse.Namespace) -> None:
-    from lococo.evaluation import ppl_table
-    from lococo.evaluation.results import markdown_table
-
-    heads = [str(folder) for folder in options.heads]
-    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
-    model, tokenizer = load(options)
-    texts = ppl_table.read_windows(
-        options.data, tokenizer, options.length, options.documents, options.first, options.min_length
-    )
-    rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
-    print(markdown_table([row for row in rows if row["domain"] == "all"]))
 
 
 def _convert_chatglm(options: argparse.Namespace) -> None:
