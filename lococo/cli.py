@@ -1,4 +1,4 @@
-"""The command line: ``lococo generate | calibrate | eval | bench | convert-chatglm``."""
+"""The command line: ``lococo generate | calibrate | eval | inspect | bench | convert-chatglm``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.command import add_eval_commands
 from lococo.evaluation.methods import METHODS, as_method, method_config
+from lococo.inspection.command import add_inspect_command
 from lococo.loading import add_model_options, load
 
 
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
     evaluations = commands.add_parser("eval", help="measure quality")
     add_eval_commands(evaluations.add_subparsers(required=True, metavar="WHAT"))
+    add_inspect_command(commands.add_parser("inspect", help="a page that shows which tokens each slot holds"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory")
     add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))
     _add_convert_chatglm(
