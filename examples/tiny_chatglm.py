@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from lococo.evaluation.ppl_table import read_documents
+from lococo.evaluation.texts import read_documents
 from lococo.models.chatglm_tokenizer import end_ids, fast_tokenizer, tokenizer_config
 
 TOKENS_PER_STEP = 4096

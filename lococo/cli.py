@@ -1,4 +1,4 @@
-"""The command line: ``lococo generate | calibrate | eval | bench | convert-chatglm``."""
+"""The command line: ``lococo generate | calibrate | eval | inspect | bench | convert-chatglm``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import lococo
 from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.methods import METHODS, as_method, method_config, plan_runs
+from lococo.evaluation.command import add_eval_commands
+from lococo.evaluation.methods import METHODS, as_method, method_config
+from lococo.inspection.command import add_inspect_command
 from lococo.loading import add_model_options, load
-
-TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40", "arc_challenge:40"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="read a long prompt and answer"))
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
-    evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(required=True, metavar="WHAT")
-    _add_perplexity(evaluations.add_parser("ppl", help="perplexity by domain and method"))
-    _add_tasks(evaluations.add_parser("tasks", help="accuracy by few-shot task and method"))
+    evaluations = commands.add_parser("eval", help="measure quality")
+    add_eval_commands(evaluations.add_subparsers(required=True, metavar="WHAT"))
+    add_inspect_command(commands.add_parser("inspect", help="a page that shows which tokens each slot holds"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory")
     add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))
     _add_convert_chatglm(
@@ -103,50 +103,6 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
     parser.set_defaults(run=_calibrate)
-
-
-def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files")
-    parser.add_argument("--methods", default="full,streaming,h2o,h2o-slot,lococo-uncalibrated")
-    parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
-    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
-    parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens per text (default: %(default)s)")
-    parser.add_argument(
-        "--min-length",
-        type=int,
-        help="a file without long texts is measured on shorter ones, down to this many tokens",
-    )
-    parser.add_argument("--first", type=int, default=512, help="first token that counts (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=6, help="texts per file (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/perplexity"), help="(default: %(default)s)")
-    parser.set_defaults(run=_perplexity)
-
-
-def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=TASKS,
-        metavar="NAME:SHOTS",
-        help=f"(default: {' '.join(TASKS)})",
-    )
-    parser.add_argument("--data-dir", type=Path, help="folder with a folder of files per task (default: the Hub)")
-    parser.add_argument("--methods", default="full,streaming,h2o,lococo-uncalibrated", help="(default: %(default)s)")
-    parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
-    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
-    parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="questions per task (default: all)")
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        help="tokens of a prompt with its answer; longer ones lose examples (default: model's)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/tasks"), help="(default: %(default)s)")
-    parser.set_defaults(run=_tasks)
 
 
 def _add_convert_chatglm(parser: argparse.ArgumentParser) -> None:
@@ -244,46 +200,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     if process.is_main_process:
         last = [row for row in rows if "gap_ratio" in row][-1]
         print(f"{options.output}: gap ratio {last['gap_ratio']:.3f} (0 is the full cache, 1 is H2O)")
-
-
-def _perplexity(options: argparse.Namespace) -> None:
-    from lococo.evaluation import ppl_table
-    from lococo.evaluation.results import markdown_table
-
-    heads = [str(folder) for folder in options.heads]
-    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
-    model, tokenizer = load(options)
-    texts = ppl_table.read_windows(
-        options.data, tokenizer, options.length, options.documents, options.first, options.min_length
-    )
-    rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
-    print(markdown_table([row for row in rows if row["domain"] == "all"]))
-
-
-def _tasks(options: argparse.Namespace) -> None:
-    from lococo.evaluation import task_table
-    from lococo.evaluation.results import markdown_table
-
-    for name in ("limit", "max_length"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    heads = [str(folder) for folder in options.heads]
-    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
-    tasks = task_table.read_tasks(options.tasks, options.data_dir, options.seed)
-    model, tokenizer = load(options)
-    rows = task_table.run(
-        model,
-        tokenizer,
-        tasks,
-        runs,
-        options.output,
-        options.command_line,
-        limit=options.limit,
-        max_length=options.max_length,
-        checkpoint=options.model,
-        seed=options.seed,
-    )
-    print(markdown_table(rows))
 
 
 def _convert_chatglm(options: argparse.Namespace) -> None:

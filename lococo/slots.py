@@ -178,10 +178,33 @@ def compress(
     return slots.combine(blend, functools.partial(_scatter, choice.fused))
 
 
-def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
-    fused_anchors = choice.anchors.gather(-1, choice.fused)
+def mixing(
+    entries: Entries,
+    now: int | torch.Tensor,
+    config: LoCoCoConfig,
+    head: FusionHead | None,
+    window: int | None = None,
+) -> tuple[Choice, torch.Tensor]:
+    """The compression of ``compress`` as one matrix: (batch, kv_heads, num_slots, entries), each row sums to 1."""
+    budget = Budget.of(config, window)
+    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    weights = torch.zeros(*choice.anchors.shape, len(entries), device=entries.keys.device)
+    weights = weights.scatter(-1, choice.anchors[..., None], 1.0)
+    if budget.fused == 0 or head is None or head.is_closed:
+        return choice, weights
+    blend = head(entries.keys, entries.values, *_blendable(entries, choice))
+    return choice, _scatter(choice.fused, weights, blend)
+
+
+def _blendable(entries: Entries, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry each fused slot starts from, and which entries may be blended."""
+    anchors = choice.anchors.gather(-1, choice.fused)
     rest = torch.ones(entries.keys.shape[:3], dtype=torch.bool, device=entries.keys.device)
-    rest = rest.scatter(-1, choice.anchors, False).scatter(-1, fused_anchors, True)
+    return anchors, rest.scatter(-1, choice.anchors, False).scatter(-1, anchors, True)
+
+
+def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
+    fused_anchors, rest = _blendable(entries, choice)
     if head.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
         return blend_in_triton(entries, fused_anchors, rest, head)
     weights = head(entries.keys, entries.values, fused_anchors, rest)

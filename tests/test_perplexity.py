@@ -1,15 +1,19 @@
 import json
 import math
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig, patched
-from lococo.evaluation import perplexity, ppl_table, token_nlls, windows
+from lococo.evaluation import perplexity, ppl_table, sliding_windows, token_nlls, windows
+from lococo.evaluation.gap import gap_interval, gap_ratio
 from lococo.evaluation.methods import plan_runs
 from lococo.evaluation.results import Journal, markdown_table
+from lococo.evaluation.texts import Cut, Text, read_documents, read_file, read_proof_pile, read_windows
 
 
 class Characters:
@@ -62,11 +66,22 @@ def test_bad_texts_are_refused(model, texts, message):
 
 
 def test_windows_share_no_token_and_visit_every_document_first():
-    documents = [{"text": "a" * 25, "id": "a"}, {"text": "b" * 9, "id": "b"}, {"text": "c" * 10, "id": "c"}]
-    found = list(windows(documents, Characters(), length=10))
-    assert [window.document for window in found] == ["a@0", "c@0", "a@1"]
+    texts = [Text("d", "a", range(25)), Text("d", "b", range(9)), Text("d", "c", range(10))]
+    found = list(windows(texts, length=10))
+    assert [(window.document, window.start) for window in found] == [("a", 0), ("c", 0), ("a", 10)]
     assert all(window.ids.shape == (1, 10) for window in found)
-    assert len(list(windows(documents, Characters(), length=10, limit=2))) == 2
+    assert len(list(windows(texts, length=10, limit=2))) == 2
+
+
+@pytest.mark.parametrize(("length", "first"), [(10, 4), (10, 9), (7, 1), (40, 4)])
+def test_sliding_windows_count_every_token_of_a_document_once(length, first):
+    texts = [Text("d", "a", range(25)), Text("d", "b", range(100, 104)), Text("d", "c", range(200, 200 + length))]
+    found = list(sliding_windows(texts, length, first))
+    for text in texts:
+        mine = [window.ids[0] for window in found if window.document == text.name]
+        assert all(len(ids) <= length and set(ids.tolist()) <= set(text.ids) for ids in mine)
+        counted = [token for ids in mine for token in ids[first:].tolist()]
+        assert counted == list(text.ids[first:])
 
 
 @pytest.fixture
@@ -80,9 +95,13 @@ def corpus(tmp_path):
     return path
 
 
-def run(model, corpus, output, methods=("full", "h2o", "h2o-slot", "lococo-uncalibrated"), length=40, **changes):
-    runs = plan_runs(methods, budgets=[12], block_size=8, heads=changes.pop("heads", ()))
-    texts = ppl_table.read_windows([corpus], Characters(), length, limit=3, first=20, **changes)
+METHODS = ("full", "h2o", "h2o-slot", "lococo-uncalibrated")
+
+
+def run(model, corpus, output, methods=METHODS, length=40, budgets=(12,), **changes):
+    runs = plan_runs(methods, budgets, block_size=8, heads=changes.pop("heads", ()))
+    lengths = length if isinstance(length, tuple) else (length,)
+    texts = read_windows([corpus], Characters(), Cut(lengths, first=20, limit=3, **changes))
     return ppl_table.run(model, texts, runs, first=20, output=output, command="command")
 
 
@@ -98,11 +117,11 @@ def test_table_holds_what_it_says(model, corpus, tmp_path):
         (ours - full) / (min(h2o, h2o_slot) - full)
     )
     assert cell["books", "full"]["tokens"] == 3 * 20
-    texts = list(windows(ppl_table.read_documents(corpus), Characters(), 40, 3))
+    texts = list(windows(read_file(corpus, Characters()), 40, 3))
     expected = torch.stack([token_nlls(model, window.ids, 20).mean() for window in texts]).mean().item()
     assert full == pytest.approx(expected)
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "perplexity.md").read_text().count("\n") == len(rows) + 4
+    assert (tmp_path / "out" / "perplexity.md").read_text().count("\n") == len(rows) + 6
 
 
 def test_killed_run_goes_on_where_it_stopped(model, corpus, tmp_path, monkeypatch):
@@ -147,7 +166,7 @@ def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path)
     config = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.5, slots_per_head=((16, 8), (9, 15)))
     with lococo.patched(model, config):
         lococo.save_heads(model, tmp_path / "heads")
-        texts = ppl_table.read_windows([corpus], Characters(), 40, limit=3, first=20)
+        texts = read_windows([corpus], Characters(), Cut((40,), first=20, limit=3))
         expected = torch.cat([token_nlls(model, window.ids, 20) for window in texts]).mean().item()
     rows = run(model, corpus, tmp_path / "x", heads=[str(tmp_path / "heads")])
     (ours,) = [row for row in rows if row["method"] == "lococo" and row["domain"] == "books"]
@@ -161,7 +180,143 @@ def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path)
 def test_files_without_texts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
-        ppl_table.read_documents(tmp_path / name)
+        read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (dict(lengths=(40, 20), first=20), "--first must lie between 1 and 19 for windows of 20 tokens, got 20"),
+        (dict(lengths=(40, 80), first=20, min_length=30), "--min-length 30 would measure"),
+    ],
+)
+def test_cuts_that_measure_nothing_new_are_refused(cut, message):
+    with pytest.raises(ValueError, match=message):
+        Cut(limit=3, **cut)
+
+
+def test_several_lengths_and_budgets_each_have_rows_and_pictures(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "many", length=(30, 60), budgets=(12, 18))
+    assert {(row["length"], row["num_slots"]) for row in rows} == {
+        (length, slots) for length in (30, 60) for slots in (None, 12, 18)
+    }
+    (alone,) = [row for row in rows if (row["domain"], row["length"], row["method"]) == ("books", 60, "full")]
+    short = run(model, corpus, tmp_path / "one", length=60, methods=["full"])
+    assert alone["nll"] == pytest.approx(short[0]["nll"], abs=1e-9)
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"many.png", "many_slots.png", "many_length.png"}
+
+
+def test_sliding_measures_the_same_tokens_at_every_length(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x", methods=["full"], length=(30, 60, 200), min_length=50, sliding=True)
+    assert [(row["length"], row["tokens"], row["documents"]) for row in rows if row["domain"] == "all"] == [
+        (30, 2 * 70, 2),
+        (60, 2 * 70, 2),
+        (90, 2 * 70, 2),
+    ]
+    (whole,) = [row["nll"] for row in rows if row["length"] == 90 and row["domain"] == "all"]
+    texts = read_file(corpus, Characters())
+    expected = torch.cat([token_nlls(model, torch.tensor([text.ids]), 20) for text in texts]).mean().item()
+    assert whole == pytest.approx(expected)
+
+
+def test_documents_of_the_same_place_in_two_files_stay_apart(model, tmp_path):
+    for name, text in (("a", "abcdefgh" * 10), ("b", "zyxwvuts" * 10)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+    cut = Cut((40,), first=20, limit=1)
+    (full,) = plan_runs(["full"], [12], 8)
+
+    def measure(*names):
+        texts = read_windows([tmp_path / f"{name}.jsonl" for name in names], Characters(), cut)
+        journal = Journal(tmp_path / f"{len(names)}{names[0]}.partial.jsonl")
+        return ppl_table.perplexity_rows(model, texts, [full], 20, journal)[0]
+
+    both = measure("a", "b")
+    assert both["documents"] == 2
+    assert both["nll"] == pytest.approx((measure("a")["nll"] + measure("b")["nll"]) / 2)
+
+
+def test_budgets_that_hold_the_whole_text_have_no_gap_ratio(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x", budgets=(200,), methods=["full", "h2o", "lococo-uncalibrated"])
+    assert all(row["gap_ratio"] is None or row["gap_low"] is None for row in rows)
+
+
+def synthetic(rng, documents):
+    """Losses of full, H2O, its variant and a method whose true gap ratio is 0.6, with noise they share and not."""
+    tokens = rng.integers(500, 3000, documents)
+    full = rng.normal(2.5, 0.6, documents)
+    lost = rng.gamma(6, 0.05, documents)
+    noise = rng.normal(0, 0.03, (3, documents))
+    h2o, variant, method = full + lost + noise[0], full + 1.5 * lost + noise[1], full + 0.6 * lost + noise[2]
+    return tokens * np.stack([method, full, h2o, variant]), tokens
+
+
+def test_gap_interval_equals_a_naive_bootstrap():
+    losses, tokens = synthetic(np.random.default_rng(1), 7)
+    low, high = gap_interval(losses[0], losses[1], losses[2:], tokens, resamples=300)
+    draws = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=300)
+    ratios = []
+    for counts in draws:
+        drawn = [document for document, count in enumerate(counts) for _ in range(count)]
+        means = [sum(loss[each] for each in drawn) / sum(tokens[each] for each in drawn) for loss in losses]
+        ratios.append(gap_ratio(means[0], means[1], means[2:]))
+    assert (low, high) == pytest.approx((np.quantile(ratios, 0.025), np.quantile(ratios, 0.975)))
+
+
+def test_gap_interval_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(2), []
+    for _ in range(300):
+        losses, tokens = synthetic(rng, 40)
+        low, high = gap_interval(losses[0], losses[1], losses[2:], tokens, resamples=400)
+        assert low < high
+        covered.append(low <= 0.6 <= high)
+    assert 0.90 <= np.mean(covered) <= 0.98
+
+
+def test_gap_interval_is_none_without_an_end():
+    one = np.array([1.0])
+    assert gap_interval(one, one, one[None] + 1, one) is None
+    full, h2o = np.array([1.0, 1.0]), np.array([[3.0, 0.5]])
+    assert gap_interval(full, full, h2o, np.ones(2)) is None
+
+
+def test_windows_of_one_document_are_drawn_together(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x")
+    (ours,) = [row for row in rows if (row["domain"], row["method"]) == ("books", "lococo-uncalibrated")]
+    assert ours["documents"] == 2 and ours["tokens"] == 3 * 20
+
+
+def test_proof_pile_is_streamed_until_there_are_enough_long_documents(monkeypatch):
+    asked, read = [], []
+
+    def load_dataset(kind, **options):
+        asked.append((kind, options))
+        for index in range(10):
+            read.append(index)
+            yield {"text": "" if index == 0 else "x" * 10 * index, "meta": {}}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = read_proof_pile("arxiv", Characters(), tokens=30, limit=2)
+    assert [(text.domain, text.name, len(text.ids)) for text in texts] == [("arxiv", "3", 30), ("arxiv", "4", 40)]
+    assert read == [0, 1, 2, 3, 4]
+    ((kind, options),) = asked
+    assert kind == "json" and options["streaming"]
+    assert options["data_files"] == "hf://datasets/EleutherAI/proof-pile-2/arxiv/test/*.jsonl.zst"
+    with pytest.raises(ValueError, match="no document of the first 10000 has 500 tokens"):
+        read_proof_pile("arxiv", Characters(), tokens=500, limit=2)
+    cut = Cut((30, 90), first=20, limit=1)
+    assert {(each.domain, each.length) for each in read_windows(None, Characters(), cut)} == {
+        (domain, length) for domain in ("arxiv", "open-web-math", "algebraic-stack") for length in (30, 90)
+    }
+
+
+def test_an_unreachable_hub_is_named(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="proof-pile-2.*name local texts with --data"):
+        read_proof_pile("arxiv", Characters(), tokens=30, limit=2)
 
 
 def test_journal_measures_each_key_once(tmp_path):

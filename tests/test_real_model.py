@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lococo import LoCoCoConfig, patched, perplexity
 from lococo.evaluation.methods import plan_runs
-from lococo.evaluation.ppl_table import perplexity_rows, read_windows
+from lococo.evaluation.ppl_table import perplexity_rows
 from lococo.evaluation.results import Journal
+from lococo.evaluation.texts import Cut, read_windows
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared/data/text"
@@ -117,7 +118,7 @@ def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_sl
         for row in recorded
         if row["domain"] == "math_latex" and row["num_slots"] in (num_slots, None)
     }
-    texts = read_windows([MATHS], tokenizer, 4096, limit=2, first=512)
+    texts = read_windows([MATHS], tokenizer, Cut((4096,), first=512, limit=2))
     (run,) = plan_runs([], [], 128, [str(ROOT / f"examples/heads/smollm2-135m-{num_slots}")])
     measured = perplexity_rows(model, texts, [run], 512, Journal(tmp_path / "journal.jsonl"))[0]["nll"]
     # Of two tokens with all but equal scores another processor's rounding may keep the other.

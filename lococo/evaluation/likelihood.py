@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 CHUNK = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """A stretch of one document: ``length`` tokens that follow each other."""
-
-    domain: str
-    document: str
-    ids: torch.Tensor  # (1, length)
-
-
-def windows(
-    documents: Iterable[Mapping[str, str]], tokenizer, length: int, limit: int | None = None
-) -> Iterator[Window]:
-    """Windows of one length, no token in two: the first of every document, then the second of every document, ...
-
-    Parameters
-    ----------
-    documents : iterable of mappings
-        ``text``, and where known ``id`` and ``domain``.
-    length : int
-        Tokens per window; what is left of a document is not used.
-    limit : int, optional
-        At most so many.
-    """
-    encoded = [
-        (document.get("domain", "text"), document.get("id", str(index)), tokenizer(document["text"]).input_ids)
-        for index, document in enumerate(documents)
-    ]
-    given = 0
-    for turn in range(max((len(ids) // length for _, _, ids in encoded), default=0)):
-        for domain, name, ids in encoded:
-            if len(ids) < (turn + 1) * length or given == limit:
-                continue
-            given += 1
-            part = ids[turn * length : (turn + 1) * length]
-            yield Window(domain, f"{name}@{turn}", torch.tensor([part]))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ def write_result(
     device: torch.device | str,
     rows: Sequence[dict[str, Any]],
     columns: Sequence[str] | None = None,
+    how: str | None = None,
     **facts: Any,
 ) -> None:
     """Write ``<path>.json`` and the table ``<path>.md`` of it.
@@ -43,12 +44,16 @@ def write_result(
         Flat, all with the same keys.
     columns : sequence of str, optional
         Keys that the table shows. None: all.
+    how : str, optional
+        How the figures came about, in a sentence or two that both files hold.
     **facts
         What else the file says of all rows.
     """
+    facts = facts if how is None else {"how": how, **facts}
     content = {**facts, **result_content(command, device, rows)}
     write_whole(beside(path, ".json"), json.dumps(content, indent=1) + "\n")
     note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
+    note += f"{how}\n\n" if how else ""
     shown = rows if columns is None else [{name: row[name] for name in columns} for row in rows]
     write_whole(beside(path, ".md"), note + markdown_table(shown))
 

@@ -1,0 +1,115 @@
+"""The commands ``lococo eval ppl`` and ``lococo eval tasks``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lococo.evaluation import ppl_table
+from lococo.evaluation.methods import plan_runs
+from lococo.evaluation.results import markdown_table
+from lococo.evaluation.texts import PROOF_PILE, Cut, read_windows
+from lococo.loading import add_model_options, load
+
+TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40", "arc_challenge:40"]
+
+
+def add_eval_commands(commands: Any) -> None:
+    """Add a parser for everything that can be measured."""
+    _add_perplexity(commands.add_parser("ppl", help="perplexity by length, domain, method and number of slots"))
+    _add_tasks(commands.add_parser("tasks", help="accuracy by few-shot task and method"))
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument(
+        "--data", type=Path, nargs="+", help=f".jsonl or .txt files (default: {PROOF_PILE} on the Hub)"
+    )
+    parser.add_argument("--methods", default="full,streaming,h2o,h2o-slot,lococo-uncalibrated")
+    parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
+    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
+    parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument(
+        "--length", "--lengths", dest="lengths", type=int, nargs="+", default=[2048], help="tokens (default: 2048)"
+    )
+    parser.add_argument(
+        "--min-length",
+        type=int,
+        help="a file without long texts is measured on shorter ones, down to this many tokens",
+    )
+    parser.add_argument("--first", type=int, default=512, help="first token that counts (default: %(default)s)")
+    parser.add_argument(
+        "--sliding",
+        action="store_true",
+        help="slide over whole documents: every token from --first on counts once, at every length the same tokens",
+    )
+    parser.add_argument(
+        "--documents", type=int, default=6, help="texts per file, with --sliding documents (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/results/perplexity"), help="(default: %(default)s)")
+    parser.set_defaults(run=_perplexity)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=TASKS,
+        metavar="NAME:SHOTS",
+        help=f"(default: {' '.join(TASKS)})",
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder with a folder of files per task (default: the Hub)")
+    parser.add_argument("--methods", default="full,streaming,h2o,lococo-uncalibrated", help="(default: %(default)s)")
+    parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
+    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
+    parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="questions per task (default: all)")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of a prompt with its answer; longer ones lose examples (default: model's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/tasks"), help="(default: %(default)s)")
+    parser.set_defaults(run=_tasks)
+
+
+def _perplexity(options: argparse.Namespace) -> None:
+    lengths = tuple(sorted(set(options.lengths)))
+    cut = Cut(lengths, options.first, options.documents, options.min_length, options.sliding)
+    heads = [str(folder) for folder in options.heads]
+    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
+    for path in options.data or []:
+        if not path.is_file():
+            raise FileNotFoundError(f"--data {path}: no such file")
+    model, tokenizer = load(options)
+    texts = read_windows(options.data, tokenizer, cut)
+    rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
+    print(markdown_table([row for row in rows if row["domain"] == ppl_table.ALL_DOMAINS]))
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from lococo.evaluation import task_table
+
+    for name in ("limit", "max_length"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    heads = [str(folder) for folder in options.heads]
+    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
+    tasks = task_table.read_tasks(options.tasks, options.data_dir, options.seed)
+    model, tokenizer = load(options)
+    rows = task_table.run(
+        model,
+        tokenizer,
+        tasks,
+        runs,
+        options.output,
+        options.command_line,
+        limit=options.limit,
+        max_length=options.max_length,
+        checkpoint=options.model,
+        seed=options.seed,
+    )
+    print(markdown_table(rows))
