@@ -115,8 +115,8 @@ def _grid(options: argparse.Namespace) -> None:
     rows = rows_of(grid)
     if rows:
         shown = columns(topic.name, rows)
-        facts = {"limits": dataclasses.asdict(grid.limits())}
-        write_result(output, options.command_line, device, rows, shown, **facts)
+        limits = dataclasses.asdict(grid.limits())
+        write_result(output, options.command_line, device, rows, shown, limits=limits)
         plot(topic.name, rows, beside(output, ".png"))
         print(markdown_table([{name: row[name] for name in shown} for row in rows]))
     if remaining:

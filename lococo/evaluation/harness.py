@@ -76,7 +76,7 @@ class PrefixLM(HFLM):
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
     ) -> list[tuple[float, bool]]:
         self._refuse_long(len(context) + len(continuation) - 1 for _, context, continuation in requests)
         answers = []

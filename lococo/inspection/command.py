@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import lococo
 from lococo.config import LoCoCoConfig
@@ -39,11 +40,9 @@ def _inspect(options: argparse.Namespace) -> None:
     text = options.data.read_text(encoding="utf-8")
     if not text:
         raise ValueError(f"{options.data}: the text is empty")
-    if options.heads:
-        config = read_heads_config(options.heads)
-    else:
-        block_size = options.block_size or min(options.num_slots, 512)
-        config = method_config(options.method, options.num_slots, block_size)
+    block_size = options.block_size or min(options.num_slots, 512)
+    chosen = cast(LoCoCoConfig, method_config(options.method, options.num_slots, block_size))  # not of "full"
+    config = read_heads_config(options.heads) if options.heads else chosen
     model, tokenizer = load(options)
     ids = tokenizer(text, return_tensors="pt").input_ids
     read = ids[:, : options.max_tokens]
