@@ -120,6 +120,12 @@ def prompts_of(task, lm, limit=None):
     return [task.prompt(lm, question) for question in task.questions(limit)]
 
 
+def short_answers(requests):
+    for request in requests:
+        request.arguments = (request.args[0], {"until": [WORDS[5], "\n"], "max_gen_toks": 20, "do_sample": False})
+    return requests
+
+
 def copies(requests):
     return [Instance(each.request_type, each.doc, each.arguments, each.idx) for each in requests]
 
@@ -149,7 +155,7 @@ def test_enough_slots_score_as_the_model_without_any(data, tokenizer):
     for name in ("arc_easy", "winogrande"):
         requests = requests_of(data, name, 4, ours)
         assert_same(ours.loglikelihood(copies(requests)), theirs.loglikelihood(copies(requests)))
-    requests = requests_of(data, "triviaqa", 4, ours)
+    requests = short_answers(requests_of(data, "triviaqa", 4, ours))
     assert ours.generate_until(copies(requests)) == theirs.generate_until(copies(requests))
 
 
@@ -164,9 +170,7 @@ def test_few_slots_score_otherwise(data, tokenizer):
 @pytest.mark.parametrize("model", [tiny_llama, open_model], ids=["full", "patched"])
 def test_answers_with_shared_beginnings_are_those_of_lm_eval(data, tokenizer, model):
     ours, theirs = PrefixLM(model(), tokenizer=tokenizer), HFLM(model(), tokenizer=tokenizer, backend="causal")
-    requests = requests_of(data, "triviaqa", 4, ours)
-    for request in requests:
-        request.arguments = (request.args[0], {"until": [WORDS[5], "\n"], "max_gen_toks": 20, "do_sample": False})
+    requests = short_answers(requests_of(data, "triviaqa", 4, ours))
     answers = ours.generate_until(copies(requests))
     assert answers == theirs.generate_until(copies(requests))
     assert len(set(answers)) > 1
@@ -215,7 +219,7 @@ def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_questi
     assert all(example in possible for example in examples[0].split("\n\n"))
     assert [prompt.rsplit("\n\n", 1)[1] for prompt in prompts] == [arc(index)["query"] for index in range(3)]
     assert [request.args[1] for request in items[2].requests] == [f" {choice}" for choice in arc(2)["choices"]]
-    others = FewShotTask("arc_easy", 2, data, seed=2)
+    others = FewShotTask("arc_easy", 2, data, seed=0)
     assert prompts_of(others, lm, limit=1)[0].requests[0].args[0] != prompts[0]
     assert others.digest(others.questions(1)[0]) != task.digest(task.questions(1)[0])
 
