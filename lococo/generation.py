@@ -61,6 +61,7 @@ def read_and_answer(
     chunk: int = 512,
     progress: bool = True,
     streamer=None,
+    cache: Any = None,
     **generate_kwargs,
 ) -> Reading:
     """Read a prompt piece by piece, then generate; for patched models and others alike.
@@ -75,6 +76,8 @@ def read_and_answer(
         Tokens between two movements of the progress bar.
     streamer : transformers streamer, optional
         Gets the answer token by token.
+    cache : optional
+        What ``read`` gave for the first tokens of the prompt; it is written on.
 
     Raises
     ------
@@ -85,8 +88,8 @@ def read_and_answer(
     if tokens < 2:
         raise ValueError(f"the prompt needs at least 2 tokens, got {tokens}")
     started = time.perf_counter()
-    cache = _read(model, input_ids[:, :-1], chunk, progress)
-    read = time.perf_counter()
+    cache = read(model, input_ids[:, :-1], chunk=chunk, progress=progress, cache=cache)
+    reading_ended = time.perf_counter()
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -103,18 +106,27 @@ def read_and_answer(
         slots=cache.config.num_slots if isinstance(cache, LoCoCoCache) else None,
         cache_bytes=held,
         full_cache_bytes=(output.shape[1] - 1) * bytes_per_token(cache),
-        reading_seconds=read - started,
-        answering_seconds=answered - read,
+        reading_seconds=reading_ended - started,
+        answering_seconds=answered - reading_ended,
     )
 
 
 @torch.no_grad()
-def _read(model: Any, input_ids: torch.Tensor, chunk: int, progress: bool) -> Any:
-    cache = None
+def read(model: Any, input_ids: torch.Tensor, *, chunk: int = 512, progress: bool = False, cache: Any = None) -> Any:
+    """The cache after a text; copies of it (``copy.deepcopy``) answer several questions about it.
+
+    Parameters
+    ----------
+    input_ids : torch.Tensor
+        (1, tokens).
+    cache : optional
+        Holds the first of these tokens already; it is written on.
+    """
     tokens = input_ids.shape[1]
+    first = 0 if cache is None else cache.get_seq_length()
     last = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-    with tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
-        for start in range(0, tokens, chunk):
+    with tqdm(total=tokens - first, unit="token", desc="reading", disable=None if progress else True) as bar:
+        for start in range(first, tokens, chunk):
             part = input_ids[:, start : start + chunk]
             # ChatGLM's own code does not count them on.
             places = torch.arange(start, start + part.shape[1], device=part.device)[None]
