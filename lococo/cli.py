@@ -13,6 +13,7 @@ from typing import Any
 import lococo
 from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
+from lococo.evaluation.long.command import add_long_command
 from lococo.evaluation.methods import METHODS, as_method, method_config, plan_runs
 from lococo.loading import add_model_options, load
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
     evaluations = commands.add_parser("eval", help="measure quality").add_subparsers(required=True, metavar="WHAT")
     _add_perplexity(evaluations.add_parser("ppl", help="perplexity by domain and method"))
+    add_long_command(evaluations.add_parser("long", help="answers about long documents by method"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory")
     add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))
     _add_convert_chatglm(

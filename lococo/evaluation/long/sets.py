@@ -7,6 +7,7 @@ import random
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lococo.evaluation.long import records
 from lococo.evaluation.long.items import Item, Task
@@ -171,65 +172,63 @@ SCROLLS = {
     "scrolls-narrative_qa": _scrolls("narrative_qa", records.scrolls_question, [], "f1", 128, _STORY, _BRIEF),
 }
 
-LONGBENCH = {
-    f"longbench-{name}": _longbench(name, *entry)
-    for name, entry in {
-        "narrativeqa": ("f1", 128, _STORY, _BRIEF),
-        "qasper": ("f1", 128, _PAPER, _ARTICLE),
-        "multifieldqa_en": ("f1", 64, "", _BRIEF),
-        "multifieldqa_zh": ("f1_zh", 64, "", _BRIEF_ZH),
-        "hotpotqa": ("f1", 32, _PASSAGES, _BRIEF),
-        "2wikimqa": ("f1", 32, _PASSAGES, _BRIEF),
-        "musique": ("f1", 32, _PASSAGES, _BRIEF),
-        "dureader": (
-            "rouge_l_zh",
-            128,
-            "以下是几篇文章。\n\n",
-            "\n\n请根据以上文章回答问题。\n\n问题：{question}\n回答：",
-        ),
-        "gov_report": ("rouge_l", 512, *_REPORT),
-        "qmsum": ("rouge_l", 512, _TRANSCRIPT, _MEETING),
-        "multi_news": ("rouge_l", 512, *_NEWS),
-        "vcsum": ("rouge_l_zh", 512, "以下是一场会议的记录。\n\n", "\n\n请写一段文字总结以上会议的内容。\n\n总结："),
-        "trec": (
-            "classification",
-            64,
-            "Name the type of the last question, as in the examples.\n\n",
-            "\n{question}",
-            True,
-        ),
-        "triviaqa": (
-            "f1",
-            32,
-            "Answer the last question about its passage, as in the examples.\n\n",
-            "\n{question}",
-            True,
-        ),
-        "samsum": ("rouge_l", 128, "Summarize the last dialogue, as in the examples.\n\n", "\n{question}", True),
-        "lsht": ("classification", 64, "请仿照例子判断最后一篇新闻的类别。\n\n", "\n{question}", True),
-        "passage_count": (
-            "count",
-            32,
-            "Some of the paragraphs below occur more than once.\n\n",
-            "\n\nHow many different paragraphs are there above? Answer with a number.\n\nAnswer:",
-        ),
-        "passage_retrieval_en": (
-            "retrieval",
-            32,
-            "Here are numbered paragraphs.\n\n",
-            "\n\nHere is a summary of one of the paragraphs above:\n\n{question}\n\nWhich one? Answer with its number, "
-            'as in "Paragraph 1".\n\nAnswer:',
-        ),
-        "passage_retrieval_zh": (
-            "retrieval",
-            32,
-            "以下是编了号的段落。\n\n",
-            '\n\n下面的摘要出自以上哪个段落？\n\n{question}\n\n请只回答编号，例如"段落1"。\n\n回答：',
-        ),
-        "lcc": ("edit_similarity", 64, _CODE, "Next line:\n"),
-        "repobench-p": ("edit_similarity", 64, _CODE, "{question}Next line:\n"),
-    }.items()
+_LONGBENCH: dict[str, tuple[Any, ...]] = {
+    "narrativeqa": ("f1", 128, _STORY, _BRIEF),
+    "qasper": ("f1", 128, _PAPER, _ARTICLE),
+    "multifieldqa_en": ("f1", 64, "", _BRIEF),
+    "multifieldqa_zh": ("f1_zh", 64, "", _BRIEF_ZH),
+    "hotpotqa": ("f1", 32, _PASSAGES, _BRIEF),
+    "2wikimqa": ("f1", 32, _PASSAGES, _BRIEF),
+    "musique": ("f1", 32, _PASSAGES, _BRIEF),
+    "dureader": (
+        "rouge_l_zh",
+        128,
+        "以下是几篇文章。\n\n",
+        "\n\n请根据以上文章回答问题。\n\n问题：{question}\n回答：",
+    ),
+    "gov_report": ("rouge_l", 512, *_REPORT),
+    "qmsum": ("rouge_l", 512, _TRANSCRIPT, _MEETING),
+    "multi_news": ("rouge_l", 512, *_NEWS),
+    "vcsum": ("rouge_l_zh", 512, "以下是一场会议的记录。\n\n", "\n\n请写一段文字总结以上会议的内容。\n\n总结："),
+    "trec": (
+        "classification",
+        64,
+        "Name the type of the last question, as in the examples.\n\n",
+        "\n{question}",
+        True,
+    ),
+    "triviaqa": (
+        "f1",
+        32,
+        "Answer the last question about its passage, as in the examples.\n\n",
+        "\n{question}",
+        True,
+    ),
+    "samsum": ("rouge_l", 128, "Summarize the last dialogue, as in the examples.\n\n", "\n{question}", True),
+    "lsht": ("classification", 64, "请仿照例子判断最后一篇新闻的类别。\n\n", "\n{question}", True),
+    "passage_count": (
+        "count",
+        32,
+        "Some of the paragraphs below occur more than once.\n\n",
+        "\n\nHow many different paragraphs are there above? Answer with a number.\n\nAnswer:",
+    ),
+    "passage_retrieval_en": (
+        "retrieval",
+        32,
+        "Here are numbered paragraphs.\n\n",
+        "\n\nHere is a summary of one of the paragraphs above:\n\n{question}\n\nWhich one? Answer "
+        'with its number, as in "Paragraph 1".\n\nAnswer:',
+    ),
+    "passage_retrieval_zh": (
+        "retrieval",
+        32,
+        "以下是编了号的段落。\n\n",
+        '\n\n下面的摘要出自以上哪个段落？\n\n{question}\n\n请只回答编号，例如"段落1"。\n\n回答：',
+    ),
+    "lcc": ("edit_similarity", 64, _CODE, "Next line:\n"),
+    "repobench-p": ("edit_similarity", 64, _CODE, "{question}Next line:\n"),
 }
+LONGBENCH = {f"longbench-{name}": _longbench(name, *entry) for name, entry in _LONGBENCH.items()}
 
 _SQUALITY = Source(
     (("squality/dev.jsonl", records.squality),),
