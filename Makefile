@@ -4,6 +4,7 @@ VENV ?= .venv
 VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
+EVAL_DATA ?= ../shared/data/eval
 CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
@@ -20,6 +21,10 @@ HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
 TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexchange web wikipedia)
 HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
+# The sets that EVAL_DATA has.
+LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsum) squality \
+	$(addprefix longbench-,narrativeqa multifieldqa_en 2wikimqa triviaqa samsum multi_news passage_count repobench-p) \
+	ruler babilong
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
@@ -48,7 +53,7 @@ test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity calibrate \
-	calibration chatglm gpu gpu-perplexity $(GPU_HEADS) test-versions test-chatglm clean
+	calibration chatglm long gpu gpu-perplexity gpu-long $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -142,11 +147,18 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 		--documents 104 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
 
+# Small limits: an hour or two on one CPU thread. A killed run goes on when it is made again.
+long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
+	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
+		--heads $(HEADS)-128 --tasks scrolls-quality scrolls-qasper scrolls-qmsum squality longbench-multi_news \
+		ruler-niah_single ruler-variable_tracking --limit 4 --max-new-tokens 64 --max-length 4096 --truncate middle \
+		--lengths 1024 2048 --items 5 --filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-long
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
@@ -161,6 +173,13 @@ gpu-perplexity: $(MODEL)/$(GGUF)
 	timeout $$left $(LOCOCO) eval ppl $(ON_MODEL) --device $(DEVICE) --data $(HELDOUT) --length 4096 --documents 8 \
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/perplexity_$(DEVICE) || test $$? -eq 124
+
+gpu-long: $(MODEL)/$(GGUF)
+	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
+	timeout $$left $(LOCOCO) eval long $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) \
+		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 \
+		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
+		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
 
