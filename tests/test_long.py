@@ -171,5 +171,3 @@ def test_bad_input_is_named_before_the_model_is_loaded(checkpoint, tmp_path, cap
     monkeypatch.setattr(command, "load", lambda options: pytest.fail("the model is loaded"))
     assert evaluate(checkpoint, tmp_path, *arguments, "--max-length", "2048") == 2
     assert message in capsys.readouterr().err
-
-
