@@ -141,7 +141,17 @@ def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  
     content = json.loads((tmp_path / "out" / "long.json").read_text())
     assert content["command"].startswith("lococo eval long ")
     rows = content["rows"]
-    assert list(rows[0]) == "task method num_slots block_size length items metric score stderr".split()
+    assert list(rows[0]) == [
+        "task",
+        "method",
+        "num_slots",
+        "block_size",
+        "length",
+        "items",
+        "metric",
+        "score",
+        "stderr",
+    ]
     assert [(row["task"], row["method"], row["items"]) for row in rows] == [
         (task, method, items)
         for method in ("full", "h2o")

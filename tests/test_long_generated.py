@@ -104,7 +104,7 @@ def test_asked_words_are_the_most_frequent(name, asked, length):
 def test_filler_comes_from_files_and_begins_again(tmp_path):
     (tmp_path / "a.txt").write_text("One two three. Four five.")
     filler = Filler([tmp_path / "a.txt"])
-    assert filler.take(7, 3) == "Four five. One two three. Four five.".split()
+    assert filler.take(7, 3) == ["Four", "five.", "One", "two", "three.", "Four", "five."]
     text = filler.hide([(0.5, "Here."), (0.5, "There.")], 5, random.Random(0))
     assert sorted(text.replace("Here. There. ", "").split()) == sorted(filler.words)
 
