@@ -23,6 +23,10 @@ HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
+# The sets that EVAL_DATA has.
+LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsum) squality \
+	$(addprefix longbench-,narrativeqa multifieldqa_en 2wikimqa triviaqa samsum multi_news passage_count repobench-p) \
+	ruler babilong
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
@@ -50,8 +54,8 @@ test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks calibrate \
-	calibration chatglm gpu gpu-perplexity gpu-tasks $(GPU_HEADS) test-versions test-chatglm clean
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks long \
+	calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -157,11 +161,18 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 		--documents 104 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
 
+# Small limits: an hour or two on one CPU thread. A killed run goes on when it is made again.
+long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
+	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
+		--heads $(HEADS)-128 --tasks scrolls-quality scrolls-qasper scrolls-qmsum squality longbench-multi_news \
+		ruler-niah_single ruler-variable_tracking --limit 4 --max-new-tokens 64 --max-length 4096 --truncate middle \
+		--lengths 1024 2048 --items 5 --filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
@@ -182,6 +193,13 @@ gpu-tasks: $(MODEL)/$(GGUF)
 	timeout $$left $(LOCOCO) eval tasks $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) --tasks $(GPU_TASKS) \
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/tasks_$(DEVICE) || test $$? -eq 124
+
+gpu-long: $(MODEL)/$(GGUF)
+	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
+	timeout $$left $(LOCOCO) eval long $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) \
+		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 \
+		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
+		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
 

@@ -61,6 +61,7 @@ def read_and_answer(
     chunk: int = 512,
     progress: bool = True,
     streamer=None,
+    cache: Any = None,
     **generate_kwargs,
 ) -> Reading:
     """Read a prompt piece by piece, then generate; for patched models and others alike.
@@ -75,6 +76,8 @@ def read_and_answer(
         Tokens between two movements of the progress bar.
     streamer : transformers streamer, optional
         Gets the answer token by token.
+    cache : optional
+        What ``read_tokens`` gave for the first tokens of the prompt; it is written on.
 
     Raises
     ------
@@ -85,10 +88,11 @@ def read_and_answer(
     if tokens < 2:
         raise ValueError(f"the prompt needs at least 2 tokens, got {tokens}")
     started = time.perf_counter()
-    cache = read_tokens(model, input_ids[:, :-1], chunk=chunk, progress=progress)
+    start = 0 if cache is None else cache.get_seq_length()
+    cache = read_tokens(model, input_ids[:, start:-1], cache, start, chunk, progress)
     if input_ids.is_cuda:
         torch.cuda.synchronize(input_ids.device)
-    read = time.perf_counter()
+    reading_ended = time.perf_counter()
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -105,8 +109,8 @@ def read_and_answer(
         slots=cache.config.num_slots if isinstance(cache, LoCoCoCache) else None,
         cache_bytes=held,
         full_cache_bytes=(output.shape[1] - 1) * bytes_per_token(cache),
-        reading_seconds=read - started,
-        answering_seconds=answered - read,
+        reading_seconds=reading_ended - started,
+        answering_seconds=answered - reading_ended,
     )
 
 

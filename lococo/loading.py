@@ -58,12 +58,38 @@ def chosen_dtype(name: str) -> torch.dtype | None:
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer named by the options."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision is many times slower there
-    extra = {"gguf_file": options.gguf_file} if options.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(options.model, **extra)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype or "auto", **extra)
+    tokenizer = load_tokenizer(options)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype or "auto", **_extra(options))
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(options: argparse.Namespace) -> Any:
+    """Tokenizer named by the options, without the model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(options.model, **_extra(options))
+
+
+def longest_text(options: argparse.Namespace) -> int:
+    """Tokens that the model named by the options was made for, from its config.
+
+    Raises
+    ------
+    ValueError
+        If the config does not say.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(options.model, **_extra(options)).get_text_config()
+    if not hasattr(config, "max_position_embeddings"):
+        raise ValueError(f"the config of {options.model} has no max_position_embeddings: say --max-length")
+    return config.max_position_embeddings
+
+
+def _extra(options: argparse.Namespace) -> dict[str, str]:
+    return {"gguf_file": options.gguf_file} if options.gguf_file else {}

@@ -1,4 +1,4 @@
-"""The commands ``lococo eval ppl`` and ``lococo eval tasks``."""
+"""The commands ``lococo eval ppl``, ``tasks`` and ``long``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo.evaluation import ppl_table
+from lococo.evaluation.long.command import add_long_command
 from lococo.evaluation.methods import plan_runs
 from lococo.evaluation.results import markdown_table
 from lococo.evaluation.texts import PROOF_PILE, Cut, read_windows
@@ -19,6 +20,7 @@ def add_eval_commands(commands: Any) -> None:
     """Add a parser for everything that can be measured."""
     _add_perplexity(commands.add_parser("ppl", help="perplexity by length, domain, method and number of slots"))
     _add_tasks(commands.add_parser("tasks", help="accuracy by few-shot task and method"))
+    add_long_command(commands.add_parser("long", help="answers about long documents by method"))
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""``lococo eval long``: questions about long documents, and needles in generated ones."""
