@@ -20,7 +20,7 @@ class PrefixReader:
     """Reads one prompt after another with a model, full or patched, and keeps the caches of shared beginnings.
 
     Where a prompt goes on as the one before it did, past what is kept already, the cache at the place where they part
-    is kept: the examples before a question are read twice, however many questions follow.
+    is kept: the examples before a question are read two or three times, however many questions follow.
 
     Parameters
     ----------
