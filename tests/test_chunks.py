@@ -116,7 +116,6 @@ def test_layers_that_are_offloaded_read_by_the_memory_where_the_tokens_are(monke
 
 
 def test_the_system_tells_its_free_memory(monkeypatch):
-    pytest.importorskip("psutil")
     assert free_memory(torch.device("cpu")) > 2**20
     assert free_memory(torch.device("meta")) is None
     monkeypatch.setattr(chunks.importlib.util, "find_spec", lambda name: None)
