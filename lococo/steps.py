@@ -198,9 +198,10 @@ class StepBuffers:
 
     def _score(self, scores: torch.Tensor, received: torch.Tensor) -> None:
         received = received.sum(dim=1)
-        if self._scored_until is not None:
-            received *= self._scored_until <= self._at[:, :1]
-        scores += received
+        if self._scored_until is None:
+            scores += received
+        else:
+            scores.addcmul_(received, self._scored_until <= self._at[:, :1])
 
     def _seen(self, window: int | None) -> torch.Tensor:
         if window is None:
