@@ -27,7 +27,7 @@ def answers(
     """
     metric = METRICS[task.metric]
     encoded = [_sequences(prompts, item, metric.by_likelihood) for item in items]
-    keys = [_key(task, run, each) for each in encoded]
+    keys = [_key(model, task, run, each) for each in encoded]
     states = _States(model, items, encoded, [journal.recall(key) is None for key in keys])
     for place, (item, sequences, key) in enumerate(zip(items, encoded, keys, strict=True)):
 
@@ -48,9 +48,9 @@ def _sequences(prompts: Prompts, item: Item, with_options: bool) -> list[list[in
     return [prompts.ids(item), *(prompts.ids(item, option) for option in item.options if with_options)]
 
 
-def _key(task: Task, run: Run, sequences: Sequence[Sequence[int]]) -> tuple[Any, ...]:
+def _key(model: Any, task: Task, run: Run, sequences: Sequence[Sequence[int]]) -> tuple[Any, ...]:
     digest = hashlib.sha256(repr((task.max_new_tokens, sequences)).encode()).hexdigest()
-    return task.name, run.name, run.identity(), digest
+    return model.name_or_path, task.name, run.name, run.identity(), digest
 
 
 class _States:
