@@ -129,10 +129,10 @@ cuda-train-%: | $(VENV)/.installed
 memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memory
 	$(LOCOCO) bench memory $(ON_MODEL) --output $(RESULTS)/memory
 
-# Three windows of a domain: 40 minutes on one CPU thread. A killed run goes on when it is made again.
+# Two windows of a domain: 45 minutes on one CPU thread. A killed run goes on when it is made again.
 perplexity: $(MODEL)/$(GGUF) ## perplexity by domain, method and budget on the texts in DATA -> docs/results/perplexity
 	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --min-length 1024 \
-		--documents 3 --num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
+		--documents 2 --num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
 
 tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
 	$(LOCOCO) eval tasks $(ON_MODEL) --data-dir $(EVAL_DATA) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
