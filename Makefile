@@ -167,7 +167,7 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
 	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
 		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
-		--limit 3 --max-new-tokens 64 --max-length 2048 --truncate middle --lengths 1024 2048 --items 5 --filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+		--limit 2 --max-new-tokens 64 --max-length 2048 --truncate middle --lengths 1024 2048 --items 5 --filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
