@@ -52,10 +52,10 @@ BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
-test test-versions test-chatglm bench-prefill bench-decode bench-score perplexity tasks long: export OMP_NUM_THREADS = 1
+test test-versions test-chatglm bench-prefill bench-decode bench-score perplexity tasks agreement long: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks long \
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks agreement long \
 	calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
@@ -138,6 +138,9 @@ tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in 
 	$(LOCOCO) eval tasks $(ON_MODEL) --data-dir $(EVAL_DATA) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
 		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
 
+agreement: $(MODEL)/$(GGUF) ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
+	$(VENV)/bin/python examples/lm_eval_agreement.py $(ON_MODEL) --data-dir $(EVAL_DATA)
+
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
 calibrate-%: $(MODEL)/$(GGUF)
@@ -167,7 +170,8 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
 	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
 		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
-		--limit 2 --max-new-tokens 64 --max-length 2048 --truncate middle --lengths 1024 2048 --items 5 --filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+		--limit 2 --max-new-tokens 64 --max-length 2048 --truncate middle --lengths 1024 2048 --items 5 \
+		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
