@@ -165,12 +165,12 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 		--documents 104 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
 
-# A few items of each set, their middle cut to 2K tokens: 40 minutes on one CPU thread. A killed run goes on when it is
+# Two items of each set, their middle cut to 1.5K tokens: half an hour on one CPU thread. A killed run goes on when it is
 # made again. The sets in Chinese are for other models.
 long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
 	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
 		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
-		--limit 2 --max-new-tokens 64 --max-length 2048 --truncate middle --lengths 1024 2048 --items 5 \
+		--limit 2 --max-new-tokens 48 --max-length 1536 --truncate middle --lengths 1024 1536 --items 5 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
