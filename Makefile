@@ -9,7 +9,8 @@ CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
 SOURCES := $(shell find lococo tests -name '*.py')
-TESTS := pytest -q -n 2
+BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+TESTS := pytest -q -n 2 $(if $(BROWSER),,-m "not browser")
 
 MODEL := .demo/smollm2-135m
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
