@@ -56,7 +56,7 @@ test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks long \
-	calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
+	inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -137,6 +137,15 @@ perplexity: $(MODEL)/$(GGUF) ## perplexity by domain, method and budget on the t
 tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
 	$(LOCOCO) eval tasks $(ON_MODEL) --data-dir $(EVAL_DATA) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
 		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
+
+# The address chooses what is shown: a slot that is the blend of two tokens.
+SHOWN := layer=21&head=1&slot=14
+inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a picture of it -> docs/results/inspect.png
+	$(LOCOCO) inspect $(ON_MODEL) --data docs/results/notes/2026-11-23-heavy-hitter-score.md --max-tokens 1000 \
+		--heads $(HEADS)-128 --output .demo/inspect.html
+	$(or $(BROWSER),$(error no Chromium found)) --headless=new --no-sandbox --disable-gpu --window-size=1360,820 \
+		--user-data-dir=$(CURDIR)/.demo/browser --screenshot=$(abspath $(RESULTS)/inspect.png) \
+		"file://$(CURDIR)/.demo/inspect.html#$(SHOWN)"
 
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 

@@ -78,6 +78,8 @@ def test_release_tells_the_name():
 
 def test_code_of_its_own_keeps_its_name():
     class Remote(PreTrainedModel):
+        _supports_sdpa = True
+
         def forward(self, input_ids, past_key_values=None):
             return input_ids
 
