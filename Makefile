@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
-VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
+VERSIONS ?= 4.56.2 4.57.6 5.0.0 5.23.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
 EVAL_DATA ?= ../shared/data/eval
@@ -9,7 +9,8 @@ CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
 SOURCES := $(shell find lococo tests -name '*.py')
-TESTS := pytest -q -n 2
+BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+TESTS := pytest -q -n 2 $(if $(BROWSER),,-m "not browser")
 
 MODEL := .demo/smollm2-135m
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -52,11 +53,13 @@ BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
-test test-versions test-chatglm bench-prefill bench-decode bench-score perplexity tasks agreement long: export OMP_NUM_THREADS = 1
+test test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
+perplexity tasks agreement long: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks agreement long \
-	calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
+	agreement long inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) \
+	test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -140,6 +143,15 @@ tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in 
 
 agreement: $(MODEL)/$(GGUF) ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
 	$(VENV)/bin/python examples/lm_eval_agreement.py $(ON_MODEL) --data-dir $(EVAL_DATA)
+
+# The address chooses what is shown: a slot that is the blend of two tokens.
+SHOWN := layer=21&head=1&slot=14
+inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a picture of it -> docs/results/inspect.png
+	$(LOCOCO) inspect $(ON_MODEL) --data docs/results/notes/2026-11-23-heavy-hitter-score.md --max-tokens 1000 \
+		--heads $(HEADS)-128 --output .demo/inspect.html
+	$(or $(BROWSER),$(error no Chromium found)) --headless=new --no-sandbox --disable-gpu --window-size=1360,820 \
+		--user-data-dir=$(CURDIR)/.demo/browser --screenshot=$(abspath $(RESULTS)/inspect.png) \
+		"file://$(CURDIR)/.demo/inspect.html#$(SHOWN)"
 
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 

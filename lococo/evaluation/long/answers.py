@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lococo.compat import with_cache
 from lococo.evaluation.long.items import Item, Task
 from lococo.evaluation.long.metrics import METRICS
 from lococo.evaluation.long.prompts import Prompts, shared_start
@@ -108,7 +109,9 @@ def _likelihoods(model: Any, sequences: Sequence[list[int]], options: Sequence[s
     for sequence, option in zip(continued, options, strict=True):
         ids = torch.tensor([sequence], device=model.device)
         places = torch.arange(shared, len(sequence) - 1, device=ids.device)[None]
-        output = model(ids[:, shared:-1], position_ids=places, past_key_values=copy.deepcopy(held), use_cache=True)
+        output = model(
+            ids[:, shared:-1], position_ids=places, **with_cache(model, copy.deepcopy(held)), use_cache=True
+        )
         nlls = F.cross_entropy(output.logits[0].float(), ids[0, shared + 1 :], reduction="none")
         own = shared_start([prompt, sequence]) - shared - 1
         likelihoods.append(-nlls[own:].sum().item() / len(option))
