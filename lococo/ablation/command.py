@@ -106,6 +106,8 @@ def _recipe(options: argparse.Namespace) -> tuple[LoCoCoConfig, Any]:
     """What all cells have in common, and how they are calibrated."""
     from lococo.training.recipe import adjusted, default_recipe
 
+    if options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}")
     is_local = options.objective == "local"
     if is_local and options.learning_rate is not None:
         raise ValueError("--learning-rate is that of training from end to end, not of --objective local")

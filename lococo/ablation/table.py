@@ -54,8 +54,8 @@ def rows_of(losses: Losses, methods: Sequence[Run], finished: Sequence[Measured]
         row = _row(measured, cell.varied, "lococo", cell.config, cell.combination, cell.seed)
         row["untrained_gap_ratio"] = loss_row(losses, each.untrained, group)["gap_ratio"]
         if each.trained != centre and each.trained.num_slots == centre.num_slots:
-            change = gap_change(losses, each.trained, centre, group)
-            row["change"], row["change_low"], row["change_high"] = change or (None, None, None)
+            changes = gap_change(losses, each.trained, centre, group)
+            row["change"], row["change_low"], row["change_high"] = changes
         rows.append(row)
     return rows
 
