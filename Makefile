@@ -5,6 +5,7 @@ VERSIONS ?= 4.56.2 4.57.6 5.0.0 5.23.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
 EVAL_DATA ?= ../shared/data/eval
+STORIES ?= ../shared/data/weights/stories260K
 CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
@@ -24,6 +25,7 @@ HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
+KINDS := fused sinks+fused heavy+fused recent+fused sinks+recent+fused sinks+heavy+recent
 # The sets that EVAL_DATA has.
 LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsum) squality \
 	$(addprefix longbench-,narrativeqa qasper multifieldqa_en 2wikimqa gov_report qmsum multi_news triviaqa samsum \
@@ -54,11 +56,11 @@ TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
-perplexity tasks agreement long: export OMP_NUM_THREADS = 1
+perplexity tasks agreement long ablate: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
-	agreement long inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) \
+	agreement long ablate inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) \
 	test-versions test-chatglm clean
 .SECONDARY:
 
@@ -184,6 +186,16 @@ long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EV
 		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
 		--limit 2 --max-new-tokens 48 --max-length 1536 --truncate middle --lengths 1024 1536 --items 5 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+
+# A killed run goes on when it is made again.
+ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of slots, stories260K -> docs/results/ablation
+	$(LOCOCO) eval ablate --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
+		--data .demo/stories260k/heldout.jsonl --centre 32 21 sinks+heavy+recent+fused --num-slots 16 32 64 128 \
+		--kernel-size 1 3 7 21 61 --combine $(KINDS) --seeds 0 1 2 --block-size 32 --length 512 --first 128 \
+		--documents 24 --steps 30 --windows-per-step 2 --learning-rate 5e-3 --output $(RESULTS)/ablation
+
+.demo/stories260k/config.json: | $(VENV)/.installed
+	$(VENV)/bin/python examples/stories260k.py $(STORIES) --output $(@D)
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu

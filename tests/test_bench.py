@@ -134,7 +134,7 @@ def test_a_journal_is_not_taken_for_another_measurement(model, tmp_path):
 
 def test_the_time_limit_ends_between_measurements_and_a_later_run_goes_on(model, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(grid_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("lococo.evaluation.deadline.time.monotonic", lambda: now[0])
 
     class Slow(Scripted):
         def take(self, *args):
