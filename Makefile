@@ -55,7 +55,7 @@ test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks long \
-	calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
+	calibrate calibration chatglm side-by-side gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -160,6 +160,18 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 	$(LOCOCO) eval ppl --model .demo/tiny-chatglm --data $(DATA)/wikipedia_zh/heldout.jsonl --length 512 --first 128 \
 		--documents 104 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
+
+# Two hours on one CPU thread, both sides in one environment. A killed run goes on when it is made again.
+side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo at M = 128 on the texts in DATA -> docs/results/side_by_side
+	.venvs/kvpress/bin/python examples/kvpress_side_by_side.py $(ON_MODEL) --data $(HELDOUT) --heads $(HEADS)-128 \
+		--output $(RESULTS)/side_by_side
+
+# kvpress needs transformers < 5.3.
+.venvs/kvpress/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install "$(TORCH)"
+	$(@D)/bin/pip install "kvpress==0.5.5" -e ".[gguf]" matplotlib
+	touch $@
 
 # Small limits: an hour or two on one CPU thread. A killed run goes on when it is made again.
 long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long

@@ -2,10 +2,10 @@
 
 Only ``press_rows`` and ``make_kvzip`` need kvpress. Three ways to fill the same M entries:
 
-- ``dense``: one forward holds the whole text with full attention, then every layer is compressed once.
-- ``block``: kvpress's BlockPress. The forward is the same, whole and dense; only the selection goes block by block.
-- ``reading``: kvpress's DecodingPress, compressing after every block that the model is given: no more than M + B entries
-  are ever held. This is how LoCoCo reads.
+- ``DENSE``: one forward holds the whole text with full attention, then every layer is compressed once.
+- ``BLOCK``: kvpress's BlockPress. The forward is the same, whole and dense; only the selection goes block by block.
+- ``READING``: kvpress's DecodingPress, compressing after every block that the model is given: no more than M + B
+  entries are ever held. This is how LoCoCo reads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PressRow:
     Attributes
     ----------
     press : object
-        With kvpress's ``compress(module, hidden_states, keys, values, attentions, kwargs)`` or, for ``reading``, a
+        With kvpress's ``compress(module, hidden_states, keys, values, attentions, kwargs)`` or, for ``READING``, a
         context manager of the model.
     needs_attentions : bool
         Whether it looks at the attention matrix.
@@ -261,7 +261,7 @@ def nlls_of_presses(
     block_size: int,
     num_slots: int,
 ) -> Mapping[str, torch.Tensor]:
-    """Negative log-likelihoods of one window by method: of its last block, or of all tokens for ``reading``."""
+    """Negative log-likelihoods of one window by method: of its last block, or of all tokens for ``READING``."""
     start = ids.shape[1] - 1 - block_size
     at_once = [row for row in rows if row.reads != READING]
     found = nlls_after_prefill(model, at_once, kvzip, ids, start, num_slots)

@@ -2,8 +2,8 @@
 
 python examples/kvpress_side_by_side.py --model folder --data texts.jsonl --heads calibrated-heads
 
-Needs kvpress (``make side-by-side`` makes an environment for it). Every window of ``--length`` tokens is read; the last
-block of it is predicted from M entries per layer and KV head whatever the method. What a method holds until then differs
+Needs kvpress (``make side-by-side`` makes an environment for it). Every window of ``--length`` tokens is read; its
+last block is predicted from M entries per layer and KV head whatever the method. What a method holds until then differs
 and stands in the column ``reads``. Writes docs/results/side_by_side.{json,md,png}; a stopped run goes on.
 """
 
@@ -40,8 +40,10 @@ BLOCK_SIZE = 128
 METHODS = ("full", "streaming", "streaming-absolute", "h2o", "lococo-uncalibrated")
 FULL, REFERENCE, OURS = "full", "h2o", "lococo"
 
-# By method and window: sums over its last block, and over all tokens from the second block on where they were predicted
-# from a compressed cache too.
+MEASURED = ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")
+
+# By method and window: loss summed over its last block ("last") and, where every block was predicted from what is left
+# of those before, over all tokens from the second block on ("all").
 Nlls = dict[str, list[dict[str, float]]]
 
 
@@ -123,7 +125,9 @@ def difference_interval(mine: np.ndarray, other: np.ndarray, tokens: np.ndarray)
 def columns(windows: Sequence[Window], found: Nlls, name: str, part: str) -> dict[str, float | int | None]:
     """What is said of a method's loss on a part of every window: ``last`` or ``all``."""
     if part not in found[name][0]:
-        return dict.fromkeys(("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens"))
+        return dict.fromkeys(
+            ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")
+        )
     per_window = {"last": BLOCK_SIZE, "all": windows[0].ids.shape[1] - 1 - BLOCK_SIZE}[part]
     tokens = by_document(windows, [per_window] * len(windows))
     mine, full, reference, ours = (
@@ -198,19 +202,20 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
     """How the figures came about."""
+    versions = f"kvpress {KVPRESS}, transformers {transformers.__version__}, torch {torch.__version__}"
     return (
-        f"{len(windows)} windows of {length + 1} tokens. The last {BLOCK_SIZE} of a window are predicted from {num_slots} "
-        f"entries per layer and KV head (on average over heads for lococo and KVzip; exact counts are checked) and their "
-        f"own block, in one forward; `_all`: all tokens from the second block on, where every block was predicted so. "
-        f"`reads` says what a method held until then, and so what may be compared. '{READING}': never more than "
-        f"{num_slots} + {BLOCK_SIZE} entries, everything read through the compressed cache; kvpress does that with "
-        f"DecodingPress. '{DENSE}' and '{BLOCK}' are not like for like: one forward with full attention over all "
-        f"{length - BLOCK_SIZE} tokens in memory (KVzip: twice), compressed afterwards. kvpress's BlockPress is of the "
-        f"latter kind: only its selection goes block by block. gap_ratio: (nll - full) / ({REFERENCE} - full), "
-        f"{REFERENCE} being lococo's with absolute positions; minus_lococo: nll above that of the trained heads, "
-        f"positive where they are better. gap_low, gap_high and low, high: {CONFIDENCE:.0%} intervals, {RESAMPLES} "
-        f"bootstrap resamples of the documents, seed {SEED}. float32, kvpress {KVPRESS} with its default settings, "
-        f"transformers {transformers.__version__}, torch {torch.__version__}, all methods in one process."
+        f"{len(windows)} windows of {length + 1} tokens. The last {BLOCK_SIZE} of a window are predicted in one "
+        f"forward from {num_slots} entries per layer and KV head and their own block; for lococo and KVzip that is "
+        f"the average over heads. That a press keeps exactly so many is checked. `_all`: all tokens from the second "
+        f"block on, where every block was predicted so. `reads` says what a method held until then, and so which rows "
+        f"compare like with like. '{READING}': never more than {num_slots} + {BLOCK_SIZE} entries, everything read "
+        f"through the compressed cache; kvpress does that with DecodingPress. '{DENSE}' and '{BLOCK}' are not like for "
+        f"like in memory: one forward with full attention over all {length - BLOCK_SIZE} tokens (KVzip: twice), "
+        f"compressed afterwards. kvpress's BlockPress is of that kind: only its selection goes block by block. "
+        f"gap_ratio: (nll - full) / ({REFERENCE} - full), {REFERENCE} being lococo's with absolute positions. "
+        f"minus_lococo: nll above that of the trained heads, positive where they are better. gap_low, gap_high and "
+        f"low, high: {CONFIDENCE:.0%} intervals, {RESAMPLES} bootstrap resamples of the documents, seed {SEED}. "
+        f"float32, {versions}, presses with kvpress's default settings, all methods in one process."
     )
 
 
@@ -223,7 +228,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens read per window (default: %(default)s)")
     parser.add_argument("--documents", type=int, default=9, help="windows per file (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="windows in all, for a try")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/side_by_side"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/results/side_by_side"), help="(default: %(default)s)"
+    )
     options = parser.parse_args()
     for name in ("documents", "limit"):
         value = getattr(options, name)
