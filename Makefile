@@ -55,7 +55,8 @@ test test-versions test-chatglm: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks long \
-	calibrate calibration chatglm side-by-side gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) test-versions test-chatglm clean
+	calibrate calibration chatglm side-by-side gpu gpu-perplexity gpu-tasks gpu-long \
+	$(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -162,7 +163,7 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
 
 # Two hours on one CPU thread, both sides in one environment. A killed run goes on when it is made again.
-side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo at M = 128 on the texts in DATA -> docs/results/side_by_side
+side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo at M = 128 -> docs/results/side_by_side
 	.venvs/kvpress/bin/python examples/kvpress_side_by_side.py $(ON_MODEL) --data $(HELDOUT) --heads $(HEADS)-128 \
 		--output $(RESULTS)/side_by_side
 

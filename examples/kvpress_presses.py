@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,12 +70,14 @@ def press_rows(num_slots: int, block_size: int, prompt: int) -> list[PressRow]:
     }
     rows = [PressRow("kvpress-h2o", DENSE, ObservedAttentionPress(ratio), needs_attentions=True)]
     for name, scorer in scorers.items():
-        reading = DecodingPress(scorer(), compression_interval=1, target_size=num_slots)
         rows += [
             PressRow(f"kvpress-{name}", DENSE, scorer(ratio)),
             PressRow(f"kvpress-{name}-block", BLOCK, BlockPress(scorer(ratio), block_size)),
-            PressRow(f"kvpress-{name}-reading", READING, reading),
         ]
+        # What is kept is not in the order of the text: at the next block StreamingLLM would find its sinks no more.
+        if scorer is not StreamingLLMPress:
+            press = DecodingPress(scorer(), compression_interval=1, target_size=num_slots)
+            rows.append(PressRow(f"kvpress-{name}-reading", READING, press))
     return rows
 
 
@@ -150,24 +153,43 @@ def check_kept(name: str, cache: DynamicCache, wanted: int) -> None:
         raise RuntimeError(f"{name} holds {sorted(found)} entries per layer and KV head, expected {wanted}")
 
 
-def check_kept_by_mask(name: str, model: PreTrainedModel, entries: int, wanted: int) -> None:
-    """Make sure that kvpress masks all but so many of a layer's entries, on average over layers and KV heads.
+@contextlib.contextmanager
+def hiding_masked(name: str, model: PreTrainedModel, entries: int, wanted: int, block_size: int) -> Iterator[None]:
+    """Hide from the next block what kvpress has marked in ``masked_key_indices``, of every layer's first entries.
+
+    kvpress itself puts a fake key there to which all queries are opposed. There is one for the few queries of a
+    decoded token, but not for those of a block, so this is a mask, with the same effect: no attention.
 
     Raises
     ------
     RuntimeError
-        If it does not.
+        If not exactly ``wanted`` entries are left, on average over layers and KV heads.
     """
-    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
-    places = [set(zip(*(index.tolist() for index in each), strict=True)) for each in masked_entries(model)]
-    kept = heads * entries - sum(map(len, places))
-    if kept != heads * wanted:
-        raise RuntimeError(f"{name} keeps {kept} entries in all, expected {heads} times {wanted}")
+    masks, kv_heads = [], model.config.num_key_value_heads
+    for layer in model.model.layers:
+        rows, heads, places = layer.self_attn.masked_key_indices
+        visible = (
+            torch.ones(block_size, entries + block_size, dtype=torch.bool).tril(entries).repeat(1, kv_heads, 1, 1)
+        )
+        visible[rows, heads, :, places] = False
+        masks.append(visible.repeat_interleave(layer.self_attn.num_key_value_groups, dim=1))
+        layer.self_attn.masked_key_indices = None
+    kept = sum(int(mask[0, :: mask.shape[1] // kv_heads, 0, :entries].sum()) for mask in masks)
+    if kept != wanted * kv_heads * len(masks):
+        raise RuntimeError(f"{name} keeps {kept} entries in all, expected {wanted} times {kv_heads * len(masks)}")
 
+    def hide(mask: torch.Tensor, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": mask}
 
-def masked_entries(model: PreTrainedModel) -> list[tuple[torch.Tensor, ...]]:
-    """(rows, KV heads, places) that kvpress masks, layer by layer."""
-    return [layer.self_attn.masked_key_indices for layer in model.model.layers]
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(functools.partial(hide, mask), with_kwargs=True)
+        for layer, mask in zip(model.model.layers, masks, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -220,10 +242,8 @@ def nlls_after_prefill(
     nlls = {}
     if kvzip:
         check_kept("kvpress-kvzip", cache, start)
-        check_kept_by_mask("kvpress-kvzip", model, start, num_slots)
-        nlls["kvpress-kvzip"] = next_block_nlls(model, [cache], ids, start)[0]
-        for layer in model.model.layers:
-            layer.self_attn.masked_key_indices = None
+        with hiding_masked("kvpress-kvzip", model, start, num_slots, ids.shape[1] - 1 - start):
+            nlls["kvpress-kvzip"] = next_block_nlls(model, [cache], ids, start)[0]
     for name, each in caches.items():
         check_kept(name, each, num_slots)
     if caches:

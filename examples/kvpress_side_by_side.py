@@ -3,8 +3,8 @@
 python examples/kvpress_side_by_side.py --model folder --data texts.jsonl --heads calibrated-heads
 
 Needs kvpress (``make side-by-side`` makes an environment for it). Every window of ``--length`` tokens is read; its
-last block is predicted from M entries per layer and KV head whatever the method. What a method holds until then differs
-and stands in the column ``reads``. Writes docs/results/side_by_side.{json,md,png}; a stopped run goes on.
+last block is predicted from M entries per layer and KV head whatever the method. What a method holds until then
+differs and stands in the column ``reads``. Writes docs/results/side_by_side.{json,md,png}; a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lococo.loading import add_model_options, load
 
 KVPRESS = "0.5.5"
 BLOCK_SIZE = 128
-METHODS = ("full", "streaming", "streaming-absolute", "h2o", "lococo-uncalibrated")
+METHODS = ("full", "streaming", "h2o", "lococo-uncalibrated")
 FULL, REFERENCE, OURS = "full", "h2o", "lococo"
 
 MEASURED = ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")
@@ -209,8 +209,8 @@ def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
         f"the average over heads. That a press keeps exactly so many is checked. `_all`: all tokens from the second "
         f"block on, where every block was predicted so. `reads` says what a method held until then, and so which rows "
         f"compare like with like. '{READING}': never more than {num_slots} + {BLOCK_SIZE} entries, everything read "
-        f"through the compressed cache; kvpress does that with DecodingPress. '{DENSE}' and '{BLOCK}' are not like for "
-        f"like in memory: one forward with full attention over all {length - BLOCK_SIZE} tokens (KVzip: twice), "
+        f"through the compressed cache; kvpress does that with DecodingPress. '{DENSE}' and '{BLOCK}' are not like "
+        f"for like in memory: one forward with full attention over all {length - BLOCK_SIZE} tokens (KVzip: twice), "
         f"compressed afterwards. kvpress's BlockPress is of that kind: only its selection goes block by block. "
         f"gap_ratio: (nll - full) / ({REFERENCE} - full), {REFERENCE} being lococo's with absolute positions. "
         f"minus_lococo: nll above that of the trained heads, positive where they are better. gap_low, gap_high and "

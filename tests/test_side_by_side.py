@@ -145,18 +145,28 @@ def test_another_number_of_entries_is_an_error(model, ids, kept):
         kvpress_presses.nlls_while_reading(model, row, ids, BLOCK_TOKENS, SLOTS)
 
 
-def test_masked_entries_are_counted_once(model):
-    heads = 2 * 2
-    for layer in model.model.layers:
-        places = torch.tensor([*range(8), *range(8)])
-        rows, kv_heads = torch.zeros(16, dtype=torch.long), torch.tensor([0] * 8 + [1] * 8)
-        layer.self_attn.masked_key_indices = (rows, kv_heads, places)
-    kvpress_presses.check_kept_by_mask("zip", model, 16, 8)
-    layer.self_attn.masked_key_indices = (rows, kv_heads * 0, places)  # half of them named twice
-    with pytest.raises(RuntimeError, match=f"keeps 40 entries in all, expected {heads} times 8"):
-        kvpress_presses.check_kept_by_mask("zip", model, 16, 8)
-    for layer in model.model.layers:
-        del layer.self_attn.masked_key_indices
+class MarkMiddle:
+    """A context manager that leaves kvpress's marks on all but the first two and the last entries, as KVzip does."""
+
+    def __init__(self, entries, kept=SLOTS):
+        self.places = torch.tensor(sorted({*range(entries)} - {*KeepEnds(kept).places(entries)}))
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        yield
+        for layer in model.model.layers:
+            heads = torch.arange(2).repeat_interleave(len(self.places))
+            layer.self_attn.masked_key_indices = (torch.zeros_like(heads), heads, self.places.repeat(2))
+
+
+def test_marked_entries_are_as_good_as_gone(model, ids):
+    start = LENGTH - BLOCK_TOKENS
+    rows = [PressRow("ends", DENSE, KeepEnds())]
+    nlls = kvpress_presses.nlls_after_prefill(model, rows, MarkMiddle(start), ids, start, SLOTS)
+    torch.testing.assert_close(nlls["kvpress-kvzip"], nlls["ends"])
+    torch.testing.assert_close(token_nlls(model, ids), token_nlls(tiny_llama(), ids))  # no trace is left
+    with pytest.raises(RuntimeError, match="keeps 36 entries in all, expected 8 times 4"):
+        kvpress_presses.nlls_after_prefill(model, rows, MarkMiddle(start, SLOTS + 1), ids, start, SLOTS)
 
 
 def test_caches_of_a_batch_are_those_of_rows_alone(model, ids):
