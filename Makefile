@@ -56,12 +56,12 @@ TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
-perplexity tasks agreement long ablate: export OMP_NUM_THREADS = 1
+perplexity tasks agreement long ablate side-by-side: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
-	agreement long ablate inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long $(GPU_HEADS) \
-	test-versions test-chatglm clean
+	agreement long ablate side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long \
+	$(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -178,6 +178,18 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 	$(LOCOCO) eval ppl --model .demo/tiny-chatglm --data $(DATA)/wikipedia_zh/heldout.jsonl --length 512 --first 128 \
 		--documents 104 --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots 32 --block-size 32 \
 		--heads .demo/tiny-chatglm-heads --output $(RESULTS)/chatglm_zh
+
+# Two hours on one CPU thread, both sides in one environment. A killed run goes on when it is made again.
+side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo at M = 128 -> docs/results/side_by_side
+	.venvs/kvpress/bin/python examples/kvpress_side_by_side.py $(ON_MODEL) --data $(HELDOUT) --heads $(HEADS)-128 \
+		--output $(RESULTS)/side_by_side
+
+# kvpress needs transformers < 5.3.
+.venvs/kvpress/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install "$(TORCH)"
+	$(@D)/bin/pip install "kvpress==0.5.5" -e ".[gguf]" matplotlib
+	touch $@
 
 # Two items of each set, their middle cut to 1.5K tokens: half an hour on one CPU thread. A killed run goes on when it is
 # made again. The sets in Chinese are for other models.

@@ -76,14 +76,16 @@ def lococo_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     lococo: Call | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of patched models, registered as ``"lococo"``.
+
+    Positional arguments come in the order of Transformers' own functions: libraries wrap whatever is registered.
 
     Parameters
     ----------

@@ -1,10 +1,12 @@
 """The whole algorithm on one layer against the naive float64 reference, gradients included."""
 
+import inspect
 import types
 
 import pytest
 import torch
 from reference import NaiveHead, naive_h2o, naive_lococo, naive_streaming_llm, rope_rotate
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lococo.attention import Call, lococo_attention
 from lococo.config import LoCoCoConfig
@@ -184,3 +186,9 @@ def test_attention_outside_a_patched_model_says_so():
     q, k, v = random_qkv()
     with pytest.raises(ValueError, match="outside the forward of the model"):
         lococo_attention(torch.nn.Identity(), q[None], k[None], v[None])
+
+
+def test_positional_arguments_are_those_of_transformers_own_functions():
+    # kvpress wraps every registered function and hands dropout on by its place.
+    ours, theirs = (inspect.signature(each).parameters for each in (lococo_attention, sdpa_attention_forward))
+    assert list(ours)[:7] == list(theirs)[:7]
