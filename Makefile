@@ -242,7 +242,7 @@ gpu-long: $(MODEL)/$(GGUF)
 		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
 
-test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
+test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run tests (all, or VERSION_TESTS) with each Transformers release in VERSIONS
 
 .venvs/%/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
@@ -251,7 +251,7 @@ test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transfo
 	touch $@
 
 .venvs/%/.tested: .venvs/%/.installed $(SOURCES)
-	$(@D)/bin/$(TESTS)
+	$(@D)/bin/$(TESTS) $(VERSION_TESTS)
 	touch $@
 
 # The last release that runs ChatGLM's own code whole.
