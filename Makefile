@@ -61,7 +61,7 @@ perplexity tasks agreement long ablate side-by-side: export OMP_NUM_THREADS = 1
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
 	agreement long ablate side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long \
-	$(GPU_HEADS) test-versions test-chatglm clean
+	gpu-ablate $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -213,7 +213,7 @@ gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, cali
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long gpu-ablate
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
@@ -241,6 +241,13 @@ gpu-long: $(MODEL)/$(GGUF)
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 \
 		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
+
+gpu-ablate: $(MODEL)/$(GGUF)
+	if test -f $(RESULTS)/ablation_$(DEVICE).json && ! test -d $(RESULTS)/ablation_$(DEVICE).work; then exit 0; fi; \
+	$(within_time); $(LOCOCO) eval ablate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --data $(HELDOUT) \
+		--num-slots 64 128 256 512 --kernel-size 3 7 17 21 31 41 51 61 --combine $(KINDS) --seeds 0 1 2 \
+		--length 4096 --documents 8 --steps 50 --windows-per-step 8 --time-limit $$left \
+		--output $(RESULTS)/ablation_$(DEVICE)
 
 test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run tests (all, or VERSION_TESTS) with each Transformers release in VERSIONS
 

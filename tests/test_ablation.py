@@ -331,5 +331,5 @@ def test_a_folder_of_something_else_is_left_alone(ablate, tmp_path, monkeypatch,
     monkeypatch.setattr(command, "load", None)
     (tmp_path / "thesis.txt").write_text("mine")
     assert ablate(tmp_path / "x", *SMALL, "--work-dir", tmp_path) == 2
-    assert "has no run.json, so it is no run to go on with" in capsys.readouterr().err
+    assert "has no ablation.json, so it is no run to go on with" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -50,8 +50,8 @@ def combined(name: str, config: LoCoCoConfig) -> LoCoCoConfig:
         budget = " + ".join(f"{counts[kind]} {kind}" for kind in kinds if kind != filling)
         left = f" leave nothing for {filling}" if filling else f" are {others}, and no kind takes what is left"
         raise ValueError(f"the combination {name!r} does not add up to {config.num_slots} slots: {budget}{left}")
-    shares = {f"num_{kind}": counts[kind] for kind in ("sinks", "heavy", "recent")}
-    return dataclasses.replace(config, **shares)
+    sinks, heavy, recent = (counts[kind] for kind in ("sinks", "heavy", "recent"))
+    return dataclasses.replace(config, num_sinks=sinks, num_heavy=heavy, num_recent=recent)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lococo.training.calibrate import calibrate, check_calibration, weights_iden
 from lococo.training.data import DataConfig
 from lococo.training.recipe import Recipe
 
-RUN_NAME = "run.json"
+RUN_NAME = "ablation.json"
 
 
 @dataclasses.dataclass(frozen=True)
