@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
-VERSIONS ?= 4.56.2 4.57.6 5.0.0 5.23.0 newest
+VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
 EVAL_DATA ?= ../shared/data/eval
