@@ -5,11 +5,13 @@ VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
 EVAL_DATA ?= ../shared/data/eval
+STORIES ?= ../shared/data/weights/stories260K
 CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
 SOURCES := $(shell find lococo tests -name '*.py')
-TESTS := pytest -q -n 2
+BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+TESTS := pytest -q -n 2 $(if $(BROWSER),,-m "not browser")
 
 MODEL := .demo/smollm2-135m
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -23,9 +25,11 @@ HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
+KINDS := fused sinks+fused heavy+fused recent+fused sinks+recent+fused sinks+heavy+recent
 # The sets that EVAL_DATA has.
 LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsum) squality \
-	$(addprefix longbench-,narrativeqa multifieldqa_en 2wikimqa triviaqa samsum multi_news passage_count repobench-p) \
+	$(addprefix longbench-,narrativeqa qasper multifieldqa_en 2wikimqa gov_report qmsum multi_news triviaqa samsum \
+	passage_count repobench-p) \
 	ruler babilong
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 # On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
@@ -51,12 +55,13 @@ BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
-test test-versions test-chatglm: export OMP_NUM_THREADS = 1
+test test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
+perplexity tasks agreement long ablate side-by-side: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks long \
-	calibrate calibration chatglm side-by-side gpu gpu-perplexity gpu-tasks gpu-long \
-	$(GPU_HEADS) test-versions test-chatglm clean
+.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
+	agreement long ablate side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long \
+	gpu-ablate $(GPU_HEADS) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -129,14 +134,26 @@ cuda-train-%: | $(VENV)/.installed
 memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memory
 	$(LOCOCO) bench memory $(ON_MODEL) --output $(RESULTS)/memory
 
-# Hours on a CPU; a killed run goes on when it is made again.
+# Two windows of a domain: 45 minutes on one CPU thread. A killed run goes on when it is made again.
 perplexity: $(MODEL)/$(GGUF) ## perplexity by domain, method and budget on the texts in DATA -> docs/results/perplexity
 	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --min-length 1024 \
-		--num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
+		--documents 2 --num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
 
 tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
 	$(LOCOCO) eval tasks $(ON_MODEL) --data-dir $(EVAL_DATA) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
 		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
+
+agreement: $(MODEL)/$(GGUF) ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
+	$(VENV)/bin/python examples/lm_eval_agreement.py $(ON_MODEL) --data-dir $(EVAL_DATA)
+
+# The address chooses what is shown: a slot that is the blend of two tokens.
+SHOWN := layer=21&head=1&slot=14
+inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a picture of it -> docs/results/inspect.png
+	$(LOCOCO) inspect $(ON_MODEL) --data docs/results/notes/2026-11-23-heavy-hitter-score.md --max-tokens 1000 \
+		--heads $(HEADS)-128 --output .demo/inspect.html
+	$(or $(BROWSER),$(error no Chromium found)) --headless=new --no-sandbox --disable-gpu --window-size=1360,820 \
+		--user-data-dir=$(CURDIR)/.demo/browser --screenshot=$(abspath $(RESULTS)/inspect.png) \
+		"file://$(CURDIR)/.demo/inspect.html#$(SHOWN)"
 
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
@@ -174,18 +191,29 @@ side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo a
 	$(@D)/bin/pip install "kvpress==0.5.5" -e ".[gguf]" matplotlib
 	touch $@
 
-# Small limits: an hour or two on one CPU thread. A killed run goes on when it is made again.
+# Two items of each set, their middle cut to 1.5K tokens: half an hour on one CPU thread. A killed run goes on when it is
+# made again. The sets in Chinese are for other models.
 long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
 	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
-		--heads $(HEADS)-128 --tasks scrolls-quality scrolls-qasper scrolls-qmsum squality longbench-multi_news \
-		ruler-niah_single ruler-variable_tracking --limit 4 --max-new-tokens 64 --max-length 4096 --truncate middle \
-		--lengths 1024 2048 --items 5 --filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
+		--limit 2 --max-new-tokens 48 --max-length 1536 --truncate middle --lengths 1024 1536 --items 5 \
+		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+
+# A killed run goes on when it is made again.
+ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of slots, stories260K -> docs/results/ablation
+	$(LOCOCO) eval ablate --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
+		--data .demo/stories260k/heldout.jsonl --centre 32 21 sinks+heavy+recent+fused --num-slots 16 32 64 128 \
+		--kernel-size 1 3 7 21 61 --combine $(KINDS) --seeds 0 1 2 --block-size 32 --length 512 --first 128 \
+		--documents 24 --steps 30 --windows-per-step 2 --learning-rate 5e-3 --output $(RESULTS)/ablation
+
+.demo/stories260k/config.json: | $(VENV)/.installed
+	$(VENV)/bin/python examples/stories260k.py $(STORIES) --output $(@D)
 
 gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long gpu-ablate
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
@@ -214,7 +242,14 @@ gpu-long: $(MODEL)/$(GGUF)
 		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
 
-test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transformers release in VERSIONS
+gpu-ablate: $(MODEL)/$(GGUF)
+	if test -f $(RESULTS)/ablation_$(DEVICE).json && ! test -d $(RESULTS)/ablation_$(DEVICE).work; then exit 0; fi; \
+	$(within_time); $(LOCOCO) eval ablate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --data $(HELDOUT) \
+		--num-slots 64 128 256 512 --kernel-size 3 7 17 21 31 41 51 61 --combine $(KINDS) --seeds 0 1 2 \
+		--length 4096 --documents 8 --steps 50 --windows-per-step 8 --time-limit $$left \
+		--output $(RESULTS)/ablation_$(DEVICE)
+
+test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run tests (all, or VERSION_TESTS) with each Transformers release in VERSIONS
 
 .venvs/%/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
@@ -223,7 +258,7 @@ test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run the tests with each Transfo
 	touch $@
 
 .venvs/%/.tested: .venvs/%/.installed $(SOURCES)
-	$(@D)/bin/$(TESTS)
+	$(@D)/bin/$(TESTS) $(VERSION_TESTS)
 	touch $@
 
 # The last release that runs ChatGLM's own code whole.

@@ -10,14 +10,13 @@ docs/results/ablation_stories260k.{json,md,png}. A stopped run goes on where it 
 import argparse
 import functools
 import statistics
-import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from stories260k import load_llama2c
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lococo import LoCoCoConfig, patched
 from lococo.config import POSITIONS
@@ -83,58 +82,6 @@ VARIANTS = {
     "chance": {f"seed {seed}": dict(seed=seed) for seed in (1, 2)},
     "presets": {"paper": dict(preset=LoCoCoConfig.paper), "reference": dict(preset=LoCoCoConfig.reference)},
 }
-
-
-def load_llama2c(path: Path) -> LlamaForCausalLM:
-    """The model in a llama2.c checkpoint (version 0, tied embeddings)."""
-    content = path.read_bytes()
-    dim, hidden, layers, heads, kv_heads, vocabulary, length = struct.unpack("7i", content[:28])
-    weights = torch.from_numpy(np.frombuffer(content, dtype=np.float32, offset=28).copy())
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=dim,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=length,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    state, kv_dim, offset = model.state_dict(), dim // heads * kv_heads, 0
-
-    def take(*shape: int) -> torch.Tensor:
-        nonlocal offset
-        start, offset = offset, offset + int(np.prod(shape))
-        return weights[start:offset].view(shape)
-
-    def halves(projection: torch.Tensor) -> torch.Tensor:
-        """Rows from pairs that rotate together, side by side, to one half of a head against the other."""
-        pairs = projection.unflatten(0, (-1, dim // heads // 2, 2))  # (heads, pairs, 2, dim)
-        return pairs.transpose(1, 2).flatten(0, 2)
-
-    state["model.embed_tokens.weight"].copy_(take(vocabulary, dim))
-    stacked = {
-        "input_layernorm": take(layers, dim),
-        "self_attn.q_proj": take(layers, dim, dim),
-        "self_attn.k_proj": take(layers, kv_dim, dim),
-        "self_attn.v_proj": take(layers, kv_dim, dim),
-        "self_attn.o_proj": take(layers, dim, dim),
-        "post_attention_layernorm": take(layers, dim),
-        "mlp.gate_proj": take(layers, hidden, dim),
-        "mlp.down_proj": take(layers, dim, hidden),
-        "mlp.up_proj": take(layers, hidden, dim),
-    }
-    for name, parts in stacked.items():
-        for layer, part in enumerate(parts):
-            rotated = name.endswith(("q_proj", "k_proj"))
-            state[f"model.layers.{layer}.{name}.weight"].copy_(halves(part) if rotated else part)
-    state["model.norm.weight"].copy_(take(dim))
-    return model
 
 
 @torch.no_grad()

@@ -193,7 +193,7 @@ CROP_ERROR = (
 
 
 class LoCoCoCache(Cache):
-    """The ``past_key_values`` of a patched model: M slots and an open block per layer, whatever the length read.
+    """The cache of a patched model: M slots and an open block per layer, whatever the length read.
 
     Made by the model's forward and by ``generate``; pass one back in to go on reading.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lococo
+from lococo.ablation.command import add_ablate_command
 from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.command import add_eval_commands
@@ -39,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="read a long prompt and answer"))
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
     evaluations = commands.add_parser("eval", help="measure quality")
-    add_eval_commands(evaluations.add_subparsers(required=True, metavar="WHAT"))
+    measures = evaluations.add_subparsers(required=True, metavar="WHAT")
+    add_eval_commands(measures)
+    add_ablate_command(measures.add_parser("ablate", help="memory size, kernel size and kinds of slots compared"))
     add_inspect_command(commands.add_parser("inspect", help="a page that shows which tokens each slot holds"))
     benchmarks = commands.add_parser("bench", help="measure speed and memory")
     add_bench_commands(benchmarks.add_subparsers(required=True, metavar="WHAT"))

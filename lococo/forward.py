@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from lococo.attention import Call, lococo_attention
 from lococo.cache import LoCoCoCache
 from lococo.chunks import columns, prefill_chunk
-from lococo.compat import Cache
+from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
 from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, remote_arguments
@@ -31,7 +30,7 @@ class Request:
     Attributes
     ----------
     cache : LoCoCoCache, optional
-        Cache to read into, without the model handing it out as ``past_key_values``.
+        Cache to read into, without the model handing it out.
     keep : int, optional
         Hidden states needed at the end of the text. None: all.
     call : Call, optional
@@ -82,10 +81,9 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     end_call(decoder)  # one that failed
     kwargs = _by_name(decoder, args, kwargs)
     if decoder.lococo_patch.is_suspended:
-        if isinstance(kwargs.get("past_key_values"), LoCoCoCache):
-            raise ValueError(
-                "past_key_values is a LoCoCoCache; inside lococo.patch.suspended the cache is the full one"
-            )
+        name = cache_argument(decoder)
+        if isinstance(kwargs.get(name), LoCoCoCache):
+            raise ValueError(f"{name} is a LoCoCoCache; inside lococo.patch.suspended the cache is the full one")
         return None
     if isinstance(kwargs.get("attention_mask"), Mapping):  # one per type of layers, all as padding_mask made them
         kwargs["attention_mask"] = next(iter(kwargs["attention_mask"].values()), None)
@@ -148,7 +146,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
 def _with_cache(output: Any, cache: LoCoCoCache) -> Any:
     if isinstance(output, tuple):
         return (output[0], cache, *output[1:])
-    output.past_key_values = cache
+    setattr(output, OUTPUT_CACHE, cache)
     return output
 
 
@@ -158,12 +156,11 @@ def new_cache(decoder: Any) -> LoCoCoCache:
 
 
 def _by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_argument_names(type(decoder).forward), args, strict=False)), **kwargs}
-
-
-@functools.lru_cache
-def _argument_names(forward: Callable) -> list[str]:
-    return [name for name in inspect.signature(forward).parameters if name != "self"]
+    named = {**dict(zip(argument_names(type(decoder).forward), args, strict=False)), **kwargs}
+    name = cache_argument(decoder)
+    if OLD_CACHE_NAME in named and name not in named:
+        named[name] = named.pop(OLD_CACHE_NAME)
+    return named
 
 
 def _refuse_unsupported(decoder: Any, kwargs: dict[str, Any]) -> None:
@@ -177,7 +174,7 @@ def _refuse_unsupported(decoder: Any, kwargs: dict[str, Any]) -> None:
             "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got shape "
             f"{tuple(mask.shape)}"
         )
-    position_ids, past = kwargs.get("position_ids"), kwargs.get("past_key_values")
+    position_ids, past = kwargs.get("position_ids"), kwargs.get(cache_argument(decoder))
     if position_ids is not None and position_ids.dim() != 2:
         raise ValueError(f"position_ids must be 2-D (batch, tokens), got shape {tuple(position_ids.shape)}")
     if position_ids is not None and mask is None and past is None and (position_ids.diff(dim=-1) != 1).any():
@@ -188,34 +185,35 @@ def _refuse_unsupported(decoder: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _cache_for(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any]) -> LoCoCoCache | None:
-    given = kwargs.get("past_key_values")
+    name = cache_argument(decoder)
+    given = kwargs.get(name)
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
     if isinstance(given, LoCoCoCache):
         num_layers = base_shape(decoder)["num_layers"]
         if given.config != config or len(given.layers) != num_layers:
             raise ValueError(
-                f"past_key_values was made for {given.config} and {len(given.layers)} layers, the model is patched "
+                f"{name} was made for {given.config} and {len(given.layers)} layers, the model is patched "
                 f"with {config} and has {num_layers} layers"
             )
     elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
         raise ValueError(
-            f"past_key_values is a {type(given).__name__} that already holds tokens; a patched model reads only its "
-            "own LoCoCoCache: start without past_key_values, or unpatch the model"
+            f"{name} is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
+            "LoCoCoCache: start without one, or unpatch the model"
         )
     if decoder.training and torch.is_grad_enabled():
         # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
         kwargs["use_cache"] = False
         if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
             if isinstance(given, LoCoCoCache) and given.seen_tokens:
-                raise ValueError("past_key_values cannot be used with gradient checkpointing: its layers run twice")
-            kwargs["past_key_values"] = None
+                raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
+            kwargs[name] = None
             return None
         use_cache = False
     if given is None and not use_cache:
         return None
     cache = given if isinstance(given, LoCoCoCache) else new_cache(decoder)
-    kwargs["past_key_values"] = cache
+    kwargs[name] = cache
     return cache
 
 
@@ -225,7 +223,7 @@ def _check_state(cache: LoCoCoCache | None, batch: int) -> None:
     if cache.is_reading:
         raise ValueError("the last forward with this LoCoCoCache did not finish: call cache.reset() and start again")
     if cache.batch_size not in (-1, batch):
-        raise ValueError(f"past_key_values holds {cache.batch_size} rows, the input has {batch}")
+        raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {batch}")
 
 
 def padded_columns(

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from lococo.cache import LoCoCoCache
+from lococo.compat import cache_of, with_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_and_answer(
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **with_cache(model, cache),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         **generate_kwargs,
@@ -142,8 +143,8 @@ def read_tokens(
             part = input_ids[:, first : first + chunk]
             # ChatGLM's own code does not count them on.
             places = torch.arange(start + first, start + first + part.shape[1], device=part.device)[None]
-            output = model(part, position_ids=places, past_key_values=cache, use_cache=True, **last)
-            cache = output.past_key_values
+            output = model(part, position_ids=places, **with_cache(model, cache), use_cache=True, **last)
+            cache = cache_of(output)
             bar.update(part.shape[1])
     return cache
 

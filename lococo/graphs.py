@@ -13,6 +13,7 @@ from torch import nn
 
 from lococo.attention import Call
 from lococo.cache import LoCoCoCache
+from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
 from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
 from lococo.fusion import FusionHead
 from lococo.models import base_shape
@@ -23,7 +24,8 @@ from lococo.state import head_modules, patched_decoder
 STEPS_BEFORE_RECORDING = 8
 ARGUMENTS = {
     "input_ids",
-    "past_key_values",
+    CACHE_NAME,
+    OLD_CACHE_NAME,
     "attention_mask",
     "position_ids",
     "cache_position",
@@ -85,7 +87,7 @@ class StepGraph:
         def forward() -> Any:
             with asking(model, Request(call=call)):
                 return type(model).__call__(
-                    model, self.input_ids, position_ids=self.position_ids, past_key_values=cache, use_cache=True
+                    model, self.input_ids, position_ids=self.position_ids, **with_cache(model, cache), use_cache=True
                 )
 
         self._replay, output = record(forward)
@@ -104,7 +106,7 @@ class StepGraph:
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_(position_ids.expand_as(self.position_ids))
         self._replay()
-        return self._output_type(logits=self._logits.clone(), past_key_values=cache)
+        return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
 
 
 def call_model(model: nn.Module, *args, **kwargs) -> Any:
@@ -113,7 +115,7 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     ``generate`` decodes through the attribute ``__call__`` of the model, in whose place ``patch_model`` puts this.
     """
     call = functools.partial(type(model).__call__, model)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(cache_argument(model), kwargs.get(OLD_CACHE_NAME))
     if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
         return call(*args, **kwargs)
     decoder, input_ids = patched_decoder(model), kwargs["input_ids"]

@@ -32,6 +32,8 @@ class Entry:
         Index of the token, 0-based.
     log_mass : Tensor ()
         Differentiable. 0 for a token.
+    tokens : Tensor (L)
+        Weight of every token of the text in it.
     """
 
     key: torch.Tensor
@@ -39,6 +41,7 @@ class Entry:
     score: float
     born: float
     log_mass: torch.Tensor
+    tokens: torch.Tensor
 
 
 @dataclasses.dataclass
@@ -75,6 +78,7 @@ def naive_lococo(
     rotate: Rotate | None = None,
     scale: float | None = None,
     blocks: list[int] | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, list[list[Entry]]]:
     """One attention layer over a compressed cache.
 
@@ -94,6 +98,8 @@ def naive_lococo(
     blocks : list of int, optional
         Lengths of the blocks that end in a compression, default all full blocks of ``config.block_size``. Tokens
         after them are read without one.
+    window : int, optional
+        Tokens a query sees. Nothing is fused then, and no sink is kept: what the window will see comes first.
 
     Returns
     -------
@@ -115,7 +121,10 @@ def naive_lococo(
     for h in range(num_kv_heads):
         queries = q[h * group : (h + 1) * group]
         head_config = config if config.slots_per_head is None else config.with_slots(config.slots_per_head[0][h])
-        output, entries = _read(queries, k[h], v[h], head_config, head, rotate, scale, blocks)
+        if window is not None:
+            heavy = head_config.num_slots - head_config.num_recent
+            head_config = dataclasses.replace(head_config, slots_per_head=None, num_sinks=0, num_heavy=heavy)
+        output, entries = _read(queries, k[h], v[h], head_config, head, rotate, scale, blocks, window)
         outputs.append(output)
         held.append(entries)
     return torch.cat(outputs), held
@@ -130,6 +139,7 @@ def _read(
     rotate: Rotate | None,
     scale: float,
     blocks: list[int],
+    window: int | None,
 ) -> tuple[torch.Tensor, list[Entry]]:
     """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end."""
     length = keys.shape[0]
@@ -142,11 +152,14 @@ def _read(
             for entry in entries:
                 entry.score = 0.0
         for token in range(now, now + block):
-            entries.append(Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(())))
-            outputs.append(_attend(queries[:, token], entries, config, head, rotate, scale))
+            itself = torch.zeros(length, dtype=keys.dtype)
+            itself[token] = 1.0
+            entries.append(Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself))
+            seen = entries if window is None else [entry for entry in entries if token - entry.born < window]
+            outputs.append(_attend(queries[:, token], entries, seen, config, head, rotate, scale))
         now += block
         if number < len(blocks) and len(entries) > config.num_slots:
-            entries = _compress(entries, config, head, now)
+            entries = _compress(entries, config, head, now, window)
         if config.score == "distant" and number < len(blocks):
             for entry in entries:
                 entry.score *= 0.8 ** (block / config.num_slots)
@@ -156,12 +169,13 @@ def _read(
 def _attend(
     queries: torch.Tensor,
     entries: list[Entry],
+    seen: list[Entry],
     config: LoCoCoConfig,
     head: NaiveHead | None,
     rotate: Rotate | None,
     scale: float,
 ) -> torch.Tensor:
-    """Queries (G, d) of the last entry's token over all entries -> (G, d). Adds to the scores of the entries."""
+    """Queries (G, d) of the last entry's token over the entries seen -> (G, d). Adds to the scores of the entries."""
     keys = torch.stack([entry.key for entry in entries])
     values = torch.stack([entry.value for entry in entries])
     if config.positions == "slot":
@@ -169,9 +183,10 @@ def _attend(
         keys = rotate(keys, positions)
         queries = torch.cat([rotate(query[None], positions[-1:]) for query in queries])
 
-    bias = keys.new_zeros(len(entries))
+    hidden = torch.tensor([all(entry is not other for other in seen) for entry in entries])
+    bias = keys.new_zeros(len(entries)).masked_fill(hidden, -math.inf)
     if config.has_mass and head is not None:
-        bias = head.mass_scale * torch.stack([entry.log_mass for entry in entries])
+        bias = bias + head.mass_scale * torch.stack([entry.log_mass for entry in entries])
 
     outputs = []
     for query in queries:
@@ -183,7 +198,9 @@ def _attend(
     return torch.stack(outputs)
 
 
-def _compress(entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None, now: int) -> list[Entry]:
+def _compress(
+    entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None, now: int, window: int | None
+) -> list[Entry]:
     """N entries -> ``config.num_slots`` entries, after ``now`` tokens."""
     num_entries = len(entries)
     sinks = list(range(config.num_sinks))
@@ -192,6 +209,8 @@ def _compress(entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None
 
     def rank(index: int) -> float:
         entry = entries[index]
+        if window is not None and now - entry.born >= window:
+            return -math.inf
         if config.score == "mean":
             return entry.score / (now - entry.born)
         if config.score == "distant":
@@ -273,6 +292,7 @@ def _fuse(entries: list[Entry], weights: torch.Tensor, config: LoCoCoConfig) -> 
         score=math.fsum(weight * entry.score for weight, entry in zip(fixed, entries, strict=True)),
         born=math.fsum(weight * entry.born for weight, entry in zip(fixed, entries, strict=True)),
         log_mass=log_mass,
+        tokens=sum(weight * entry.tokens for weight, entry in zip(fixed, entries, strict=True)),
     )
 
 

@@ -308,11 +308,11 @@ def test_slot_positions_refuse_angles_that_depend_on_the_length(rope, family):
     assert_close(read(patch(model, LARGE), ids), full)
 
 
-def test_a_release_that_renames_the_cache_is_refused(monkeypatch):
+def test_a_release_that_renames_the_cache_once_more_is_refused(monkeypatch):
     model = tiny_llama()
-    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids=None, cache=None, **kwargs: None)
+    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids=None, memory=None, **kwargs: None)
     before = anatomy(model)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not supported on transformers .*past_key_values"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not supported on transformers .* neither cache nor"):
         patch(model, SMALL)
     assert anatomy(model) == before
 

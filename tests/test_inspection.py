@@ -1,17 +1,24 @@
+import dataclasses
 import json
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from reference import naive_lococo, rope_rotate
+from test_attention import naive_head
 from test_cli import TEXT, checkpoint, word_tokenizer  # noqa: F401
+from test_families import build
 from tiny import tiny_ids, tiny_llama
 
 import lococo
+import lococo.attention
 from lococo import LoCoCoConfig, patched
 from lococo.cli import main
 from lococo.inspection import trace
 from lococo.inspection.page import page, page_data
 from lococo.inspection.trace import TracedMemory
+from lococo.segments import Row, plan_call
+from lococo.state import head_modules
 
 CONFIGS = {
     "open gates": LoCoCoConfig(16, block_size=8, gate_init=0.5, mass_bias=True),
@@ -60,6 +67,68 @@ def test_entries_are_the_weighted_sums_of_the_tokens(memories, name, length):
                 combined = weights[:, :read] @ given[index]
                 plain = weights[:, read:].sum(-1) == 0
                 torch.testing.assert_close(held[0, index, :used][plain], combined[plain], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """What every layer of the next trace is given: its index, rotated queries, keys and values, scale, and window."""
+    given, read_layer = [], lococo.attention.read_layer
+
+    def recorded(layer, plan_for, query, key, value, scale, *args, **kwargs):
+        given.append((len(given), query[0], key[0], value[0], scale, layer.window))
+        return read_layer(layer, plan_for, query, key, value, scale, *args, **kwargs)
+
+    monkeypatch.setattr(lococo.attention, "read_layer", recorded)
+    return given
+
+
+OPEN = LoCoCoConfig(16, block_size=8, gate_init=0.5)
+SLOT_POSITIONS = dataclasses.replace(OPEN, positions="slot")
+NAIVE = {
+    **{name: ("Llama", {}, CONFIGS[name]) for name in CONFIGS if name != "one by one"},
+    "slot positions": ("Llama", {}, SLOT_POSITIONS),
+    "slot positions, h2o": ("Llama", {}, LoCoCoConfig.h2o(16, block_size=8, positions="slot")),
+    "one KV head": ("Llama", dict(num_key_value_heads=1), OPEN),
+    "a KV head for every query head": ("Llama", dict(num_key_value_heads=4), SLOT_POSITIONS),
+    "four budgets": (
+        "Llama",
+        dict(num_key_value_heads=4),
+        LoCoCoConfig(16, block_size=8, gate_init=0.5, slots_per_head=((20, 12, 9, 23), (16, 5, 27, 16))),
+    ),
+    "windows": ("Mistral-window", {}, OPEN),
+    "windows wider than the slots": ("Mistral-window", dict(sliding_window=30), OPEN),
+    "windows and slots per head": ("Mistral-window", dict(sliding_window=20), CONFIGS["slots per head"]),
+    "a window in every other layer": ("Qwen2-half-window", {}, OPEN),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAIVE)
+def test_weights_are_those_of_a_naive_composition(layers, name):
+    family, features, config = NAIVE[name]
+    model, ids = build(family, **features).double(), tiny_ids(1, 61)
+    with patched(model, config):
+        traces, heads = trace(model, ids), head_modules(model)
+    places = plan_call([Row()], ids.shape[1], config).entries[0]
+    for index, query, key, value, scale, window in layers:
+        if config.positions == "slot":
+            query, key = (rope_rotate(8)(states, -places) for states in (query, key))
+        own = config.slots_per_head and (config.slots_per_head[index],)
+        _, held = naive_lococo(
+            *(query, key, value, dataclasses.replace(config, slots_per_head=own)),
+            head=None if window else naive_head(heads.get(index)),
+            rotate=rope_rotate(8),
+            scale=scale,
+            window=window,
+        )
+        of_layer = [each for each in traces if each.layer == index]
+        assert len(of_layer) == len(held)
+        for each, entries in zip(of_layer, held, strict=True):
+            expected = torch.stack([entry.tokens for entry in entries]).float()
+            torch.testing.assert_close(each.weights, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(each.weights.sum(-1), torch.ones(len(entries)), rtol=0, atol=1e-5)
+            if window:
+                assert set(each.kinds) == {"heavy", "recent", "open"} and (each.weights.count_nonzero(-1) == 1).all()
 
 
 def test_kinds_follow_the_budget():

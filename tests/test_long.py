@@ -124,6 +124,13 @@ def test_chat_template_goes_around_the_prompt():
     assert tokenizer.decode(ids).split() == ["w0", "w1", "w2", "w3", "w60", "w4"]
 
 
+def test_examples_and_code_are_continued_without_chat_template():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "w0 {{ messages[0].content }} w60 "
+    item = Item("w1 ", "w2", " w3", (), is_continued=True)
+    assert Prompts(tokenizer, chat=True).ids(item) == Prompts(tokenizer).ids(item)
+
+
 def leval(folder, count=3):
     (folder / "leval").mkdir()
     line = {"input": TEXT, "instructions": [f"w{n}" for n in range(count)], "outputs": ["w9"] * count}
@@ -145,6 +152,7 @@ def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  
     rows = content["rows"]
     assert list(rows[0]) == [
         "task",
+        "source",
         "method",
         "num_slots",
         "block_size",
@@ -160,6 +168,7 @@ def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  
         for task, items in [("scrolls-qasper", 2), ("ruler-niah_single", 3), ("ruler-niah_single", 3)]
     ]
     assert [row["length"] for row in rows[1:3]] == [300, 400]
+    assert [row["source"] for row in rows[:3]] == ["leval/scientific_qa.jsonl", "generated", "generated"]
     assert len(content["needles"]) == 2 * 2 * 3 and {each["depth"] for each in content["needles"]} == {0, 0.5, 1}
     for name in ("long.png", "long_needles.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

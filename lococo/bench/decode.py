@@ -12,6 +12,7 @@ from lococo.bench.counts import Sizes, Work, decode_memory, decode_work, open_bl
 from lococo.bench.dispatch import HeldBytes, Operations
 from lococo.bench.meter import Meter, release_memory
 from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.compat import cache_of, with_cache
 from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes
 from lococo.models import base_shape
@@ -120,7 +121,7 @@ class Decode(Topic):
 
 class _Reader:
     def __init__(self, model: PreTrainedModel, cache: Any, token: torch.Tensor, meter: Meter) -> None:
-        self.model, self.cache, self.token, self.meter = model, cache, token, meter
+        self.model, self.held, self.token, self.meter = model, with_cache(model, cache), token, meter
         self.call = model.__call__  # as generate does: steps may be replayed
 
     def read(self, tokens: int) -> None:
@@ -128,13 +129,13 @@ class _Reader:
         if tokens:
             ids = random_ids(self.model, self.token.shape[0], tokens)
             with self.meter.apart():
-                self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.model(ids, **self.held, use_cache=True, logits_to_keep=1)
 
     def decode(self, steps: int) -> list[float]:
         """Read the most probable token, so many times. Returns the seconds of each."""
         for _ in range(steps):
             with self.meter.lap():
-                output = self.call(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                output = self.call(input_ids=self.token, **self.held, use_cache=True, logits_to_keep=1)
                 self.token = output.logits[:, -1:].argmax(dim=-1)
         return self.meter.seconds()
 
@@ -161,7 +162,7 @@ def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, l
     if length is not None:
         blocks = min(blocks, length // config.block_size)
     ids = random_ids(model, batch, blocks * config.block_size)
-    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    return cache_of(model(ids, use_cache=True, logits_to_keep=1))
 
 
 def random_full_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from lococo.bench.counts import Sizes
 from lococo.bench.limits import Limits, device_memory, measure_limits
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
 from lococo.bench.topic import Cell, Topic
+from lococo.evaluation.deadline import Deadline, OutOfTime
 from lococo.evaluation.methods import as_method
 from lococo.evaluation.results import Journal, device_name
 
@@ -35,10 +35,6 @@ class Subject:
         sizes = dataclasses.astuple(Sizes.of(self.model))
         software = [str(torch.__version__), transformers.__version__, torch.get_num_threads()]
         return [self.name, list(sizes), str(self.model.dtype), device_name(self.model.device), *software]
-
-
-class OutOfTime(Exception):
-    """The time limit of a run is over."""
 
 
 class Grid:
@@ -77,7 +73,7 @@ class Grid:
         self.sizes = Sizes.of(subject.model)
         self._identity = subject.identity
         self._runs = {cell.run: cell.run.identity() for cell in self.cells}
-        self._deadline = None if time_limit is None else time.monotonic() + time_limit
+        self._deadline = Deadline(time_limit)
 
     @property
     def cells(self) -> list[Cell]:
@@ -164,8 +160,7 @@ class Grid:
         self, cell: Cell, meter: Meter, action: Callable[[PreTrainedModel], dict[str, Any]]
     ) -> dict[str, Any] | None:
         """Act with a cell's method in force. None if the device has no room for it; that is then journaled."""
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            raise OutOfTime
+        self._deadline.check()
         run = cell.run
         try:
             with as_method(self.subject.model, run.config, run.heads):

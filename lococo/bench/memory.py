@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lococo.compat import cache_of, with_cache
 from lococo.evaluation.methods import as_method, method_config
 from lococo.evaluation.results import beside, write_result
 from lococo.generation import cache_bytes
@@ -38,7 +39,7 @@ def cache_growth(
         with as_method(model, config):
             for stop in tqdm(range(step, tokens + 1, step), desc=name, unit_scale=step, unit="token", disable=None):
                 part = ids[:, stop - step : stop].to(model.device)
-                cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                cache = cache_of(model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1))
                 rows.append({"method": name, "num_slots": slots, "tokens": stop, "cache_bytes": cache_bytes(cache)})
     write_result(output, command, model.device, rows)
     _plot(rows, beside(output, ".png"))

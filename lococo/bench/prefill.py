@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from lococo.bench.counts import Sizes, Work, read_memory, read_work
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.compat import cache_of
 from lococo.generation import cache_bytes
 
 
@@ -38,4 +39,4 @@ class Prefill(Topic):
         ids = random_ids(model, cell.batch, cell.length)
         with meter.lap():
             output = model(ids, use_cache=True, logits_to_keep=1)
-        return {"seconds": meter.seconds()[0], "cache_bytes": cache_bytes(output.past_key_values)}
+        return {"seconds": meter.seconds()[0], "cache_bytes": cache_bytes(cache_of(output))}

@@ -18,6 +18,7 @@ from lococo.bench.dispatch import HeldBytes
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, Topic, random_ids
 from lococo.cache import LoCoCoCache, Memory
+from lococo.compat import with_cache
 from lococo.generation import cache_bytes
 from lococo.models import base_shape, find_decoder
 from lococo.state import head_modules
@@ -69,9 +70,9 @@ class Score(Topic):
                 cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
             else:
                 cache = compressed_cache(model, config, cell.batch)
-        ids = random_ids(model, cell.batch, self.block_size)
+        decoder, ids = find_decoder(model), random_ids(model, cell.batch, self.block_size)
         with meter.lap():
-            find_decoder(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+            decoder(input_ids=ids, **with_cache(decoder, cache), use_cache=True)
         seconds = meter.seconds()[0] / base_shape(model)["num_layers"]
         figures = _scoring_figures(model, cache, self.block_size, seconds, meter)
         return {"seconds": seconds, "cache_bytes": cache_bytes(cache), **dict(zip(FIGURES, figures, strict=True))}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lococo.compat import with_cache
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.methods import method_config
 from lococo.evaluation.prefixes import PrefixReader
@@ -93,7 +94,7 @@ class PrefixLM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> Any:
         if context.shape[0] == 1 and context.shape[1] > 1:
-            settings["past_key_values"] = self.reader.read(context[0, :-1].tolist())
+            settings |= with_cache(self.model, self.reader.read(context[0, :-1].tolist()))
         return super()._model_generate(context, max_length, stop, **settings)
 
     def _refuse_long(self, lengths: Iterable[int]) -> None:

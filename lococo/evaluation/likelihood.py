@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from lococo.compat import cache_of, with_cache
+
 CHUNK = 2048
 
 
@@ -44,8 +46,8 @@ def token_nlls(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> tor
     for start in range(0, tokens - 1, CHUNK):
         stop = min(start + CHUNK, tokens - 1)
         places = torch.arange(start, stop, device=ids.device)[None]  # ChatGLM's own code does not count on
-        output = model(ids[:, start:stop], position_ids=places, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids[:, start:stop], position_ids=places, **with_cache(model, cache), use_cache=True)
+        cache = cache_of(output)
         nlls.append(F.cross_entropy(output.logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
     return torch.cat(nlls)[first - 1 :]
 

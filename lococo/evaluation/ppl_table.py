@@ -26,7 +26,7 @@ ALL_DOMAINS = "all"
 H2O = ("h2o", "h2o-slot")
 
 
-class _Losses:
+class DocumentLosses:
     """Loss over some windows, document by document."""
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class _Losses:
         self.length = 0
 
     def add(self, nll: float, window: Window, first: int) -> None:
+        """Add a window's mean loss over its tokens from ``first`` on."""
         tokens = window.ids.shape[1] - first
         self.by_document[window.domain, window.document] += nll * tokens, tokens
         self.length = max(self.length, window.ids.shape[1])
@@ -45,11 +46,12 @@ class _Losses:
 
     @property
     def mean(self) -> float:
+        """Nats per token."""
         nll, tokens = self.table.sum(axis=1)
         return float(nll / tokens)
 
 
-Losses = dict[Run, dict[tuple[int, str], _Losses]]
+Losses = dict[Run, dict[tuple[int, str], DocumentLosses]]
 
 
 def perplexity_rows(
@@ -60,28 +62,62 @@ def perplexity_rows(
     The gap ratio compares with H2O at the same number of slots and with the better of its two position modes in that
     domain; ``gap_low`` and ``gap_high`` bound it.
     """
+    losses = measure_losses(model, texts, runs, first, journal)
+    return [loss_row(losses, run, group) for run, groups in losses.items() for group in groups]
+
+
+def measure_losses(
+    model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
+) -> Losses:
+    """Losses of every run by length and domain, and over all domains."""
     losses: Losses = {}
     for run in tqdm(runs, desc="methods", disable=None):
-        groups = losses[run] = defaultdict(_Losses)
+        groups = losses[run] = defaultdict(DocumentLosses)
         with as_method(model, run.config, run.heads):
             for window in tqdm(texts, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None):
                 key = (model.name_or_path, run.name, run.identity(), _digest(window.ids), first)
                 nll = journal.measure(key, functools.partial(_mean_nll, model, window.ids, first))
                 for domain in (window.domain, ALL_DOMAINS):
                     groups[window.length, domain].add(nll, window, first)
-    return [_row(losses, run, group) for run, groups in losses.items() for group in groups]
+    return losses
 
 
-def _row(losses: Losses, run: Run, group: tuple[int, str]) -> dict[str, Any]:
+def references(losses: Losses, run: Run, group: tuple[int, str]) -> tuple[DocumentLosses | None, list[DocumentLosses]]:
+    """What a run's gap ratio compares with: the full cache, and the variants of H2O at as many slots."""
+    full = next((groups[group] for other, groups in losses.items() if other.name == "full"), None)
+    h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == run.num_slots]
+    return full, h2o
+
+
+def gap_change(
+    losses: Losses, run: Run, other: Run, group: tuple[int, str]
+) -> tuple[float | None, float | None, float | None]:
+    """How much larger a run's gap ratio is than another's at as many slots, and the interval of that.
+
+    Both are drawn together in a resample, so that what documents do to both alike is left out. None where there is no
+    gap ratio, or no interval.
+    """
+    full, h2o = references(losses, run, group)
+    if full is None or not h2o:
+        return None, None, None
+    mine, theirs = losses[run][group], losses[other][group]
+    change = mine.table[0] - theirs.table[0] + full.table[0]  # its gap ratio is the difference of both
+    ratio = gap_ratio(mine.mean - theirs.mean + full.mean, full.mean, [each.mean for each in h2o])
+    interval = gap_interval(change, full.table[0], np.stack([each.table[0] for each in h2o]), full.table[1])
+    low, high = interval or (None, None)
+    return ratio, low, high
+
+
+def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> dict[str, Any]:
+    """Perplexity and gap ratio of a run, as a row of a result."""
     measured = losses[run][group]
     nll, tokens = measured.table
-    full = [groups[group] for other, groups in losses.items() if other.name == "full"]
-    h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == run.num_slots]
+    full, h2o = references(losses, run, group)
     gap, interval = None, None
     if full and h2o:
-        gap = gap_ratio(measured.mean, full[0].mean, [each.mean for each in h2o])
+        gap = gap_ratio(measured.mean, full.mean, [each.mean for each in h2o])
         if gap is not None:
-            interval = gap_interval(nll, full[0].table[0], np.stack([each.table[0] for each in h2o]), tokens)
+            interval = gap_interval(nll, full.table[0], np.stack([each.table[0] for each in h2o]), tokens)
     gap_low, gap_high = interval or (None, None)
     return {
         "domain": group[1],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lococo.compat import with_cache
 from lococo.generation import read_tokens
 
 # A copy of a cache costs about as much as reading some tokens, and stays in memory.
@@ -71,7 +72,7 @@ class PrefixReader:
         rows = [[context[-1], *ids[:-1], *[0] * (longest - len(ids))] for ids in continuations]
         places = torch.arange(start, start + longest, device=self.model.device).expand(len(rows), -1)
         inputs = torch.tensor(rows, device=self.model.device)
-        output = self.model(inputs, position_ids=places, past_key_values=cache, use_cache=True)
+        output = self.model(inputs, position_ids=places, **with_cache(self.model, cache), use_cache=True)
         return [_score(logits[: len(ids)], ids) for logits, ids in zip(output.logits, continuations, strict=True)]
 
     def _go_on(self, ids: Sequence[int], start: int, cache: Any) -> Any:

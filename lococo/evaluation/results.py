@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from lococo.evaluation.deadline import Deadline
 from lococo.files import write_whole
 from lococo.version import __version__
 
@@ -131,10 +132,13 @@ class Journal:
     ----------
     path : Path
         Made at the first row; removed by ``finish``.
+    deadline : Deadline, optional
+        No measurement begins after it: ``measure`` raises ``OutOfTime``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, deadline: Deadline | None = None) -> None:
         self.path = path
+        self.deadline = deadline or Deadline()
         self.rows: dict[str, Any] = {}
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -148,6 +152,7 @@ class Journal:
         """The value under a key, measured now if no earlier run has."""
         name = json.dumps(list(key))
         if name not in self.rows:
+            self.deadline.check()
             self.rows[name] = function()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

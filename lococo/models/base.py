@@ -13,7 +13,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo.compat import HAS_ATTENTION_INTERFACE, OLDEST
+from lococo.compat import (
+    CACHE_NAME,
+    HAS_ATTENTION_INTERFACE,
+    OLD_CACHE_NAME,
+    OLDEST,
+    argument_names,
+    cache_argument,
+)
 from lococo.models.chatglm import (
     check_remote_chatglm,
     is_remote_attention,
@@ -65,10 +72,10 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         raise ValueError(
             f"{name} is not supported: its attention does not go through Transformers' attention interface"
         )
-    if "past_key_values" not in inspect.signature(type(decoder).forward).parameters:
+    if cache_argument(decoder) not in argument_names(type(decoder).forward):
         raise ValueError(
-            f"{name} is not supported on transformers {transformers.__version__}, which renames its past_key_values; "
-            "use transformers < 5.24"
+            f"{name} is not supported on transformers {transformers.__version__}: its decoder takes neither "
+            f"{CACHE_NAME} nor {OLD_CACHE_NAME}"
         )
     layers = attention_layers(decoder)
     if len(layers) != config.num_hidden_layers:

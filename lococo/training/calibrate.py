@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.config import LoCoCoConfig
+from lococo.evaluation.deadline import Deadline, OutOfTime
 from lococo.evaluation.results import Journal, peak_memory
 from lococo.files import write_whole
 from lococo.heads import check_heads_folder, load_heads
@@ -31,7 +32,7 @@ from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipe import Recipe
 from lococo.training.report import save_calibrated
-from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
+from lococo.training.trainer import HEADS_FOLDER, HeadTrainer, StopInTime
 
 RUN_NAME = "run.json"
 WORK_NAMES = (RUN_NAME, "recordings", "local", "trainer")
@@ -100,6 +101,8 @@ def calibrate(
     dtype: torch.dtype | None = torch.bfloat16,
     training_arguments: dict[str, Any] | None = None,
     command: str = "lococo.calibrate(...)",
+    recordings_dir: Path | None = None,
+    deadline: Deadline | None = None,
 ) -> list[dict[str, Any]]:
     """Train the heads of a model and write them, with how they were made and what they measure, into a folder.
 
@@ -127,6 +130,10 @@ def calibrate(
         For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
     command : str
         What is written down as having made the heads.
+    recordings_dir : Path, optional
+        Recorded texts of this model, data and number of texts, for other runs too. None: in ``work_dir``.
+    deadline : Deadline, optional
+        The run stops after it, between two steps, texts or layers, and can be resumed.
 
     Returns
     -------
@@ -142,7 +149,10 @@ def calibrate(
         If ``output`` holds something else, or ``work_dir`` a run that is not resumed or something else.
     FloatingPointError
         If training diverges.
+    OutOfTime
+        If the deadline came before the end.
     """
+    deadline = deadline or Deadline()
     started, resumed = time.monotonic(), (work_dir / RUN_NAME).is_file()
     processes = this_process(on_cpu=model.device.type == "cpu")
     check_calibration(config, data, recipe, output, work_dir=work_dir, resume=resume, first=first)
@@ -153,14 +163,14 @@ def calibrate(
     processes.wait_for_everyone()  # all have seen the work folder as it was
     with processes.main_process_first():
         train, heldout = prepare(data, tokenizer, cache_dir / "tokens")
-        run = _description(config, data, recipe, first, _identity(model))
+        run = _description(config, data, recipe, first, weights_identity(model))
         _check_same_run(work_dir, run)
-        journal = Journal(cache_dir / f"measured-{run['model']}.jsonl")
+        journal = Journal(cache_dir / f"measured-{run['model']}.jsonl", deadline)
         gap = baselines(model, heldout.ids, config, first, journal)
         config, rows = _with_budgets(model, train, config, recipe, journal)
         if processes.is_main_process:
             write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
-        recordings = Recordings(work_dir / "recordings")
+        recordings = Recordings(recordings_dir or work_dir / "recordings", deadline)
         if recipe.local:
             recordings.add(model, train.evenly(recipe.local_texts))
     torch.manual_seed(data.seed)  # the heads' initial weights
@@ -168,11 +178,12 @@ def calibrate(
         rows.append({"stage": "start", "step": 0, **gap.measure(model)})
         if recipe.local:
             with processes.main_process_first():
-                layers = train_locally(model, recordings, recipe.local, work_dir / "local")
+                layers = train_locally(model, recordings, recipe.local, work_dir / "local", deadline)
             rows += [{"stage": "local", **row} for row in layers]
             rows.append({"stage": "local", "step": recipe.local.steps, **gap.measure(model)})
         if recipe.objective:
-            rows += _train_end_to_end(model, train, recipe, gap, work_dir / "trainer", data.seed, training_arguments)
+            trainer_dir = work_dir / "trainer"
+            rows += _train_end_to_end(model, train, recipe, gap, trainer_dir, data.seed, training_arguments, deadline)
         processes.wait_for_everyone()  # none still writes into the work folder
         if processes.is_main_process:
             if dtype is not None:
@@ -185,7 +196,7 @@ def calibrate(
     return rows
 
 
-def _identity(model: PreTrainedModel) -> str:
+def weights_identity(model: PreTrainedModel) -> str:
     """Name of a model by its weights, for figures measured on it."""
     total = 0
     for value in checksums(model).values():
@@ -249,6 +260,7 @@ def _train_end_to_end(
     folder: Path,
     seed: int,
     training_arguments: dict[str, Any] | None,
+    deadline: Deadline,
 ) -> list[dict[str, Any]]:
     assert recipe.objective is not None
     wanted = ("step", "loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")
@@ -274,7 +286,7 @@ def _train_end_to_end(
         objective=recipe.objective,
         scalar_lr_factor=recipe.scalar_lr_factor,
         train_dataset=train,
-        callbacks=[MeasureGap(model, gap, recipe.measure_every)],
+        callbacks=[MeasureGap(model, gap, recipe.measure_every), StopInTime(deadline)],
     )
     if (done / TRAINER_STATE_NAME).is_file():  # Trainer would train a step more
         load_heads(model, done / HEADS_FOLDER)
@@ -282,6 +294,8 @@ def _train_end_to_end(
     else:
         trainer.train(resume_from_checkpoint=any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")))
         state = trainer.state
+    if state.global_step < recipe.steps:
+        raise OutOfTime
     return [
         {"stage": "end-to-end", **{name: entry[name] for name in wanted if name in entry}}
         for entry in state.log_history

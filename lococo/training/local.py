@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
+from lococo.evaluation.deadline import Deadline
 from lococo.files import write_whole
 from lococo.fusion import FusionHead
 from lococo.state import head_modules, lococo_config
@@ -66,10 +67,13 @@ class Recordings:
     ----------
     folder : Path
         Made if missing. Texts recorded by an earlier run that was killed are not recorded again.
+    deadline : Deadline, optional
+        No text is recorded after it: ``add`` raises ``OutOfTime``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, deadline: Deadline | None = None) -> None:
         self.folder = folder
+        self.deadline = deadline or Deadline()
         self.paths: list[Path] = []
 
     def add(self, model: PreTrainedModel, windows: torch.Tensor) -> None:
@@ -77,6 +81,7 @@ class Recordings:
         for ids in tqdm(windows, desc="recording", unit="text", disable=None):
             path = self.folder / f"{len(self.paths):05d}.safetensors"
             if not path.is_file():
+                self.deadline.check()
                 write_whole(path, _to_bytes(record(model, ids[None].long(), gradients=True)))
             self.paths.append(path)
 
@@ -100,7 +105,11 @@ def _to_bytes(records: dict[int, LayerRecord]) -> bytes:
 
 
 def train_locally(
-    model: nn.Module, recordings: Recordings, settings: LocalConfig, folder: Path
+    model: nn.Module,
+    recordings: Recordings,
+    settings: LocalConfig,
+    folder: Path,
+    deadline: Deadline | None = None,
 ) -> list[dict[str, float]]:
     """Train the head of every layer on recordings, layer after layer; no pass through the model.
 
@@ -113,6 +122,8 @@ def train_locally(
         Patched; its heads are changed.
     folder : Path
         Gets a file per finished layer; a killed run goes on after the last of them.
+    deadline : Deadline, optional
+        No layer begins after it: ``OutOfTime`` is raised.
 
     Returns
     -------
@@ -136,6 +147,7 @@ def train_locally(
         for layer_idx, head in bar:
             path = folder / f"layer_{layer_idx:03d}.safetensors"
             if not path.is_file():
+                (deadline or Deadline()).check()
                 error = train_layer(layer_idx, head, lococo_config(model), recordings, settings)
                 tensors = {name: parameter.detach().cpu() for name, parameter in head.named_parameters()}
                 write_whole(path, save(tensors, metadata={"error": json.dumps(error)}))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lococo.compat import cache_of, with_cache
 from lococo.forward import Request, asking, new_cache
 from lococo.fusion import FusionHead
 from lococo.patch import suspended
@@ -165,8 +166,8 @@ class Caches:
         start, self.full_tokens = self.full_tokens, self.full_tokens + input_ids.shape[1]
         places = torch.arange(start, self.full_tokens, device=input_ids.device)[None]
         with suspended(model):
-            output = model(input_ids=input_ids, position_ids=places, past_key_values=self.full, use_cache=True)
-        self.full = output.past_key_values
+            output = model(input_ids=input_ids, position_ids=places, **with_cache(model, self.full), use_cache=True)
+        self.full = cache_of(output)
         return output.logits
 
     def detach(self) -> None:

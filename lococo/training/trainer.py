@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from lococo.evaluation.deadline import Deadline
 from lococo.heads import load_heads, save_heads
 from lococo.state import head_modules, lococo_config
 from lococo.training.frozen import base_unchanged, first_unhealthy_head, only_heads_learn
@@ -241,6 +242,18 @@ class GatesWithinReach(TrainerCallback):
         for head in head_modules(self.model).values():
             if head.gate is not None:
                 head.gate.clamp_(0, 1)
+
+
+class StopInTime(TrainerCallback):
+    """Ends training after the first step that a deadline came before, with a checkpoint."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """See ``TrainerCallback``."""
+        if self.deadline.is_over:
+            control.should_save = control.should_training_stop = True
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lococo.compat import with_cache
 from lococo.evaluation.long.items import Item, Task
 from lococo.evaluation.long.metrics import METRICS
 from lococo.evaluation.long.prompts import Prompts, shared_start
@@ -27,7 +28,7 @@ def answers(
     """
     metric = METRICS[task.metric]
     encoded = [_sequences(prompts, item, metric.by_likelihood) for item in items]
-    keys = [_key(task, run, each) for each in encoded]
+    keys = [_key(model, task, run, each) for each in encoded]
     states = _States(model, items, encoded, [journal.recall(key) is None for key in keys])
     for place, (item, sequences, key) in enumerate(zip(items, encoded, keys, strict=True)):
 
@@ -48,9 +49,9 @@ def _sequences(prompts: Prompts, item: Item, with_options: bool) -> list[list[in
     return [prompts.ids(item), *(prompts.ids(item, option) for option in item.options if with_options)]
 
 
-def _key(task: Task, run: Run, sequences: Sequence[Sequence[int]]) -> tuple[Any, ...]:
+def _key(model: Any, task: Task, run: Run, sequences: Sequence[Sequence[int]]) -> tuple[Any, ...]:
     digest = hashlib.sha256(repr((task.max_new_tokens, sequences)).encode()).hexdigest()
-    return task.name, run.name, run.identity(), digest
+    return model.name_or_path, task.name, run.name, run.identity(), digest
 
 
 class _States:
@@ -108,7 +109,9 @@ def _likelihoods(model: Any, sequences: Sequence[list[int]], options: Sequence[s
     for sequence, option in zip(continued, options, strict=True):
         ids = torch.tensor([sequence], device=model.device)
         places = torch.arange(shared, len(sequence) - 1, device=ids.device)[None]
-        output = model(ids[:, shared:-1], position_ids=places, past_key_values=copy.deepcopy(held), use_cache=True)
+        output = model(
+            ids[:, shared:-1], position_ids=places, **with_cache(model, copy.deepcopy(held)), use_cache=True
+        )
         nlls = F.cross_entropy(output.logits[0].float(), ids[0, shared + 1 :], reduction="none")
         own = shared_start([prompt, sequence]) - shared - 1
         likelihoods.append(-nlls[own:].sum().item() / len(option))

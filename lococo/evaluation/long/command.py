@@ -181,6 +181,7 @@ def _row(
     score, error = aggregate(figures)
     return {
         "task": task.name,
+        "source": task.source,
         "method": each.name,
         "num_slots": each.num_slots,
         "block_size": None if each.config is None else each.config.block_size,

@@ -19,6 +19,8 @@ class Item:
         Answers to choose from, or classes.
     depth : float, optional
         Where in the document the answer stands: 0 is its start, 1 its end.
+    is_continued : bool
+        The answer goes on with the prompt's text, examples or code: no turn of a chat.
     """
 
     before: str
@@ -27,6 +29,7 @@ class Item:
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
     depth: float | None = None
+    is_continued: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Task:
         Only the first line of an answer counts: after examples models answer in a line and write more examples.
     length : int, optional
         Tokens of prompt and answer that generated items were made for.
+    source : str
+        Where the items are from.
     """
 
     name: str
@@ -49,3 +54,4 @@ class Task:
     items: tuple[Item, ...]
     first_line: bool = False
     length: int | None = None
+    source: str = "generated"

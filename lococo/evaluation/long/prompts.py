@@ -16,7 +16,7 @@ class Prompts:
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     chat : bool
-        Put prompts into the tokenizer's chat template, as a user's turn.
+        Put prompts into the tokenizer's chat template, as a user's turn, but those of items that are continued.
 
     Raises
     ------
@@ -32,12 +32,13 @@ class Prompts:
     def ids(self, item: Item, option: str | None = None) -> list[int]:
         """Token ids of the prompt, with an answer after it if one is given."""
         text = item.before + item.document + item.after
-        if self.chat:
+        is_turn = self.chat and not item.is_continued
+        if is_turn:
             turns = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         if option is not None:
-            text += option if self.chat or text.endswith(("\n", " ", "：")) else f" {option}"
-        return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+            text += option if is_turn or text.endswith(("\n", " ", "：")) else f" {option}"
+        return self.tokenizer(text, add_special_tokens=not is_turn).input_ids
 
     def cut(self, item: Item, limit: int) -> Item:
         """The item with the middle of its document left out, so that the prompt has at most ``limit`` tokens.

@@ -34,8 +34,8 @@ class Source:
     member: str
     reader: Reader
 
-    def read(self, data_dir: Path | None) -> list[Record]:
-        """All records, from ``data_dir`` or, for None, from the Hub.
+    def read(self, data_dir: Path | None) -> tuple[list[Record], str]:
+        """All records, from ``data_dir`` or, for None, from the Hub, and the name of what they were read from.
 
         Raises
         ------
@@ -46,10 +46,10 @@ class Source:
             from huggingface_hub import hf_hub_download
 
             with zipfile.ZipFile(hf_hub_download(self.repository, self.archive, repo_type="dataset")) as archive:
-                return list(self.reader(archive.read(self.member).decode("utf-8")))
+                return list(self.reader(archive.read(self.member).decode("utf-8"))), f"{self.repository}/{self.member}"
         for name, reader in self.local:
             if (data_dir / name).is_file():
-                return list(reader((data_dir / name).read_text(encoding="utf-8")))
+                return list(reader((data_dir / name).read_text(encoding="utf-8"))), name
         raise FileNotFoundError(f"{data_dir} has none of {', '.join(name for name, _ in self.local)}")
 
 
@@ -72,18 +72,19 @@ class LongSet:
 
     def task(self, name: str, data_dir: Path | None, limit: int | None, seed: int) -> Task:
         """The set as a task of at most ``limit`` items, drawn by ``seed`` and left in their order."""
-        found = self.source.read(data_dir)
+        found, source = self.source.read(data_dir)
         if limit is not None and limit < len(found):
             found = [found[place] for place in sorted(random.Random(seed).sample(range(len(found)), limit))]
         items = tuple(self._item(record) for record in found)
-        return Task(name, self.metric, self.max_new_tokens, items, self.first_line)
+        return Task(name, self.metric, self.max_new_tokens, items, self.first_line, source=source)
 
     def _item(self, record: Record) -> Item:
+        is_continued = self.first_line or self.metric == "edit_similarity"
         if record.is_prompt:
-            return Item("", record.document, "", record.references, record.options)
+            return Item("", record.document, "", record.references, record.options, is_continued=is_continued)
         options = "\n".join(f"({letter}) {option}" for letter, option in zip("ABCD", record.options, strict=False))
         after = self.after.replace("{options}", options).replace("{question}", record.question)
-        return Item(self.before, record.document, after, record.references, record.options)
+        return Item(self.before, record.document, after, record.references, record.options, is_continued=is_continued)
 
 
 def _scrolls(
