@@ -99,18 +99,18 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     shown = [row for row in rows if row["method"] != FULL and row["gap_ratio"] is not None]
     figure = Figure(figsize=(9, 0.3 * len(shown) + 1.6), layout="constrained")
-    axes = figure.subplots()
+    axes, limit = figure.subplots(), 2.2
     groups = list(dict.fromkeys(row["reads"] for row in shown))
     for index, group in enumerate(groups):
         places = [place for place, row in enumerate(shown) if row["reads"] == group]
         ratios = [shown[place]["gap_ratio"] for place in places]
         axes.barh(places, ratios, color=f"C{index}", label=group)
         for place, ratio in zip(places, ratios, strict=True):
-            axes.annotate(f"{ratio:.2f}", (ratio, place), xytext=(3, -3), textcoords="offset points", fontsize=7)
+            style = {"xytext": (3, -3), "textcoords": "offset points", "fontsize": 7, "annotation_clip": False}
+            axes.annotate(f"{ratio:.2f}", (min(ratio, limit), place), **style)
     for place, row in enumerate(shown):
         if row["gap_low"] is not None:
             axes.plot([row["gap_low"], row["gap_high"]], [place + 0.25] * 2, "k-", linewidth=1)
-    limit = 2.2
     axes.set(xlim=(0, limit), ylim=(len(shown) - 0.4, -0.6))
     axes.set_yticks(range(len(shown)), [row["method"] for row in shown], fontsize=8)
     axes.axvline(1, color="grey", linewidth=0.8)
