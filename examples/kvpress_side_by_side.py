@@ -128,8 +128,8 @@ def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
     """How the figures came about."""
     versions = f"kvpress {KVPRESS}, transformers {transformers.__version__}, torch {torch.__version__}"
     return (
-        f"{len(windows)} windows of {length + 1} tokens. The last {BLOCK_SIZE} of a window are predicted in one "
-        f"forward from {num_slots} entries per layer and KV head and their own block; for lococo and KVzip that is "
+        f"{len(windows)} windows of {length + 1} tokens, none of them special. The last {BLOCK_SIZE} of a window are "
+        f"predicted in one forward from {num_slots} entries per layer and KV head and their own block; for lococo and KVzip that is "
         f"the average over heads. That a press keeps exactly so many is checked. `_all`: all tokens from the second "
         f"block on, where every block was predicted so. `reads` says what a method held until then, and so which rows "
         f"compare like with like. '{READING}': never more than {num_slots} + {BLOCK_SIZE} entries, everything read "
@@ -193,7 +193,9 @@ def main() -> None:
     runs = [*plan_runs(METHODS, [num_slots], BLOCK_SIZE), trained]
     model, tokenizer = load(options)
     cut = Cut((options.length + 1,), BLOCK_SIZE, options.documents)
-    windows = one_after_another(read_windows(options.data, tokenizer, cut))[: options.limit]
+    # Releases of transformers differ in the first token that a tokenizer from GGUF puts before a text.
+    as_tokens = functools.partial(tokenizer, add_special_tokens=False)
+    windows = one_after_another(read_windows(options.data, as_tokens, cut))[: options.limit]
     prompt = options.length - BLOCK_SIZE
     presses = press_rows(num_slots, BLOCK_SIZE, prompt)
     reads = {run.name: READING for run in runs} | {FULL: "whole"}
