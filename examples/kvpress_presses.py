@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -271,21 +271,3 @@ def nlls_while_reading(
             nlls.append(F.cross_entropy(logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
             check_kept(row.name, cache, min(stop, num_slots))
     return torch.cat(nlls)
-
-
-def nlls_of_presses(
-    model: PreTrainedModel,
-    rows: Sequence[PressRow],
-    kvzip: Any,
-    ids: torch.Tensor,
-    block_size: int,
-    num_slots: int,
-) -> Mapping[str, torch.Tensor]:
-    """Negative log-likelihoods of one window by method: of its last block, or of all tokens for ``READING``."""
-    start = ids.shape[1] - 1 - block_size
-    at_once = [row for row in rows if row.reads != READING]
-    found = nlls_after_prefill(model, at_once, kvzip, ids, start, num_slots)
-    in_blocks = {
-        row.name: nlls_while_reading(model, row, ids, block_size, num_slots) for row in rows if row.reads == READING
-    }
-    return found | in_blocks

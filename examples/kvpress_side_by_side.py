@@ -14,21 +14,29 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from kvpress_presses import BLOCK, DENSE, READING, PressRow, make_kvzip, nlls_of_presses, press_rows
+from kvpress_presses import (
+    BLOCK,
+    DENSE,
+    READING,
+    PressRow,
+    make_kvzip,
+    nlls_after_prefill,
+    nlls_while_reading,
+    press_rows,
+)
+from kvpress_table import FULL, REFERENCE, Nlls, join, plot
 from tqdm import tqdm
 
-from lococo.evaluation.gap import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
+from lococo.evaluation.gap import CONFIDENCE, RESAMPLES, SEED
 from lococo.evaluation.likelihood import token_nlls
 from lococo.evaluation.methods import Run, as_method, plan_runs
 from lococo.evaluation.results import Journal, beside, markdown_table, write_result
@@ -38,13 +46,6 @@ from lococo.loading import add_model_options, load
 KVPRESS = "0.5.5"
 BLOCK_SIZE = 128
 METHODS = ("full", "streaming", "h2o", "lococo-uncalibrated")
-FULL, REFERENCE, OURS = "full", "h2o", "lococo"
-
-MEASURED = ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")
-
-# By method and window: loss summed over its last block ("last") and, where every block was predicted from what is left
-# of those before, over all tokens from the second block on ("all").
-Nlls = dict[str, list[dict[str, float]]]
 
 
 def one_after_another(windows: Sequence[Window]) -> list[Window]:
@@ -90,122 +91,45 @@ def measure(
             key = (name_or_path, run.name, run.identity(), digest)
             row = journal.measure(key, functools.partial(losses, model, run, window.ids))
             found.setdefault(run.name, []).append(row)
-        of_presses = functools.partial(losses_of_presses, model, presses, kvzip, window.ids, num_slots)
-        for name, row in journal.measure((name_or_path, "kvpress", KVPRESS, num_slots, digest), of_presses).items():
+        for name, row in measure_presses(
+            model, (name_or_path, digest), window.ids, presses, kvzip, num_slots, journal
+        ):
             found.setdefault(name, []).append(row)
     return found
 
 
-def losses_of_presses(
-    model: Any, presses: Sequence[PressRow], kvzip: Any, ids: torch.Tensor, num_slots: int
-) -> dict[str, dict[str, float]]:
-    """Loss of every press on one window."""
-    nlls = nlls_of_presses(model, presses, kvzip, ids, BLOCK_SIZE, num_slots)
-    return {name: sums(each, BLOCK_SIZE) for name, each in nlls.items()}
+def measure_presses(
+    model: Any,
+    source: tuple[str, str],
+    ids: torch.Tensor,
+    presses: Sequence[PressRow],
+    kvzip: Any,
+    num_slots: int,
+    journal: Journal,
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Names and losses of all presses on one window: those of one prefill together, each reading by itself."""
+    key = (*source, "kvpress", KVPRESS, num_slots)
 
+    def after_prefill() -> dict[str, dict[str, float]]:
+        at_once = [row for row in presses if row.reads != READING]
+        nlls = nlls_after_prefill(model, at_once, kvzip, ids, ids.shape[1] - 1 - BLOCK_SIZE, num_slots)
+        return {name: sums(each, BLOCK_SIZE) for name, each in nlls.items()}
 
-def by_document(windows: Sequence[Window], values: Sequence[float]) -> np.ndarray:
-    """(documents,) sums over the windows of each document."""
-    documents: dict[tuple[str, str], float] = {}
-    for window, value in zip(windows, values, strict=True):
-        key = (window.domain, window.document)
-        documents[key] = documents.get(key, 0.0) + value
-    return np.array(list(documents.values()))
+    def while_reading(row: PressRow) -> dict[str, float]:
+        return sums(nlls_while_reading(model, row, ids, BLOCK_SIZE, num_slots), BLOCK_SIZE)
 
-
-def difference_interval(mine: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Confidence interval of a difference in loss per token, by the percentile bootstrap over documents."""
-    count = len(tokens)
-    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    differences = draws @ (mine - other) / (draws @ tokens)
-    low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
-def columns(windows: Sequence[Window], found: Nlls, name: str, part: str) -> dict[str, float | int | None]:
-    """What is said of a method's loss on a part of every window: ``last`` or ``all``."""
-    if part not in found[name][0]:
-        return dict.fromkeys(
-            ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")
-        )
-    per_window = {"last": BLOCK_SIZE, "all": windows[0].ids.shape[1] - 1 - BLOCK_SIZE}[part]
-    tokens = by_document(windows, [per_window] * len(windows))
-    mine, full, reference, ours = (
-        by_document(windows, [each[part] for each in found[each_name]]) for each_name in (name, FULL, REFERENCE, OURS)
-    )
-    nll, full_nll, reference_nll = (each.sum() / tokens.sum() for each in (mine, full, reference))
-    interval = gap_interval(mine, full, reference[None], tokens) or (None, None)
-    low, high = difference_interval(mine, ours, tokens)
-    return {
-        "nll": float(nll),
-        "ppl": math.exp(nll),
-        "gap_ratio": gap_ratio(nll, full_nll, [reference_nll]),
-        "gap_low": interval[0],
-        "gap_high": interval[1],
-        "minus_lococo": float((mine - ours).sum() / tokens.sum()),
-        "low": low,
-        "high": high,
-        "tokens": int(tokens.sum()),
-    }
-
-
-def join(windows: Sequence[Window], found: Nlls, reads: Mapping[str, str], num_slots: int) -> list[dict[str, Any]]:
-    """One row per method, in the order of how they read and, within that, of their loss on the last block."""
-    rows = []
-    for name in found:
-        last, every = (columns(windows, found, name, part) for part in ("last", "all"))
-        by_domain: dict[str, list[float]] = {}
-        for window, each in zip(windows, found[name], strict=True):
-            by_domain.setdefault(window.domain, []).append(each["last"] / BLOCK_SIZE)
-        rows.append(
-            {
-                "method": name,
-                "reads": reads[name],
-                "num_slots": None if name == FULL else num_slots,
-                **last,
-                **{f"{column}_all": value for column, value in every.items()},
-                "windows": len(windows),
-                "tokens_read": sum(window.ids.shape[1] - 1 for window in windows),
-                **{f"nll_{domain}": sum(values) / len(values) for domain, values in sorted(by_domain.items())},
-            }
-        )
-    order = list(dict.fromkeys(reads.values()))
-    return sorted(rows, key=lambda row: (order.index(row["reads"]), row["nll"]))
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Gap ratio of the last block by method, with its interval, coloured by how the text was read."""
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if row["method"] != FULL and row["gap_ratio"] is not None]
-    figure = Figure(figsize=(9, 0.3 * len(shown) + 1.6), layout="constrained")
-    axes = figure.subplots()
-    groups = list(dict.fromkeys(row["reads"] for row in shown))
-    for index, group in enumerate(groups):
-        places = [place for place, row in enumerate(shown) if row["reads"] == group]
-        ratios = [shown[place]["gap_ratio"] for place in places]
-        axes.barh(places, ratios, color=f"C{index}", label=group)
-        for place, ratio in zip(places, ratios, strict=True):
-            axes.annotate(f"{ratio:.2f}", (ratio, place), xytext=(3, -3), textcoords="offset points", fontsize=7)
-    for place, row in enumerate(shown):
-        if row["gap_low"] is not None:
-            axes.plot([row["gap_low"], row["gap_high"]], [place + 0.25] * 2, "k-", linewidth=1)
-    limit = 2.2
-    axes.set(xlim=(0, limit), ylim=(len(shown) - 0.4, -0.6))
-    axes.set_yticks(range(len(shown)), [row["method"] for row in shown], fontsize=8)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel(f"gap ratio: 0 is the full cache, 1 is {REFERENCE}; what is longer than {limit} is cut")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside upper center", ncols=len(groups))
-    figure.savefig(path, dpi=110)
+    yield from journal.measure((*key, DENSE), after_prefill).items()
+    for row in presses:
+        if row.reads == READING:
+            yield row.name, journal.measure((*key, row.name), functools.partial(while_reading, row))
 
 
 def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
     """How the figures came about."""
     versions = f"kvpress {KVPRESS}, transformers {transformers.__version__}, torch {torch.__version__}"
     return (
-        f"{len(windows)} windows of {length + 1} tokens. The last {BLOCK_SIZE} of a window are predicted in one "
-        f"forward from {num_slots} entries per layer and KV head and their own block; for lococo and KVzip that is "
+        f"{len(windows)} windows of {length + 1} tokens, none of them special. The last {BLOCK_SIZE} of a window are "
+        f"predicted in one forward from {num_slots} entries per layer and KV head and their own block; for lococo and KVzip that is "
         f"the average over heads. That a press keeps exactly so many is checked. `_all`: all tokens from the second "
         f"block on, where every block was predicted so. `reads` says what a method held until then, and so which rows "
         f"compare like with like. '{READING}': never more than {num_slots} + {BLOCK_SIZE} entries, everything read "
@@ -269,7 +193,9 @@ def main() -> None:
     runs = [*plan_runs(METHODS, [num_slots], BLOCK_SIZE), trained]
     model, tokenizer = load(options)
     cut = Cut((options.length + 1,), BLOCK_SIZE, options.documents)
-    windows = one_after_another(read_windows(options.data, tokenizer, cut))[: options.limit]
+    # Releases of transformers differ in the first token that a tokenizer from GGUF puts before a text.
+    as_tokens = functools.partial(tokenizer, add_special_tokens=False)
+    windows = one_after_another(read_windows(options.data, as_tokens, cut))[: options.limit]
     prompt = options.length - BLOCK_SIZE
     presses = press_rows(num_slots, BLOCK_SIZE, prompt)
     reads = {run.name: READING for run in runs} | {FULL: "whole"}
@@ -279,7 +205,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kvzip = make_kvzip(model, tokenizer, num_slots, prompt, folder)
         found = measure(model, options.model, windows, runs, presses, kvzip, journal)
-    rows = join(windows, found, reads, num_slots)
+    rows = join(windows, found, reads, num_slots, BLOCK_SIZE)
     command = shlex.join(["python", *sys.argv])
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]

@@ -21,6 +21,7 @@ from lococo.evaluation.texts import Window
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import kvpress_presses  # noqa: E402
 import kvpress_side_by_side as side_by_side  # noqa: E402
+import kvpress_table  # noqa: E402
 from kvpress_presses import BLOCK, DENSE, READING, PressRow  # noqa: E402
 
 BLOCK_TOKENS, SLOTS, LENGTH = 8, 8, 40
@@ -216,7 +217,7 @@ def test_a_killed_run_measures_only_what_is_missing(model, tmp_path, small_block
     assert [row.keys() for row in first["kvpress-ends"]] == [{"last"}] * 2
     assert [row.keys() for row in first["kvpress-reading"]] == [{"last", "all"}] * 2
     lines = (tmp_path / "journal").read_text().splitlines()
-    assert len(lines) == 2 * 3
+    assert len(lines) == 2 * 4
     (tmp_path / "journal").write_text("\n".join(lines[:-1]) + '\n{"key": "cut')
     counted = []
     monkeypatch.setattr(side_by_side, "losses", lambda *args: counted.append("ours"))
@@ -228,7 +229,7 @@ def figures(last, every=None):
     return {"last": last * BLOCK_TOKENS, **({} if every is None else {"all": every * (LENGTH - BLOCK_TOKENS)})}
 
 
-def test_both_sides_are_joined_over_the_same_tokens(small_blocks):
+def test_both_sides_are_joined_over_the_same_tokens(tmp_path):
     windows = [window("a", "x"), window("a", "x", 1), window("b", "y", 2)]
     found = {
         "full": [figures(1, 1), figures(2, 2), figures(3, 3)],
@@ -237,7 +238,7 @@ def test_both_sides_are_joined_over_the_same_tokens(small_blocks):
         "kvpress-near": [figures(1.25), figures(2.25), figures(3.25)],
     }
     reads = {"full": "whole", "h2o": READING, "lococo": READING, "kvpress-near": DENSE}
-    rows = side_by_side.join(windows, found, reads, SLOTS)
+    rows = kvpress_table.join(windows, found, reads, SLOTS, BLOCK_TOKENS)
     assert [row["method"] for row in rows] == ["full", "lococo", "h2o", "kvpress-near"]
     by_name = {row["method"]: row for row in rows}
     near, ours = by_name["kvpress-near"], by_name["lococo"]
@@ -250,17 +251,19 @@ def test_both_sides_are_joined_over_the_same_tokens(small_blocks):
     assert by_name["full"]["num_slots"] is None and near["num_slots"] == SLOTS
     assert len({tuple(row) for row in rows}) == 1
     json.dumps(rows)
+    kvpress_table.plot(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def test_interval_holds_the_difference_and_windows_of_a_document_stay_together():
     windows = [window("a", "x"), window("a", "x", 1), window("b", "y", 2), window("b", "x", 3)]
-    assert side_by_side.by_document(windows, [1, 2, 3, 4]).tolist() == [3, 3, 4]
+    assert kvpress_table.by_document(windows, [1, 2, 3, 4]).tolist() == [3, 3, 4]
     generator = np.random.default_rng(0)
     tokens = np.full(40, 10.0)
     mine, other = generator.normal(30, 3, 40), generator.normal(28, 3, 40)
-    low, high = side_by_side.difference_interval(mine, other, tokens)
+    low, high = kvpress_table.difference_interval(mine, other, tokens)
     assert low < (mine - other).sum() / 400 < high
-    assert (-high, -low) == pytest.approx(side_by_side.difference_interval(other, mine, tokens))
+    assert (-high, -low) == pytest.approx(kvpress_table.difference_interval(other, mine, tokens))
 
 
 @pytest.mark.parametrize("length", [1000, 256, 2049])
