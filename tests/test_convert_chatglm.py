@@ -407,7 +407,6 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_memory_is_that_of_one_shard(tmp_path, kind, grouped):
