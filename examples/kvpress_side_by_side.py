@@ -130,9 +130,9 @@ def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
     return (
         f"{len(windows)} windows of {length + 1} tokens, none of them special. The last {BLOCK_SIZE} of a window are "
         f"predicted in one forward from {num_slots} entries per layer and KV head and their own block; for lococo and "
-        f"KVzip that is the average over heads. That a press keeps exactly so many is checked. `_all`: all tokens from "
-        f"the second block on, where every block was predicted so. `reads` says what a method held until then, and so which rows "
-        f"compare like with like. '{READING}': never more than {num_slots} + {BLOCK_SIZE} entries, everything read "
+        f"KVzip that is the average over heads. That a press keeps exactly so many is checked. `_all`: all tokens "
+        f"from the second block on, where every block was predicted so. `reads` says what a method held until then, "
+        f"and so which rows compare like with like. '{READING}': never more than {num_slots} + {BLOCK_SIZE} entries, everything read "
         f"through the compressed cache; kvpress does that with DecodingPress. '{DENSE}' and '{BLOCK}' are not like "
         f"for like in memory: one forward with full attention over all {length - BLOCK_SIZE} tokens (KVzip: twice), "
         f"compressed afterwards. kvpress's BlockPress is of that kind: only its selection goes block by block. "
