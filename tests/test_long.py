@@ -89,6 +89,17 @@ def test_killed_run_answers_the_rest_only(model, prompts, tmp_path, monkeypatch)
     assert (len(first), len(asked), len(figures)) == (2, 1, 3)
 
 
+def test_answers_of_another_model_are_not_taken_over(model, prompts, tmp_path, monkeypatch):
+    task = Task("t", "f1", 4, questions("w4"))
+    path, asked = tmp_path / "journal", []
+    given(model, prompts, task, RUNS[0], path, monkeypatch)
+    monkeypatch.setattr(long_answers, "_text", lambda *args: asked.append(1) or "")
+    for name, times in [(model.name_or_path, 0), ("another", 1)]:
+        monkeypatch.setattr(model, "name_or_path", name)
+        list(long_answers.answers(model, prompts, task, task.items, RUNS[0], Journal(path)))
+        assert len(asked) == times
+
+
 def test_only_the_first_line_counts_after_examples(model, prompts, tmp_path, monkeypatch):
     task = Task("t", "f1", 4, questions("w4"), first_line=True)
     monkeypatch.setattr(long_answers, "_text", lambda *args: "\nw9\nw8 w7")

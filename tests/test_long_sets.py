@@ -56,6 +56,17 @@ def test_options_and_question_stand_after_the_document(tmp_path):
     assert len(SETS["scrolls-quality"].task("scrolls-quality", tmp_path, 1, 0).items) == 1
 
 
+def test_sets_with_examples_and_code_are_continued_and_say_where_they_are_from(tmp_path):
+    (tmp_path / "longbench").mkdir()
+    entry = {"context": "c", "input": "i", "answers": ["a"], "all_classes": ["a"]}
+    continued = {f"longbench-{name}" for name in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")}
+    for name in LONGBENCH:
+        file = f"longbench/{name.removeprefix('longbench-')}.jsonl"
+        (tmp_path / file).write_text(lines(entry))
+        task = SETS[name].task(name, tmp_path, None, 0)
+        assert (task.source, task.items[0].is_continued) == (file, name in continued)
+
+
 ABSENT = {"scrolls-narrative_qa"} | {
     f"longbench-{name}" for name in ("hotpotqa", "musique", "trec", "passage_retrieval_en", "lcc")
 }
