@@ -97,11 +97,11 @@ def test_a_cell_differs_from_the_centre_in_what_it_says():
 
 
 def test_a_full_grid_has_every_value_with_every_other_once():
-    cells = axes(seeds=[0]).product()
+    cells = axes(seeds=[0, 1]).product()
     fusing = [cell for cell in cells if cell.config.num_fused]
-    values = {(cell.config.num_slots, cell.config.kernel_size, cell.combination) for cell in fusing}
-    assert len(values) == len(fusing) == 3 * 2 * 2
-    assert len(cells) == 12 + 3, "without heads the kernel does nothing"
+    values = {(cell.config.num_slots, cell.config.kernel_size, cell.combination, cell.seed) for cell in fusing}
+    assert len(values) == len(fusing) == 3 * 2 * 2 * 2
+    assert len(cells) == 24 + 3, "without heads kernel and seed do nothing"
     assert cells[0].varied == "centre" and {cell.varied for cell in cells[1:]} == {"product"}
 
 
