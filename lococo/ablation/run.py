@@ -25,6 +25,7 @@ from lococo.heads import read_heads_config
 from lococo.training.calibrate import calibrate, check_calibration, weights_identity
 from lococo.training.data import DataConfig
 from lococo.training.recipe import Recipe
+from lococo.training.runs import check_same_run
 
 RUN_NAME = "ablation.json"
 
@@ -131,7 +132,9 @@ def run(
         If ``work_dir`` holds a run with other settings than the grid's.
     """
     deadline = deadline or Deadline()
-    _check_same_run(work_dir / RUN_NAME, plan.description(model))
+    description = plan.description(model)
+    check_same_run(work_dir / RUN_NAME, description)
+    write_whole(work_dir / RUN_NAME, json.dumps(description, indent=1))
     journal = Journal(work_dir / "measured.jsonl", deadline)
     losses: Losses = {}
     finished: list[Measured] = []
@@ -187,17 +190,6 @@ def _heads(work_dir: Path, cell: Cell) -> Path:
 
 def _unfinished(work_dir: Path, cell: Cell) -> Path:
     return work_dir / "unfinished" / cell.name
-
-
-def _check_same_run(path: Path, description: dict[str, Any]) -> None:
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else description
-    changed = [name for name in description if before.get(name) != description[name]]
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds a run with another {', '.join(changed)}: go on with the same arguments (values to "
-            "vary may be added), or remove that folder"
-        )
-    write_whole(path, json.dumps(description, indent=1))
 
 
 def finish(work_dir: Path) -> None:

@@ -32,6 +32,7 @@ from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipe import Recipe
 from lococo.training.report import save_calibrated
+from lococo.training.runs import check_same_run
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer, StopInTime
 
 RUN_NAME = "run.json"
@@ -164,7 +165,7 @@ def calibrate(
     with processes.main_process_first():
         train, heldout = prepare(data, tokenizer, cache_dir / "tokens")
         run = _description(config, data, recipe, first, weights_identity(model))
-        _check_same_run(work_dir, run)
+        check_same_run(work_dir / RUN_NAME, run)
         journal = Journal(cache_dir / f"measured-{run['model']}.jsonl", deadline)
         gap = baselines(model, heldout.ids, config, first, journal)
         config, rows = _with_budgets(model, train, config, recipe, journal)
@@ -215,17 +216,6 @@ def _description(config: LoCoCoConfig, data: DataConfig, recipe: Recipe, first: 
         "first": first,
     }
     return json.loads(json.dumps(content))
-
-
-def _check_same_run(work_dir: Path, run: dict[str, Any]) -> None:
-    path = work_dir / RUN_NAME
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else run
-    changed = [name for name in run if before.get(name) != run[name]]
-    if changed:
-        raise ValueError(
-            f"{work_dir} holds a run with another {', '.join(changed)}: resume it with the same arguments, or remove "
-            "that folder"
-        )
 
 
 @torch.no_grad()
