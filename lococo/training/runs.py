@@ -26,6 +26,6 @@ def check_same_run(path: Path, run: dict[str, Any]) -> None:
     changed = [name for name in run if before.get(name) != run[name]]
     if changed:
         raise ValueError(
-            f"{path.parent} holds a run with another {', '.join(changed)}: resume it with the same arguments, or remove "
-            "that folder"
+            f"{path.parent} holds a run with another {', '.join(changed)}: resume it with the same arguments, or "
+            "remove that folder"
         )
