@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -82,6 +83,14 @@ def read_extension(folder: str | os.PathLike) -> tuple[Extension, dict[str, Any]
         return Extension.from_dict(content["extension"]), content
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an extension: {error!r}") from error
+
+
+def extension_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 of all weights in a folder, to tell one training from another."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*/*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def check_extension_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ CONFIGS = {
 
 def recipe(method="lococo", **changes):
     given = dict(steps=3, windows_per_step=2, learning_rate=0.01, heads_learning_rate=0.05, depth=2, save_every=1)
-    return ExtensionRecipe(**{"method": method, "stretch": STRETCH, "config": CONFIGS[method], **given, **changes})
+    return ExtensionRecipe(**{"method": method, "stretch": STRETCH, "config": CONFIGS.get(method), **given, **changes})
 
 
 def windows(count=6, length=64):

@@ -169,9 +169,9 @@ def most_saved(method, length, folder, depth=2):
         return kept
 
     how = recipe(method, depth=depth)
-    with extended_for_training(tiny_llama(), how) as learner:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-            gradients(learner, how, folder, tiny_ids(1, length))
+    watching = torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor)
+    with extended_for_training(tiny_llama(), how) as learner, watching:
+        gradients(learner, how, folder, tiny_ids(1, length))
     return most
 
 
