@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lococo.models import attention_layers, base_config, find_decoder
+from lococo.state import head_modules, is_patched
 
 
 def adapter_config(model: nn.Module, rank: int = 8, alpha: int = 16) -> Any:
@@ -68,6 +70,16 @@ def adapter_config(model: nn.Module, rank: int = 8, alpha: int = 16) -> Any:
 def adapted(model: nn.Module, config: Any) -> Any:
     """The model inside a ``peft.PeftModel`` with new adapters in it."""
     return _peft().get_peft_model(model, config)
+
+
+def let_learn(learner: Any) -> Any:
+    """Heads learn too, if there are any, and all that learns is in float32 or wider. Returns the model."""
+    for head in head_modules(learner).values() if is_patched(learner) else []:
+        head.requires_grad_(True)
+    for parameter in learner.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return learner
 
 
 def load_adapter(model: nn.Module, folder: Any, is_trainable: bool = False) -> Any:

@@ -24,7 +24,7 @@ from lococo.extension import extension_digest, load_extended, read_extension
 
 HOW = (
     "The same tokens count at every length: windows slide over the first {longest} tokens of each document, overlap "
-    "by {first} tokens, and each token from the {first}th on counts in one of them. trained: tokens of the windows that "
+    "by {first} tokens, each token from the {first}th on counts in one of them. trained: tokens of the windows that "
     "an extension was trained on; without it, the model is as it came."
 )
 

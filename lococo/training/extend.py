@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from lococo.adapters import adapted, adapter_config, as_it_was
+from lococo.adapters import adapted, adapter_config, as_it_was, let_learn
 from lococo.evaluation.deadline import Deadline
 from lococo.evaluation.results import peak_memory
 from lococo.extension import check_extension_folder, merge_extended, save_extended
@@ -176,9 +176,7 @@ def extended_for_training(
     with in_force:
         if heads is not None:
             load_heads(learner, heads)
-        for parameter in learner.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        let_learn(learner)
         if recipe.config is None:  # its memory grows with the window
             checkpoint_layers(model)
         yield learner.train()
