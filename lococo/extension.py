@@ -126,8 +126,8 @@ def save_extended(
     check_extension_folder(folder)
     with new_folder(folder.resolve()) as new:
         save_parts(model, new)
-        for name, content in (files or {}).items():
-            write_whole(new / name, content)
+        for name, attached in (files or {}).items():
+            write_whole(new / name, attached)
         base = {"name": Path(base_config(model)._name_or_path).name, "shape": _shape(model)}
         content = {"extension": extension.to_dict(), "base": base, "lococo": __version__, **facts}
         write_whole(new / EXTENSION_NAME, json.dumps(content, indent=1) + "\n")

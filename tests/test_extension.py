@@ -10,13 +10,14 @@ import pytest
 import torch
 from extension_worker import CONFIGS, STRETCH, recipe
 from peft import PeftModel
+from test_families import build
 from tiny import tiny_ids, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
 from lococo.cli import main
 from lococo.evaluation.deadline import Deadline, OutOfTime
-from lococo.models.rope import stretch_positions
+from lococo.models.rope import Stretch, stretch_positions
 from lococo.training.data import DataConfig
 from lococo.training.extend import extend_context
 
@@ -146,6 +147,32 @@ def test_adapters_load_with_plain_peft(made):
     elif CONFIGS[method]:
         lococo.patch_model(model, CONFIGS[method])
     assert torch.equal(logits(model.eval()), logits(lococo.load_extended(tiny_llama(), folder / "out")))
+
+
+@pytest.mark.parametrize("family", ["Glm", "Glm4", "Qwen3", "Olmo2", "Gemma2", "Mistral-window", "SmolLM3"])
+def test_families_extend_alike(family, tokenizer, text, tmp_path):
+    before = logits(build(family))
+    model = build(family)
+    rows = extend(model, tokenizer, text, tmp_path, merge_into=tmp_path / "merged")
+    assert len(rows) == 3
+    assert torch.equal(logits(model), before)
+    extended = lococo.load_extended(model, tmp_path / "out")
+    found = logits(extended)
+    assert (found - before).abs().max() > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged) is type(build(family))
+    with lococo.patched(merged, heads=tmp_path / "merged" / "heads"):
+        torch.testing.assert_close(logits(merged), found, rtol=0, atol=1e-4)
+
+
+def test_positions_that_cannot_be_stretched_leave_the_model_as_it_was(tokenizer, text, tmp_path):
+    model = stretch_positions(tiny_llama(), Stretch(2, 16, "yarn"))
+    before, config = logits(model), model.config.to_dict()
+    with pytest.raises(ValueError, match="already stretched with 'yarn'"):
+        extend(model, tokenizer, text, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert model.config.to_dict() == config
+    assert not (tmp_path / "out").exists()
 
 
 # Runs that go on

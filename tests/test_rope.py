@@ -94,10 +94,11 @@ def test_slots_for_the_whole_text_equal_the_stretched_full_model(positions):
 
 
 GEMMA3 = [name for name in FAMILIES if name.startswith("Gemma3")]
+PHI3 = [name for name in FAMILIES if name.startswith("Phi3")]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in GEMMA3])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in GEMMA3 + PHI3])
 def test_families_rotate_by_interpolated_positions(family):
     model = build(family)
     ids = torch.arange(1, 41)[None]
@@ -123,7 +124,12 @@ def test_what_cannot_be_stretched_is_refused_before_anything_changes():
     assert model.model.rotary_emb is rotary
 
 
-@pytest.mark.parametrize("family", GEMMA3)
-def test_layers_that_rotate_in_different_ways_are_refused(family):
-    with pytest.raises(ValueError, match="cannot be extended"):
-        stretch_positions(build(family), Stretch(2, 64))
+@pytest.mark.parametrize("family", GEMMA3 + PHI3)
+def test_families_whose_positions_are_of_another_kind_are_refused(family):
+    model = build(family)
+    before, config = model(IDS).logits, model.config.to_dict()
+    reason = "its layers do not share one rotary embedding" if family in GEMMA3 else "its config does not take it"
+    with pytest.raises(ValueError, match=f"cannot be extended.*{reason}"):
+        stretch_positions(model, Stretch(2, 64))
+    assert torch.equal(model(IDS).logits, before)
+    assert model.config.to_dict() == config

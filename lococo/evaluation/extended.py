@@ -99,6 +99,7 @@ def extended_rows(
             (model.name_or_path, str(model.dtype), *reader.identity(), digest(each.ids), first) for each in windows
         ]
         unread = any(journal.recall(key) is None for key in keys)
+        reading: Any
         with reader.reading(model) if unread else as_method(model, None) as reading:
             for key, window in zip(keys, tqdm(windows, desc=reader.run.name, leave=False, disable=None), strict=True):
                 nll = journal.measure(key, functools.partial(mean_nll, reading, window.ids, first))

@@ -74,12 +74,18 @@ def stretch_positions(model: nn.Module, stretch: Stretch) -> nn.Module:
             f"{name} in ChatGLM's own code cannot be extended: write it as Transformers' own GLM first "
             "(lococo convert-chatglm SRC DST)"
         )
-    rotary = getattr(decoder, "rotary_emb", None)
-    if not isinstance(rotary, nn.Module) or not hasattr(rotary, "inv_freq"):
-        raise ValueError(f"{name} cannot be extended: its decoder has no rotary embedding with one set of frequencies")
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    if [module for module in decoder.modules() if hasattr(module, "inv_freq")] != [rotary]:
+        raise ValueError(f"{name} cannot be extended: its layers do not share one rotary embedding")
     changes = _changes(name, decoder.config, stretch)
     config = copy.deepcopy(decoder.config)
     _update(config, changes)
+    try:
+        type(config).from_dict(config.to_dict())  # as a saved model is loaded
+    except Exception as error:  # of a kind of their own in every release
+        raise ValueError(
+            f"{name} cannot be extended with rope_type={stretch.rope_type!r}: its config does not take it ({error})"
+        ) from error
     device = rotary.inv_freq.device
     longer = type(rotary)(config).to(torch.device("cpu") if device.type == "meta" else device)
     longer.train(rotary.training)

@@ -17,6 +17,8 @@ from lococo.models import find_decoder
 NAME = "lococo_longlora"
 GROUPS = 4
 
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 def shifted_sparse_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, group: int, dropout: float = 0.0
@@ -39,45 +41,29 @@ def shifted_sparse_attention(
         (batch, heads, tokens, head_dim).
     """
     half = query.shape[1] // 2
-    straight = [tensor[:, :half] for tensor in (query, key, value)]
-    shifted = [tensor[:, half:] for tensor in (query, key, value)]
+    straight: Heads = (query[:, :half], key[:, :half], value[:, :half])
+    shifted: Heads = (query[:, half:], key[:, half:], value[:, half:])
     outputs = [
-        _in_groups(*heads, scale, group, first, dropout) for heads, first in ((straight, 0), (shifted, group // 2))
+        _in_groups(heads, scale, group, first, dropout) for heads, first in ((straight, 0), (shifted, group // 2))
     ]
     return torch.cat(outputs, dim=1)
 
 
-def _in_groups(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    group: int,
-    first: int,
-    dropout: float,
-) -> torch.Tensor:
+def _in_groups(heads: Heads, scale: float, group: int, first: int, dropout: float) -> torch.Tensor:
     """Causal attention in groups, before them one of the ``first`` tokens, after them one of what is left."""
-    tokens = query.shape[2]
+    tokens = heads[0].shape[2]
     first = min(first, tokens)
     last = first + (tokens - first) // group * group
     parts = []
     for start, stop, size in ((0, first, first), (first, last, group), (last, tokens, tokens - last)):
         if stop > start:
-            parts.append(_causal(*(each[:, :, start:stop] for each in (query, key, value)), scale, size, dropout))
+            # All groups of one size as rows of one batch: (batch * groups, heads, size, head_dim).
+            query, key, value = (
+                each[:, :, start:stop].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for each in heads
+            )
+            output = F.scaled_dot_product_attention(query, key, value, None, dropout, is_causal=True, scale=scale)
+            parts.append(output.unflatten(0, (len(heads[0]), -1)).transpose(1, 2).flatten(2, 3))
     return torch.cat(parts, dim=2)
-
-
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, size: int, dropout: float
-) -> torch.Tensor:
-    """Causal attention in groups of one size, all of them rows of one batch."""
-    batch, _, tokens, _ = query.shape
-    rows = [
-        each.unflatten(2, (tokens // size, size)).transpose(1, 2).flatten(0, 1)  # (batch * groups, heads, size, d)
-        for each in (query, key, value)
-    ]
-    output = F.scaled_dot_product_attention(*rows, dropout_p=dropout, is_causal=True, scale=scale)
-    return output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def longlora_attention(

@@ -78,7 +78,7 @@ def trainer_arguments(
     }
 
 
-def train_to_the_end(trainer: WindowTrainer, load: Callable[[Path], None]) -> TrainerState:
+def train_to_the_end(trainer: WindowTrainer, load: Callable[[Path], Any]) -> TrainerState:
     """Train from the last checkpoint on, if there is one, up to the last step.
 
     Parameters
