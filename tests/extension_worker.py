@@ -3,14 +3,13 @@
 As a script, ``extension_worker.py RANK FOLDER``: one of the two processes, which writes ``FOLDER/RANK.pt``.
 """
 
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from tiny import tiny_ids, tiny_llama
 from torch import distributed
+from training_worker import join
 from transformers import TrainingArguments
 
 import lococo
@@ -82,11 +81,7 @@ def run(method, folder, accumulation):
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    launched = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(**launched, MASTER_ADDR="localhost", MASTER_PORT="0")
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     torch.save({method: run(method, folder / method, accumulation=1) for method in CONFIGS}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

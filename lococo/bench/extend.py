@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 from lococo.adapters import adapted, adapter_config, as_it_was, let_learn
 from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.meter import Meter
-from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.bench.topic import Cell, random_ids
+from lococo.bench.train import Train
 from lococo.state import is_patched
 from lococo.training.extend import checkpoint_layers
 from lococo.training.extension_trainer import NextTokenLoss
 from lococo.training.objectives import Caches, NextToken
 
 
-class Extend(Topic):
+class Extend(Train):
     """One step of AdamW on a window of ``length`` tokens: adapters, embeddings, norms and heads learn.
 
     Back-propagation through a compressed cache ends after ``depth`` compressions. The full cache's goes through the
@@ -32,7 +33,6 @@ class Extend(Topic):
     """
 
     name = "extend"
-    unit = "token"
     held = ("cache_bytes", "saved_bytes")
 
     def __init__(self, depth: int) -> None:
@@ -43,15 +43,6 @@ class Extend(Topic):
     def settings(self) -> dict[str, int]:
         """The depth."""
         return {"depth": self.depth}
-
-    def check(self, cell: Cell) -> None:
-        """Refuse a window without a token to predict."""
-        if cell.length < 2:
-            raise ValueError(f"lengths must be at least 2, one token to read and one to predict, got {cell.length}")
-
-    def tokens(self, cell: Cell) -> int:
-        """One."""
-        return 1
 
     def work(self, sizes: Sizes, cell: Cell) -> Work:
         """See ``Topic``; what adapters take is not counted."""
