@@ -128,8 +128,7 @@ def extend_context(
     """
     deadline, started = deadline or Deadline(), time.monotonic()
     check_extension(data, output, work_dir=work_dir, resume=resume, merge_into=merge_into)
-    if is_patched(model):
-        raise ValueError("the model is patched: call lococo.unpatch_model first")
+    _check_model(model, recipe)
     resumed = (work_dir / RUN_NAME).is_file()
     processes = this_process(on_cpu=model.device.type == "cpu")
     if recipe.windows_per_step % processes.num_processes:
@@ -180,6 +179,15 @@ def extended_for_training(
         if recipe.config is None:  # its memory grows with the window
             checkpoint_layers(model)
         yield learner.train()
+
+
+def _check_model(model: PreTrainedModel, recipe: ExtensionRecipe) -> None:
+    if is_patched(model):
+        raise ValueError("the model is patched: call lococo.unpatch_model first")
+    with as_it_was(model):
+        if recipe.extension.stretch:
+            stretch_positions(model, recipe.extension.stretch)
+        adapter_config(model, recipe.rank, recipe.alpha)
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
