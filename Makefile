@@ -32,6 +32,10 @@ LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsu
 	passage_count repobench-p) \
 	ruler babilong
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
+GPU_EXTENDED = $(EXTENDED:%=$(RESULTS)/extended/%)
+EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
+EXTENDED := lococo h2o streaming full longlora
+EXTENSION_TEXTS := books math_latex code
 # On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
 GPU_MINUTES ?= 28
@@ -56,12 +60,12 @@ TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
 test test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
-perplexity tasks agreement long ablate side-by-side: export OMP_NUM_THREADS = 1
+perplexity tasks agreement long ablate extend bench-extend side-by-side: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
-	agreement long ablate side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long \
-	gpu-ablate $(GPU_HEADS) test-versions test-chatglm clean
+	agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long \
+	gpu-ablate $(GPU_HEADS) gpu-extend $(GPU_EXTENDED) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -105,7 +109,7 @@ bench-score: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --heads $(HEADS)-128 --time-limit 300 --output $(RESULTS)/bench_score_cpu
 
 bench-cuda: $(foreach shape,$(SHAPES),$(addsuffix -$(shape),cuda-decode cuda-prefill cuda-score))
-bench-cuda: $(TRAIN_SHAPES:%=cuda-train-%) ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
+bench-cuda: $(foreach shape,$(TRAIN_SHAPES),cuda-extend-$(shape) cuda-train-$(shape)) ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
 
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
@@ -199,6 +203,24 @@ long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EV
 		--limit 2 --max-new-tokens 48 --max-length 1536 --truncate middle --lengths 1024 1536 --items 5 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
 
+# A window of 2K tokens becomes one of 8K by a few steps of each method, in bfloat16 on one CPU thread. A killed run goes
+# on when it is made again.
+EXTEND = $(LOCOCO) extend $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 \
+	--dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
+extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 8K, by method -> docs/results/extension
+	$(LOCOCO) eval extended $(ON_MODEL) --dtype bfloat16 --extensions $(^D) \
+		--methods full,lococo-uncalibrated-slot,streaming --data $(EXTENSION_TEXTS:%=$(DATA)/%/heldout.jsonl) \
+		--lengths 2048 4096 8192 16384 --output $(RESULTS)/extension
+
+.demo/extended/%/extension.json: | $(MODEL)/$(GGUF)
+	$(EXTEND) --factor 4 --method $* --steps 8 --windows-per-step 1 --learning-rate 5e-4 --heads-learning-rate 3e-3 \
+		--save-every 2 --output $(@D)
+
+# One process measures all lengths: half an hour on one CPU thread.
+bench-extend: $(MODEL)/$(GGUF) ## memory of an extension's step against the window -> docs/results/bench_extend_cpu
+	$(LOCOCO) bench extend $(ON_MODEL) --device cpu --dtype bfloat16 --methods lococo-open-rank16,h2o \
+		--lengths 4096 8192 16384 32768 --repeats 1 --output $(RESULTS)/bench_extend_cpu
+
 # A killed run goes on when it is made again.
 ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of slots, stories260K -> docs/results/ablation
 	$(LOCOCO) eval ablate --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
@@ -213,13 +235,13 @@ gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, cali
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long gpu-ablate
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-extend gpu-tasks gpu-long gpu-ablate
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
-# 200 steps of 128 windows of 4096 tokens, as in the paper. What is done is done: --resume returns at once.
+# 200 steps of 128 windows of 4096 tokens, as in the paper.
 $(GPU_HEADS): $(RESULTS)/heads/smollm2-135m-%: $(MODEL)/$(GGUF)
-	$(within_time); timeout $$left $(LOCOCO) calibrate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --num-slots $* \
+	if test -f $@/lococo_heads.safetensors; then exit 0; fi; $(within_time); timeout $$left $(LOCOCO) calibrate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --num-slots $* \
 		--block-size 128 --windows 2048 --steps 200 --windows-per-step 128 --budget-texts 24 --measure-every 20 \
 		--output $@ --cache-dir $(RESULTS)/cache --resume || test $$? -eq 124
 
@@ -228,6 +250,22 @@ gpu-perplexity: $(MODEL)/$(GGUF)
 	timeout $$left $(LOCOCO) eval ppl $(ON_MODEL) --device $(DEVICE) --data $(HELDOUT) --length 4096 --documents 8 \
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/perplexity_$(DEVICE) || test $$? -eq 124
+
+# From 2K to 32K.
+$(GPU_EXTENDED): $(RESULTS)/extended/%: $(MODEL)/$(GGUF)
+	if test -f $@/extension.json; then exit 0; fi; $(within_time); \
+	$(EXTEND) --device $(DEVICE) --factor 16 --method $* --steps 100 --windows-per-step 4 --save-every 10 \
+		--learning-rate 2e-4 --cache-dir $(RESULTS)/cache --time-limit $$left --output $@
+
+gpu-extend: $(GPU_EXTENDED)
+	$(within_time); extensions=$$(for each in $^; do ! test -f $$each/extension.json || echo $$each; done); \
+	timeout $$left $(LOCOCO) eval extended $(ON_MODEL) --device $(DEVICE) --dtype bfloat16 \
+		--methods full,lococo-uncalibrated-slot,streaming $${extensions:+--extensions $$extensions} \
+		--data $(EXTENSION_TEXTS:%=$(DATA)/%/heldout.jsonl) --lengths $(EXTENSION_LENGTHS) --documents 2 \
+		--output $(RESULTS)/extension_$(DEVICE) || test $$? -eq 124
+
+cuda-extend-%: | $(VENV)/.installed
+	$(call bench_cuda,extend) --lengths $(TRAIN_LENGTHS)
 
 gpu-tasks: $(MODEL)/$(GGUF)
 	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \

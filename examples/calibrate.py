@@ -47,7 +47,7 @@ def main():
         arguments = dict(max_steps=options.steps, learning_rate=1e-3, per_device_train_batch_size=1, logging_steps=10)
         on_cpu = process.device.type == "cpu"
         arguments = TrainingArguments(folder, **arguments, use_cpu=on_cpu, save_strategy="no", report_to=[])
-        objective = Distill(backprop_tokens=4 * block_size + block_size // 2)
+        objective = Distill(backprop_tokens=4 * block_size)
         HeadTrainer(model, arguments, objective=objective, scalar_lr_factor=10, train_dataset=train).train()
     if process.is_main_process:
         lococo.save_heads(model, options.output, dtype=torch.bfloat16)

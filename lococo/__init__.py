@@ -1,10 +1,12 @@
 """Long texts through language models in a fixed number of key-value slots."""
 
+import importlib
 from typing import Any
 
 from lococo.cache import LoCoCoCache
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.likelihood import perplexity
+from lococo.extension import load_extended, merge_extended
 from lococo.heads import load_heads, push_heads, save_heads
 from lococo.patch import patch_model, patched, unpatch_model
 from lococo.state import is_patched
@@ -15,8 +17,11 @@ __all__ = [
     "LoCoCoConfig",
     "__version__",
     "calibrate",
+    "extend_context",
     "is_patched",
+    "load_extended",
     "load_heads",
+    "merge_extended",
     "patch_model",
     "patched",
     "perplexity",
@@ -26,10 +31,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Calibration needs packages that reading does not (accelerate, datasets): they are imported when it is asked for.
-    if name == "calibrate":
-        from lococo.training.calibrate import calibrate
+# Training needs packages that reading does not (accelerate, datasets, peft): they are imported when it is asked for.
+_ON_DEMAND = {
+    "calibrate": "lococo.training.calibrate",
+    "extend_context": "lococo.training.extend",
+}
 
-        return calibrate
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name]), name)
     raise AttributeError(f"module 'lococo' has no attribute {name!r}")

@@ -1,9 +1,8 @@
-"""The command line: ``lococo generate | calibrate | eval | inspect | bench | convert-chatglm``."""
+"""The command line: ``lococo generate | calibrate | extend | eval | inspect | bench | convert-chatglm``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from lococo.evaluation.command import add_eval_commands
 from lococo.evaluation.methods import METHODS, as_method, method_config
 from lococo.inspection.command import add_inspect_command
 from lococo.loading import add_model_options, load
+from lococo.training.extend_command import add_extend_command, deepspeed_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="read a long prompt and answer"))
     _add_calibrate(commands.add_parser("calibrate", help="train heads for a model"))
+    add_extend_command(commands.add_parser("extend", help="train a model to read longer texts"))
     evaluations = commands.add_parser("eval", help="measure quality")
     measures = evaluations.add_subparsers(required=True, metavar="WHAT")
     add_eval_commands(measures)
@@ -163,7 +164,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     from lococo.training.calibrate import calibrate, check_calibration, this_process
     from lococo.training.data import DEFAULT_DATASET, DataConfig
     from lococo.training.recipe import RECIPES, adjusted
-    from lococo.training.trainer import DEEPSPEED_ZERO2
 
     block_size = min(options.num_slots, 512) if options.block_size is None else options.block_size
     config, recipe = RECIPES[options.recipe](options.num_slots, block_size)
@@ -177,11 +177,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         text_column=options.text_column,
         seed=options.seed,
     )
-    deepspeed = str(DEEPSPEED_ZERO2) if options.deepspeed == "zero2" else options.deepspeed
-    if deepspeed and not Path(deepspeed).is_file():
-        raise FileNotFoundError(f"{deepspeed}: no such DeepSpeed config file")
-    if deepspeed and not importlib.util.find_spec("deepspeed"):
-        raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
+    deepspeed = deepspeed_file(options.deepspeed)
     output = options.output.absolute()  # "." has no name
     work_dir = options.work_dir or output.with_name(f"{output.name}.work")
     run: dict[str, Any] = dict(work_dir=work_dir, resume=options.resume, first=options.first)

@@ -48,10 +48,22 @@ def check_replaceable(folder: Path, marker: str, known: Collection[str]) -> None
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Put a folder with these files in the place of what is there; after an error the old folder is there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+    with new_folder(folder) as new:
         write_files(new, files)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that moves to its place at the end, for an old one if there is one.
+
+    After an error or an interrupt nothing of it is left, and the old one is there.
+    """
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=existing) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()
+        yield new
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             if folder.exists():
                 folder.rename(old)
@@ -60,15 +72,3 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that moves to its place at the end; after an error or an interrupt nothing of it is left."""
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=existing) as scratch:
-        new = Path(scratch, "new")
-        new.mkdir()
-        yield new
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new.rename(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -19,7 +20,8 @@ class Memory:
     """Entries of KV heads with the same budget, in buffers of ``num_slots + block_size`` made at the first write.
 
     Without gradients everything is written in place; with gradients every write makes a new tensor, so that
-    back-propagation reaches the tokens of earlier segments.
+    back-propagation reaches the tokens of earlier segments. A complete block is then compressed when the next token
+    comes, not before: cut in between, the graph of what comes next holds the compression, and its head learns from it.
 
     Parameters
     ----------
@@ -45,6 +47,7 @@ class Memory:
         self.is_in_graph = False
         self.version = 0  # counts changes by anything but steps
         self._rotated_from: int | None = None  # entries of which only the rotated keys have been written
+        self._due: Callable[[], None] | None = None  # compression of a complete block, with gradients
 
     def hold(self, entries: Entries) -> None:
         """Take these entries for its own."""
@@ -100,6 +103,7 @@ class Memory:
 
     def append(self, segment: Segment, tokens: Entries) -> None:
         """Write a segment of the call's tokens into its entries."""
+        self._catch_up()
         in_place = not torch.is_grad_enabled()
         self.make_writable(in_place)
         self.is_in_graph = not in_place
@@ -107,6 +111,7 @@ class Memory:
 
     def begin_steps(self, plan: Plan) -> None:
         """Make ready for tokens that come one by one and are written by ``StepBuffers``; without gradients."""
+        self._catch_up()
         self.make_writable()
         self.is_in_graph = False
         if self.entries.rotated is not None and self._rotated_from is None:
@@ -165,12 +170,28 @@ class Memory:
         self.hold(self.entries.combine(slots, replace))
 
     def close(self, segment: Segment, head: FusionHead | None, rotary: RotaryTable | None) -> None:
-        """Compress what a segment has completed, and let attention of the past count less from then on."""
+        """Compress what a segment has completed, and let attention of the past count less from then on.
+
+        With gradients both are put off until something is written next.
+        """
+        close = functools.partial(self._close, segment, head, rotary)
+        if torch.is_grad_enabled():
+            self._due = close
+        else:
+            close()
+
+    def _close(self, segment: Segment, head: FusionHead | None, rotary: RotaryTable | None) -> None:
         for compression in segment.compressions:
             self.compress(compression, head, rotary)
         scores, per_token = self.entries.scores, self.config.score_fade
         if scores is not None and per_token < 1 and segment.ends_block:
             scores.mul_(segment.fading(per_token))
+
+    def _catch_up(self) -> None:
+        if self._due is not None:
+            close, self._due = self._due, None
+            self.make_writable(in_place=not torch.is_grad_enabled())
+            close()
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer there is."""
@@ -180,19 +201,22 @@ class Memory:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put a function of every buffer in its place."""
+        self._catch_up()
         if self.is_initialized:
             self.hold(self.entries.map(function))
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
+        self._due = None
         if self.is_initialized:
             self.make_writable()
             self.map(torch.Tensor.zero_)
         self.is_in_graph, self._rotated_from = False, None
 
     def detach(self) -> None:
-        """Cut the graph: back-propagation ends here."""
-        self.map(torch.Tensor.detach)
+        """Cut the graph: back-propagation ends here, before the compression of a block that is complete."""
+        if self.is_initialized:
+            self.hold(self.entries.map(torch.Tensor.detach))
         self.is_in_graph = False
 
 

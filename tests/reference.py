@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,6 +79,7 @@ def naive_lococo(
     scale: float | None = None,
     blocks: list[int] | None = None,
     window: int | None = None,
+    cuts: Collection[int] = (),
 ) -> tuple[torch.Tensor, list[list[Entry]]]:
     """One attention layer over a compressed cache.
 
@@ -100,6 +101,9 @@ def naive_lococo(
         after them are read without one.
     window : int, optional
         Tokens a query sees. Nothing is fused then, and no sink is kept: what the window will see comes first.
+    cuts : collection of int
+        Tokens before which back-propagation ends: what is held when one comes is cut from its graph. A block that
+        ends there is compressed after the cut.
 
     Returns
     -------
@@ -124,7 +128,7 @@ def naive_lococo(
         if window is not None:
             heavy = head_config.num_slots - head_config.num_recent
             head_config = dataclasses.replace(head_config, slots_per_head=None, num_sinks=0, num_heavy=heavy)
-        output, entries = _read(queries, k[h], v[h], head_config, head, rotate, scale, blocks, window)
+        output, entries = _read(queries, k[h], v[h], head_config, head, rotate, scale, blocks, window, cuts)
         outputs.append(output)
         held.append(entries)
     return torch.cat(outputs), held
@@ -140,6 +144,7 @@ def _read(
     scale: float,
     blocks: list[int],
     window: int | None,
+    cuts: Collection[int],
 ) -> tuple[torch.Tensor, list[Entry]]:
     """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end."""
     length = keys.shape[0]
@@ -152,18 +157,28 @@ def _read(
             for entry in entries:
                 entry.score = 0.0
         for token in range(now, now + block):
+            if token in cuts and token > now:
+                entries = [_cut(entry) for entry in entries]
             itself = torch.zeros(length, dtype=keys.dtype)
             itself[token] = 1.0
             entries.append(Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself))
             seen = entries if window is None else [entry for entry in entries if token - entry.born < window]
             outputs.append(_attend(queries[:, token], entries, seen, config, head, rotate, scale))
         now += block
+        if now in cuts:
+            entries = [_cut(entry) for entry in entries]
         if number < len(blocks) and len(entries) > config.num_slots:
             entries = _compress(entries, config, head, now, window)
         if config.score == "distant" and number < len(blocks):
             for entry in entries:
                 entry.score *= 0.8 ** (block / config.num_slots)
     return torch.stack(outputs, dim=1), entries
+
+
+def _cut(entry: Entry) -> Entry:
+    """The same entry without its graph."""
+    detached = {name: getattr(entry, name).detach() for name in ("key", "value", "log_mass")}
+    return dataclasses.replace(entry, **detached)
 
 
 def _attend(

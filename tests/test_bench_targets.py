@@ -120,8 +120,8 @@ def test_the_bound_itself_is_good_enough(comparison, met):
 
 
 def test_sources_are_files_that_commands_write():
-    files = {*(f"bench_{topic}_cpu" for topic in ("decode", "score"))}
-    files |= {f"bench_{topic}_cuda_llama-3.1-8b" for topic in ("prefill", "decode", "train", "score")}
+    files = {*(f"bench_{topic}_cpu" for topic in ("decode", "extend", "score"))}
+    files |= {f"bench_{topic}_cuda_llama-3.1-8b" for topic in ("prefill", "decode", "train", "extend", "score")}
     files |= {"bench_prefill_cuda_llama-2-7b"}
     files |= {f"heads/{name}/calibration" for name in ("smollm2-135m-128", "llama-2-7b-512")}
     assert {target.source for target in TARGETS} == files

@@ -8,6 +8,7 @@ import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.bench.decode import Decode, compressed_cache, random_full_cache
 from lococo.bench.dispatch import HeldBytes, Operations
+from lococo.bench.extend import Extend, saved_bytes
 from lococo.bench.limits import measure_limits
 from lococo.bench.meter import Meter
 from lococo.bench.methods import OPEN, plan_bench
@@ -161,8 +162,8 @@ def test_objectives_are_for_heads_alone_and_in_the_chunks_of_the_recipe():
         ("lococo-open", "distill"),
         ("lococo-open", "next-token"),
     ]
-    assert objective_of(cells[2]) == Distill(backprop_tokens=1280)
-    assert objective_of(cells[3]) == NextToken(backprop_tokens=1280)
+    assert objective_of(cells[2]) == Distill(backprop_tokens=1024)
+    assert objective_of(cells[3]) == NextToken(backprop_tokens=1024)
 
 
 @pytest.mark.parametrize("name", ["full", "streaming", "lococo-open", "lococo-open-rank16"])
@@ -187,6 +188,36 @@ def test_a_training_step_leaves_the_model_as_it_is(monkeypatch, name, objective)
     assert found["seconds"] > 0 and (found["cache_bytes"] is None) == (name == "full")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["full", "streaming", "h2o", "lococo-open-rank16"])
+def test_a_step_of_an_extension_keeps_no_more_for_longer_windows_with_slots(name):
+    model = tiny_llama().bfloat16()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    logits = model(tiny_ids()).logits
+    (run,) = plan_bench([name], [M], B)
+    found = []
+    for length in (97, 385):
+        with as_method(model, run.config):
+            found.append(Extend(depth=2).take(model, Cell(run, length, 1), Meter(CPU, watches_memory=True)))
+    short, long = (each["saved_bytes"] for each in found)
+    assert long > 2 * short if name == "full" else 0 < long <= 1.01 * short
+    assert found[0]["cache_bytes"] == found[1]["cache_bytes"] and (found[0]["cache_bytes"] is None) == (name == "full")
+    with as_method(model, run.config):
+        assert Extend(2).take(model, Cell(run, 40, 1), Meter(CPU))["saved_bytes"] is None
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(tiny_ids()).logits, logits)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        Extend(0)
+
+
+def test_bytes_are_counted_as_long_as_autograd_keeps_them():
+    with saved_bytes() as saved:
+        factor = torch.ones(5, requires_grad=True)
+        product = factor * torch.ones(5)  # one of both is kept
+        (product * product).sum().backward()  # twice the same
+    assert (saved.now, saved.most) == (0, 3 * 5 * 4)
 
 
 def test_where_there_are_no_heads_norms_learn(model):

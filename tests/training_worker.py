@@ -110,13 +110,18 @@ def suspended_in_ddp():
         return wrapped(input_ids=tiny_ids(1, 64)).logits
 
 
-def main(rank, folder):
+def join(rank, folder):
+    """Become one of two processes."""
     torch.set_num_threads(1)
     launched = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     # Accelerate wants to be told an address, though the group is there already.
     os.environ.update(**launched, MASTER_ADDR="localhost", MASTER_PORT="0")
     store = distributed.FileStore(str(folder / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+
+
+def main(rank, folder):
+    join(rank, folder)
     results = {task: run(task, folder / task, per_device=1, accumulation=2) for task in TASKS}
     torch.save({**results, "suspended": suspended_in_ddp()}, folder / f"{rank}.pt")
     distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The commands ``lococo bench memory | prefill | decode | train | score | targets``."""
+"""The commands ``lococo bench memory | prefill | decode | train | extend | score | targets``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo.bench.decode import Decode
+from lococo.bench.extend import Extend
 from lococo.bench.grid import Grid, Subject
 from lococo.bench.memory import cache_growth
 from lococo.bench.methods import plan_bench
@@ -27,9 +28,15 @@ METHODS = {
     "prefill": "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
     "decode": "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
     "train": "full,streaming,lococo-open-rank16",
+    "extend": "full,streaming,h2o,lococo-open-rank16",
     "score": "full,streaming,h2o,lococo-uncalibrated",
 }
-LENGTHS = {"prefill": [2048, 4096, 8192, 16384], "decode": [512, 8192], "train": [2048, 4096]}
+LENGTHS = {
+    "prefill": [2048, 4096, 8192, 16384],
+    "decode": [512, 8192],
+    "train": [2048, 4096],
+    "extend": [4096, 8192, 16384, 32768],
+}
 OBJECTIVES = ("distill", "next-token")
 
 
@@ -43,6 +50,11 @@ def add_bench_commands(commands: Any) -> None:
     train = commands.add_parser("train", help="a training step of the heads: seconds per token, peak memory")
     train.add_argument("--objectives", nargs="+", default=["distill"], choices=OBJECTIVES, help="(default: distill)")
     _add_grid("train", train)
+    extend = commands.add_parser("extend", help="a training step of an extension: seconds per token, peak memory")
+    extend.add_argument(
+        "--depth", type=int, default=2, help="compressions that back-propagation goes through (default: %(default)s)"
+    )
+    _add_grid("extend", extend)
     _add_grid("score", commands.add_parser("score", help="scoring of heavy hitters: share of a layer's time, bytes"))
     _add_targets(commands.add_parser("targets", help="what was wanted beside what the result files say"))
 
@@ -148,4 +160,6 @@ def _plan(options: argparse.Namespace) -> tuple[Topic, list[list[Cell]]]:
     groups = [[Cell(run, length, batch) for run in runs] for batch in options.batches for length in options.lengths]
     if options.topic == "train":
         return Train(), [with_objectives(group, options.objectives) for group in groups]
+    if options.topic == "extend":
+        return Extend(options.depth), groups
     return Prefill() if options.topic == "prefill" else Decode(options.steps), groups

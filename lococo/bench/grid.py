@@ -145,7 +145,7 @@ class Grid:
         found = self._attempt(cell, meter, lambda model: self.topic.take(model, cell, meter))
         if found is None:
             return
-        held = {"peak_bytes": meter.peak(), "cache_bytes": found["cache_bytes"]}
+        held = {"peak_bytes": meter.peak(), **{name: found[name] for name in self.topic.held}}
         counts = self._attempt(cell, meter, lambda model: self.topic.count(model, cell))
         if counts is not None:
             self.journal.measure(self._key(cell, "memory"), lambda: {**held, **counts})

@@ -14,6 +14,7 @@ SPEED: dict[str, tuple[str, str, Callable[[Row, float], float]]] = {
     "prefill": ("tokens in the text", "tokens read per second", lambda row, s: row["length"] * row["batch"] / s),
     "decode": ("tokens in the cache", "milliseconds per step", lambda row, s: 1000 * s),
     "train": ("tokens in a window", "milliseconds per token", lambda row, s: 1000 * s),
+    "extend": ("tokens in a window", "milliseconds per token", lambda row, s: 1000 * s),
 }
 
 

@@ -31,6 +31,7 @@ COLUMNS = (
 EXTRA_COLUMNS = {
     "decode": ("ops_per_step", "kept_bytes_per_step"),
     "train": ("objective",),
+    "extend": ("saved_bytes",),
     "score": ("score_share", "score_bytes", "matrix_bytes"),
 }
 

@@ -22,8 +22,10 @@ from lococo.bench.figures import (
 # The default preset, and what trained heads cost: a low-rank convolution, or slots of their own for each head.
 PRESET, OPEN, SHIPPED = "lococo-uncalibrated", "lococo-open-rank16", "lococo-smollm2-135m-128"
 PREFILL_8B, PREFILL_7B = "bench_prefill_cuda_llama-3.1-8b", "bench_prefill_cuda_llama-2-7b"
-DECODE_8B, TRAIN_8B, SCORE_8B = (f"bench_{topic}_cuda_llama-3.1-8b" for topic in ("decode", "train", "score"))
-DECODE_CPU, SCORE_CPU = "bench_decode_cpu", "bench_score_cpu"
+DECODE_8B, TRAIN_8B, EXTEND_8B, SCORE_8B = (
+    f"bench_{topic}_cuda_llama-3.1-8b" for topic in ("decode", "train", "extend", "score")
+)
+DECODE_CPU, EXTEND_CPU, SCORE_CPU = "bench_decode_cpu", "bench_extend_cpu", "bench_score_cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +120,26 @@ TARGETS = (
         (None,),
     ),
     Target(
-        "training, 8B shape: peak memory at 32K over 4K",
+        "training of heads, 8B shape: peak memory at 32K over 4K",
         "<=",
         1.05,
         TRAIN_8B,
+        growth("peak_bytes", 4096, 32768),
+        (OPEN,),
+    ),
+    Target(
+        "extension, 8B shape: peak memory at 32K over 4K",
+        "<=",
+        1.05,
+        EXTEND_8B,
+        growth("peak_bytes", 4096, 32768),
+        (OPEN,),
+    ),
+    Target(
+        "extension, CPU, 135M model: peak memory of the process at 32K over 4K",
+        "<=",
+        1.05,
+        EXTEND_CPU,
         growth("peak_bytes", 4096, 32768),
         (OPEN,),
     ),

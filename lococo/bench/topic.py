@@ -44,10 +44,13 @@ class Topic(abc.ABC):
         As on the command line.
     unit : str
         What the seconds of a row are for.
+    held : tuple of str
+        What of a measurement's findings is about memory, told where memory is watched.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    held: ClassVar[tuple[str, ...]] = ("cache_bytes",)
 
     def settings(self) -> dict[str, Any]:
         """Options that the outcome of a cell depends on, as plain JSON values."""

@@ -1,8 +1,9 @@
-"""The commands ``lococo eval ppl``, ``tasks`` and ``long``."""
+"""The commands ``lococo eval ppl``, ``extended``, ``tasks`` and ``long``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lococo.evaluation import ppl_table
 from lococo.evaluation.long.command import add_long_command
 from lococo.evaluation.methods import plan_runs
 from lococo.evaluation.results import markdown_table
-from lococo.evaluation.texts import PROOF_PILE, Cut, read_windows
+from lococo.evaluation.texts import PROOF_PILE, Cut, read_file, read_windows
 from lococo.loading import add_model_options, load
 
 TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40", "arc_challenge:40"]
@@ -19,6 +20,7 @@ TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40"
 def add_eval_commands(commands: Any) -> None:
     """Add a parser for everything that can be measured."""
     _add_perplexity(commands.add_parser("ppl", help="perplexity by length, domain, method and number of slots"))
+    _add_extended(commands.add_parser("extended", help="perplexity of extended models by length"))
     _add_tasks(commands.add_parser("tasks", help="accuracy by few-shot task and method"))
     add_long_command(commands.add_parser("long", help="answers about long documents by method"))
 
@@ -53,6 +55,24 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_perplexity)
 
 
+def _add_extended(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--extensions", type=Path, nargs="+", default=[], help="folders written by lococo extend")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files")
+    parser.add_argument(
+        "--methods",
+        default="full,lococo-uncalibrated-slot",
+        help="of the model as it came (default: %(default)s)",
+    )
+    parser.add_argument("--num-slots", type=int, default=512, help="of these methods (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768], help="tokens")
+    parser.add_argument("--first", type=int, default=512, help="first token that counts (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=1, help="documents of each file (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/extension"), help="(default: %(default)s)")
+    parser.set_defaults(run=_extended)
+
+
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument(
@@ -83,13 +103,34 @@ def _perplexity(options: argparse.Namespace) -> None:
     cut = Cut(lengths, options.first, options.documents, options.min_length, options.sliding)
     heads = [str(folder) for folder in options.heads]
     runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
-    for path in options.data or []:
-        if not path.is_file():
-            raise FileNotFoundError(f"--data {path}: no such file")
+    _check_files(options.data or [])
     model, tokenizer = load(options)
     texts = read_windows(options.data, tokenizer, cut)
     rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
     print(markdown_table([row for row in rows if row["domain"] == ppl_table.ALL_DOMAINS]))
+
+
+def _extended(options: argparse.Namespace) -> None:
+    from lococo.evaluation import extended
+
+    lengths = Cut(tuple(sorted(set(options.lengths))), options.first, options.documents, sliding=True).lengths
+    methods = [name for name in options.methods.split(",") if name]
+    readers = [extended.Reader(run) for run in plan_runs(methods, [options.num_slots], options.block_size)]
+    readers += [extended.Reader.of(folder) for folder in options.extensions]
+    _check_files(options.data)
+    model, tokenizer = load(options)
+    texts = [read_file(path, tokenizer) for path in options.data]
+    windows = [
+        each for found in texts for each in extended.cut_alike(found, lengths, options.first, options.documents)
+    ]
+    rows = extended.run(model, windows, readers, options.first, options.output, options.command_line)
+    print(markdown_table([row for row in extended.by_length(rows) if row["domain"] == ppl_table.ALL_DOMAINS]))
+
+
+def _check_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"--data {path}: no such file")
 
 
 def _tasks(options: argparse.Namespace) -> None:

@@ -75,8 +75,8 @@ def measure_losses(
         groups = losses[run] = defaultdict(DocumentLosses)
         with as_method(model, run.config, run.heads):
             for window in tqdm(texts, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None):
-                key = (model.name_or_path, run.name, run.identity(), _digest(window.ids), first)
-                nll = journal.measure(key, functools.partial(_mean_nll, model, window.ids, first))
+                key = (model.name_or_path, run.name, run.identity(), digest(window.ids), first)
+                nll = journal.measure(key, functools.partial(mean_nll, model, window.ids, first))
                 for domain in (window.domain, ALL_DOMAINS):
                     groups[window.length, domain].add(nll, window, first)
     return losses
@@ -135,11 +135,13 @@ def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> dict[str, Any]
     }
 
 
-def _digest(ids: torch.Tensor) -> str:
+def digest(ids: torch.Tensor) -> str:
+    """Name of a text by its tokens."""
     return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
 
 
-def _mean_nll(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
+def mean_nll(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
+    """Nats per token over the tokens of a (1, tokens) text from token ``first`` on."""
     return token_nlls(model, ids, first).mean().item()
 
 

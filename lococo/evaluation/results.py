@@ -30,6 +30,7 @@ def write_result(
     device: torch.device | str,
     rows: Sequence[dict[str, Any]],
     columns: Sequence[str] | None = None,
+    table: Sequence[dict[str, Any]] | None = None,
     how: str | None = None,
     **facts: Any,
 ) -> None:
@@ -45,6 +46,8 @@ def write_result(
         Flat, all with the same keys.
     columns : sequence of str, optional
         Keys that the table shows. None: all.
+    table : sequence of dict, optional
+        Rows that the table shows in place of ``rows``.
     how : str, optional
         How the figures came about, in a sentence or two that both files hold.
     **facts
@@ -55,7 +58,8 @@ def write_result(
     write_whole(beside(path, ".json"), json.dumps(content, indent=1) + "\n")
     note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
     note += f"{how}\n\n" if how else ""
-    shown = rows if columns is None else [{name: row[name] for name in columns} for row in rows]
+    shown = rows if table is None else table
+    shown = shown if columns is None else [{name: row[name] for name in columns} for row in shown]
     write_whole(beside(path, ".md"), note + markdown_table(shown))
 
 

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.deadline import Deadline, OutOfTime
+from lococo.evaluation.deadline import Deadline
 from lococo.evaluation.results import Journal, peak_memory
 from lococo.files import write_whole
 from lococo.heads import check_heads_folder, load_heads
@@ -32,8 +30,9 @@ from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipe import Recipe
 from lococo.training.report import save_calibrated
-from lococo.training.runs import check_same_run
-from lococo.training.trainer import HEADS_FOLDER, HeadTrainer, StopInTime
+from lococo.training.runs import check_same_run, check_work_folder, train_to_the_end, trainer_arguments
+from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
+from lococo.training.window_trainer import StopInTime
 
 RUN_NAME = "run.json"
 WORK_NAMES = (RUN_NAME, "recordings", "local", "trainer")
@@ -64,11 +63,7 @@ def check_calibration(
         If a package is missing.
     """
     check_heads_folder(output)
-    if work_dir.exists() and not resume:
-        raise FileExistsError(f"{work_dir} holds an unfinished run: resume it (--resume) or remove that folder")
-    surplus = sorted({entry.name for entry in work_dir.iterdir()}.difference(WORK_NAMES)) if work_dir.exists() else []
-    if surplus:
-        raise FileExistsError(f"{work_dir} holds {', '.join(surplus)}, so it is no run to resume")
+    check_work_folder(work_dir, WORK_NAMES, resume)
     for source in data.sources:
         local_files(source)
     if not 1 <= first < data.length:
@@ -81,8 +76,6 @@ def check_calibration(
             f"windows of {data.length} tokens are too short for num_slots={config.num_slots} and "
             f"block_size={config.block_size}: the first token is evicted after {evicting}"
         )
-    if recipe.objective:
-        recipe.objective.check_block_size(config.block_size)
     if not importlib.util.find_spec("matplotlib"):
         raise ImportError("calibration draws a picture with the package matplotlib: pip install lococo[train]")
 
@@ -254,38 +247,18 @@ def _train_end_to_end(
 ) -> list[dict[str, Any]]:
     assert recipe.objective is not None
     wanted = ("step", "loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")
-    done = folder / f"{PREFIX_CHECKPOINT_DIR}-{recipe.steps}"
-    given = {
-        "output_dir": str(folder),
-        "max_steps": recipe.steps,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": "linear",
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": recipe.windows_per_step // PartialState().num_processes,
-        "logging_steps": 1,
-        "save_steps": max(1, min(recipe.measure_every, recipe.steps)),
-        "save_total_limit": 2,
-        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
-        "use_cpu": model.device.type == "cpu",
-        "seed": seed,
-        **(training_arguments or {}),
-    }
+    windows, on_cpu = recipe.windows_per_step // PartialState().num_processes, model.device.type == "cpu"
+    given = trainer_arguments(folder, recipe.steps, windows, recipe.measure_every, on_cpu)
+    given.update(learning_rate=recipe.learning_rate, seed=seed)
     trainer = HeadTrainer(
         model,
-        TrainingArguments(**given),
+        TrainingArguments(**{**given, **(training_arguments or {})}),
         objective=recipe.objective,
         scalar_lr_factor=recipe.scalar_lr_factor,
         train_dataset=train,
         callbacks=[MeasureGap(model, gap, recipe.measure_every), StopInTime(deadline)],
     )
-    if (done / TRAINER_STATE_NAME).is_file():  # Trainer would train a step more
-        load_heads(model, done / HEADS_FOLDER)
-        state = TrainerState.load_from_json(str(done / TRAINER_STATE_NAME))
-    else:
-        trainer.train(resume_from_checkpoint=any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")))
-        state = trainer.state
-    if state.global_step < recipe.steps:
-        raise OutOfTime
+    state = train_to_the_end(trainer, lambda checkpoint: load_heads(model, checkpoint / HEADS_FOLDER))
     return [
         {"stage": "end-to-end", **{name: entry[name] for name in wanted if name in entry}}
         for entry in state.log_history

@@ -28,8 +28,8 @@ class Objective(abc.ABC):
     ----------
     backprop_tokens : int, optional
         Back-propagation through the cache ends at every multiple of so many tokens, each chunk's backward coming
-        before the next chunk's forward, so that memory does not grow with the window. What is compressed at the very
-        end of a chunk then trains nothing. None: it goes through the whole window.
+        before the next chunk's forward, so that memory does not grow with the window. What is compressed where two
+        chunks meet trains the heads with the later one. None: it goes through the whole window.
 
     Raises
     ------
@@ -43,21 +43,6 @@ class Objective(abc.ABC):
         tokens = self.backprop_tokens
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise ValueError(f"backprop_tokens must be a whole number of at least 1, or None, got {tokens!r}")
-
-    def check_block_size(self, block_size: int) -> None:
-        """Refuse chunks in which heads with a block size would get no gradient.
-
-        Raises
-        ------
-        ValueError
-            If every compression would be the last thing that happens in a chunk.
-        """
-        if self.backprop_tokens is not None and block_size % self.backprop_tokens == 0:
-            raise ValueError(
-                f"backprop_tokens={self.backprop_tokens} would give heads no gradient: with block_size={block_size} "
-                "every compression is the last thing that happens in a chunk; give more than a block, such as "
-                f"{4 * block_size + block_size // 2}"
-            )
 
     @property
     def needs_full_cache(self) -> bool:
@@ -235,15 +220,26 @@ class WindowLoss(nn.Module):
         ValueError
             If windows have fewer than two tokens.
         """
-        if input_ids.shape[1] < 2:
-            raise ValueError(f"windows need at least 2 tokens, one to predict, got {input_ids.shape[1]}")
-        caches = caches or Caches(self.model)
-        stop = input_ids.shape[1] - 1 if stop is None else stop
-        step = lococo_config(self.model).prefill_chunk_size or LOSS_CHUNK
-        losses = []
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
-            full = caches.full_logits(self.model, ids) if self.objective.needs_full_cache else None
-            losses.append(self.objective.losses(caches.logits(self.model, ids), targets, full))
-        return torch.cat(losses, dim=1)
+        return window_losses(self.model, self.objective, input_ids, caches or Caches(self.model), start, stop)
+
+
+def window_losses(
+    model: nn.Module,
+    objective: Objective,
+    input_ids: torch.Tensor,
+    caches: Caches,
+    start: int = 0,
+    stop: int | None = None,
+) -> torch.Tensor:
+    """Losses of a patched model over some tokens of windows. Arguments and result as in ``WindowLoss.forward``."""
+    if input_ids.shape[1] < 2:
+        raise ValueError(f"windows need at least 2 tokens, one to predict, got {input_ids.shape[1]}")
+    stop = input_ids.shape[1] - 1 if stop is None else stop
+    step = lococo_config(model).prefill_chunk_size or LOSS_CHUNK
+    losses = []
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
+        full = caches.full_logits(model, ids) if objective.needs_full_cache else None
+        losses.append(objective.losses(caches.logits(model, ids), targets, full))
+    return torch.cat(losses, dim=1)

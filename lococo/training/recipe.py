@@ -77,8 +77,7 @@ class Recipe:
 
 def default_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:
     """Ours: budgets per head, then distillation of low-rank heads whose gates start a little open."""
-    # Half a block more than whole ones: what is compressed at the very end of a chunk trains nothing.
-    recipe = Recipe(objective=Distill(backprop_tokens=max(1024, 2 * block_size) + block_size // 2))
+    recipe = Recipe(objective=Distill(backprop_tokens=max(1024, 2 * block_size)))
     return LoCoCoConfig(num_slots, block_size=block_size, head_rank=16, gate_init=0.05), recipe
 
 
@@ -86,7 +85,7 @@ def paper_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]
     """The paper's: the authors' heads from N(0, 1) weights with softmax, 200 steps of 524,288 tokens, lr 5e-2."""
     recipe = Recipe(
         budget_texts=0,
-        objective=NextToken(backprop_tokens=4 * block_size + block_size // 2),
+        objective=NextToken(backprop_tokens=4 * block_size),
         steps=200,
         windows_per_step=128,
         learning_rate=5e-2,

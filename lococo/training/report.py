@@ -37,7 +37,7 @@ def save_calibrated(
     command: str,
 ) -> None:
     """Write a heads folder with how the heads were made, what that took, what they measure, and a picture."""
-    command = _without_folders(command)
+    command = without_folders(command)
     last = [row for row in rows if "gap_ratio" in row][-1]
     metrics = {
         "heldout_nll": last["heldout_nll"],
@@ -62,7 +62,7 @@ def save_calibrated(
     save_heads(model, output, training=training, metrics=metrics, dtype=dtype, attachments=attachments)
 
 
-def _without_folders(command: str) -> str:
+def without_folders(command: str) -> str:
     """A command whose absolute paths are cut to their last part: the folder may be published."""
     words = shlex.split(command)
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)

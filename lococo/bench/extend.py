@@ -1,0 +1,117 @@
+"""``lococo bench extend``: a step of an extension."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from lococo.adapters import adapted, adapter_config, as_it_was, let_learn
+from lococo.bench.counts import Sizes, Work, train_memory, train_work
+from lococo.bench.meter import Meter
+from lococo.bench.topic import Cell, random_ids
+from lococo.bench.train import Train
+from lococo.state import is_patched
+from lococo.training.extend import checkpoint_layers
+from lococo.training.extension_trainer import NextTokenLoss
+from lococo.training.objectives import Caches, NextToken
+
+
+class Extend(Train):
+    """One step of AdamW on a window of ``length`` tokens: adapters, embeddings, norms and heads learn.
+
+    Back-propagation through a compressed cache ends after ``depth`` compressions. The full cache's goes through the
+    whole window, its layers computed again in the backward. Steps have size zero.
+
+    Parameters
+    ----------
+    depth : int
+        See ``lococo.training.extension_recipe.ExtensionRecipe``.
+    """
+
+    name = "extend"
+    held = ("cache_bytes", "saved_bytes")
+
+    def __init__(self, depth: int) -> None:
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        self.depth = depth
+
+    def settings(self) -> dict[str, int]:
+        """The depth."""
+        return {"depth": self.depth}
+
+    def work(self, sizes: Sizes, cell: Cell) -> Work:
+        """See ``Topic``; what adapters take is not counted."""
+        tokens = cell.length - 1
+        step = train_work(sizes, cell.run.config, tokens, cell.batch)
+        return Work(step.flops / (cell.batch * tokens), step.bytes / (cell.batch * tokens))
+
+    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
+        """See ``Topic``. Of the full cache, which keeps little of each layer, the logits alone are counted."""
+        if cell.run.config is None:
+            return sizes.model_bytes + cell.batch * (cell.length - 1) * (sizes.element_size + 4) * sizes.vocab_size
+        return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, self._objective(cell).backprop_tokens)
+
+    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+        """See ``Topic``. ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched."""
+        ids, objective = random_ids(model, cell.batch, cell.length), self._objective(cell)
+        watching = saved_bytes() if meter.watches_memory else contextlib.nullcontext(SavedBytes(most=None))
+        with as_it_was(model), watching as saved:
+            learner = let_learn(adapted(model, adapter_config(model)))
+            if cell.run.config is None:
+                checkpoint_layers(model)
+            caches = Caches(learner) if is_patched(learner) else None
+            loss, predicted = NextTokenLoss(learner.train(), objective), cell.length - 1
+            parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=0.0)
+            is_half = model.dtype in (torch.bfloat16, torch.float16)
+            with meter.lap():
+                for start, stop in objective.spans(predicted):
+                    with torch.autocast(model.device.type, model.dtype, enabled=is_half):
+                        losses = loss(ids, caches, start, stop)
+                    (losses.sum() / (cell.batch * predicted)).backward()
+                    if caches is not None:
+                        caches.detach()
+                optimizer.step()
+            seconds = meter.seconds()[0] / (cell.batch * predicted)
+            cache_bytes = None if caches is None else caches.compressed.nbytes
+        return {"seconds": seconds, "cache_bytes": cache_bytes, "saved_bytes": saved.most}
+
+    def _objective(self, cell: Cell) -> NextToken:
+        config = cell.run.config
+        return NextToken(backprop_tokens=None if config is None else self.depth * config.block_size)
+
+
+class SavedBytes:
+    """Bytes of the tensors that autograd keeps: now, and at the most."""
+
+    def __init__(self, most: int | None = 0) -> None:
+        self.now, self.most = 0, most
+
+    def keep(self, tensor: torch.Tensor) -> _Kept:
+        """Count a tensor until nobody keeps it any more."""
+        kept = _Kept(tensor.detach())  # with its graph, it would hold the node that holds it
+        self._add(tensor.nbytes)
+        weakref.finalize(kept, self._add, -tensor.nbytes)
+        return kept
+
+    def _add(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most or 0, self.now)
+
+
+class _Kept:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextlib.contextmanager
+def saved_bytes() -> Iterator[SavedBytes]:
+    """Count what autograd keeps inside a ``with`` block."""
+    saved = SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda kept: kept.tensor):
+        yield saved

@@ -1,0 +1,65 @@
+"""Gradients of a tiny patched model by the naive reference, token by token and in float64."""
+
+import torch
+from reference import NaiveHead, naive_lococo
+
+from lococo.models import attention_layers
+from lococo.state import HEAD, lococo_config, patched_decoder
+
+
+def naive_head(layer):
+    """The weights of a layer's head, as the reference takes them."""
+    head = getattr(layer, HEAD, None)
+    if head is None:
+        return None
+    expand = {} if head.expand is None else {"up_weight": head.expand.weight[..., 0], "up_bias": head.expand.bias}
+    mass_scale = 1.0 if head.mass_scale is None else head.mass_scale[0]
+    return NaiveHead(head.conv.weight, head.conv.bias, gate=head.gate, mass_scale=mass_scale, **expand)
+
+
+def naive_logits(model, ids, cuts=()):
+    """(rows, tokens, vocabulary) logits of a patched Llama without its patch: a loop over layers and rows.
+
+    Parameters
+    ----------
+    cuts : collection of int
+        As in ``reference.naive_lococo``.
+    """
+    decoder = patched_decoder(model)
+    config, layers = lococo_config(model), attention_layers(decoder)
+
+    def rotate(vectors, positions):
+        cos, sin = decoder.rotary_emb(vectors, positions[None])  # angles in float32
+        first, second = vectors.chunk(2, dim=-1)
+        return vectors * cos[0] + torch.cat([-second, first], dim=-1) * sin[0]
+
+    places = torch.arange(ids.shape[1])
+    hidden = decoder.embed_tokens(ids)
+    for index, block in enumerate(decoder.layers):
+        attention = layers[index]
+        normed = block.input_layernorm(hidden)
+        projected = [getattr(attention, f"{name}_proj")(normed) for name in "qkv"]
+        query, key, value = (
+            part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in projected
+        )  # (rows, heads, tokens, head_dim)
+        if config.positions == "absolute":
+            query, key = rotate(query, places), rotate(key, places)
+        outputs = []
+        for row in range(len(ids)):
+            parts = query[row], key[row], value[row]
+            outputs.append(naive_lococo(*parts, config, naive_head(attention), rotate, cuts=cuts)[0])
+        output = torch.stack(outputs).transpose(1, 2).flatten(2)  # (rows, tokens, heads * head_dim)
+        hidden = hidden + attention.o_proj(output)
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+    return model.get_output_embeddings()(decoder.norm(hidden))
+
+
+def naive_gradients(model, ids, cuts=(), targets=None):
+    """Gradients of the mean loss by parameter name; of the divergence from log-probabilities if ``targets`` are."""
+    said = naive_logits(model, ids, cuts)[:, :-1].log_softmax(dim=-1)
+    losses = -said.gather(-1, ids[:, 1:, None]) if targets is None else targets.exp() * (targets - said)
+    (losses.sum() / ids[:, 1:].numel()).backward()
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {name: parameter.grad.clone() for name, parameter in learned.items()}
+    model.zero_grad()
+    return found
