@@ -140,7 +140,7 @@ def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
         f"absolute positions. minus_lococo: nll above that of the trained heads, positive where they are better. "
         f"gap_low, gap_high and low, high: {CONFIDENCE:.0%} intervals, {RESAMPLES} bootstrap resamples of the "
         f"documents, seed {SEED}. float32, {versions}, presses with kvpress's default settings, all methods in one "
-        f"process."
+        f"environment."
     )
 
 
