@@ -33,6 +33,7 @@ LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsu
 	ruler babilong
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 GPU_EXTENDED = $(EXTENDED:%=$(RESULTS)/extended/%)
+EXTENSION_FACTOR ?= 16
 EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
 EXTENDED := lococo h2o streaming full longlora
 EXTENSION_TEXTS := books math_latex code
@@ -251,11 +252,12 @@ gpu-perplexity: $(MODEL)/$(GGUF)
 		--methods full,streaming,h2o,h2o-slot,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/perplexity_$(DEVICE) || test $$? -eq 124
 
-# From 2K to 32K.
+# From 2K to 32K. A step that is begun before the time is over may end a little later.
 $(GPU_EXTENDED): $(RESULTS)/extended/%: $(MODEL)/$(GGUF)
 	if test -f $@/extension.json; then exit 0; fi; $(within_time); \
-	$(EXTEND) --device $(DEVICE) --factor 16 --method $* --steps 100 --windows-per-step 4 --save-every 10 \
-		--learning-rate 2e-4 --cache-dir $(RESULTS)/cache --time-limit $$left --output $@
+	timeout $$((left + 20)) $(EXTEND) --device $(DEVICE) --factor $(EXTENSION_FACTOR) --method $* --steps 100 \
+		--windows-per-step 4 --save-every 10 --learning-rate 2e-4 --cache-dir $(RESULTS)/cache --time-limit $$left \
+		--output $@ || test $$? -eq 124
 
 gpu-extend: $(GPU_EXTENDED)
 	$(within_time); extensions=$$(for each in $^; do ! test -f $$each/extension.json || echo $$each; done); \

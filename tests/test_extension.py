@@ -149,7 +149,7 @@ def test_adapters_load_with_plain_peft(made):
     assert torch.equal(logits(model.eval()), logits(lococo.load_extended(tiny_llama(), folder / "out")))
 
 
-@pytest.mark.parametrize("family", ["Glm", "Glm4", "Qwen3", "Olmo2", "Gemma2", "Mistral-window", "SmolLM3"])
+@pytest.mark.parametrize("family", ["Glm", "Glm4", "Qwen3", "Granite", "Gemma2", "Mistral-window", "SmolLM3"])
 def test_families_extend_alike(family, tokenizer, text, tmp_path):
     before = logits(build(family))
     model = build(family)
