@@ -236,7 +236,7 @@ gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, cali
 	$(VENV)/bin/pytest -q -m gpu
 	$(VENV)/bin/pytest -q tests/test_triton.py
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-extend gpu-tasks gpu-long gpu-ablate
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
