@@ -194,6 +194,19 @@ def test_gradients_do_not_depend_on_how_much_is_read_at_once(tokens):
     assert_same(*found, atol=1e-9)
 
 
+def test_reading_on_without_gradients_leaves_those_of_what_was_read():
+    found = []
+    for reads_on in (False, True):
+        model, cache = patched_tiny(), lococo.LoCoCoCache(CONFIG, 2)
+        output = model(input_ids=IDS[:, :40], past_key_values=cache).logits  # its last block is not compressed yet
+        if reads_on:
+            late = logits(model, IDS[:, 40:], past_key_values=cache)
+            torch.testing.assert_close(late, logits(model)[:, 40:], rtol=0, atol=1e-9)
+        output.square().sum().backward()
+        found.append(head_gradients(model))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("tokens", [0, -4, 2.5, "8"])
 def test_backprop_tokens_must_be_a_count(tokens):
     with pytest.raises(ValueError, match=f"at least 1.*got {tokens!r}"):
