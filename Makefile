@@ -65,8 +65,8 @@ perplexity tasks agreement long ablate extend bench-extend side-by-side: export 
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
-	agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity gpu-tasks gpu-long \
-	gpu-ablate $(GPU_HEADS) gpu-extend $(GPU_EXTENDED) test-versions test-chatglm clean
+	agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity \
+	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -110,7 +110,8 @@ bench-score: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --heads $(HEADS)-128 --time-limit 300 --output $(RESULTS)/bench_score_cpu
 
 bench-cuda: $(foreach shape,$(SHAPES),$(addsuffix -$(shape),cuda-decode cuda-prefill cuda-score))
-bench-cuda: $(foreach shape,$(TRAIN_SHAPES),cuda-extend-$(shape) cuda-train-$(shape)) ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
+bench-cuda: $(foreach shape,$(TRAIN_SHAPES),$(addsuffix -$(shape),cuda-extend cuda-train))
+bench-cuda: ## speed and memory on a GPU, each stage for LIMIT seconds at most -> RESULTS
 
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
@@ -242,7 +243,8 @@ gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, cali
 
 # 200 steps of 128 windows of 4096 tokens, as in the paper.
 $(GPU_HEADS): $(RESULTS)/heads/smollm2-135m-%: $(MODEL)/$(GGUF)
-	if test -f $@/lococo_heads.safetensors; then exit 0; fi; $(within_time); timeout $$left $(LOCOCO) calibrate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --num-slots $* \
+	if test -f $@/lococo_heads.safetensors; then exit 0; fi; $(within_time); \
+	timeout $$left $(LOCOCO) calibrate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --num-slots $* \
 		--block-size 128 --windows 2048 --steps 200 --windows-per-step 128 --budget-texts 24 --measure-every 20 \
 		--output $@ --cache-dir $(RESULTS)/cache --resume || test $$? -eq 124
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lococo.models import attention_layers, base_config, find_decoder
@@ -82,16 +84,31 @@ def let_learn(learner: Any) -> Any:
     return learner
 
 
-def load_adapter(model: nn.Module, folder: Any, is_trainable: bool = False) -> Any:
-    """The model inside a ``peft.PeftModel`` with saved adapters in it."""
-    return _peft().PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+def load_adapter(model: nn.Module, folder: Path) -> Any:
+    """The model inside a ``peft.PeftModel`` with saved adapters in it.
+
+    Raises
+    ------
+    ValueError
+        If the file of their weights cannot be read.
+    """
+    try:
+        return _peft().PeftModel.from_pretrained(model, folder)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let a model compute its layers again in the backward, so that only their inputs are kept."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 @contextmanager
-def as_it_was(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[Callable[[], None]]:
+def as_it_was(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
     """Undo at the end of a ``with`` block what was put into a model: adapters, rotary embeddings, flags, its config.
 
-    Its weights must not have been written to. Gives the function that undoes.
+    Its weights must not have been written to.
     """
     modules = [(vars(module), _copied(vars(module))) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -114,7 +131,7 @@ def as_it_was(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[
             current.update(before)
 
     try:
-        yield undo
+        yield
     except BaseException:
         undo()
         raise

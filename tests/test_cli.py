@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from tiny import tiny_llama
@@ -117,3 +119,10 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"lococo {lococo.__version__}\n"
+
+
+def test_commands_need_no_package_of_an_extra():
+    extras = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft", "rouge_score")
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); from lococo.cli import main; main(['--version'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == f"lococo {lococo.__version__}\n", result.stderr

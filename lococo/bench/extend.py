@@ -9,15 +9,13 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from lococo.adapters import adapted, adapter_config, as_it_was, let_learn
+from lococo.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
 from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train
 from lococo.state import is_patched
-from lococo.training.extend import checkpoint_layers
-from lococo.training.extension_trainer import NextTokenLoss
-from lococo.training.objectives import Caches, NextToken
+from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 
 
 class Extend(Train):
@@ -59,6 +57,7 @@ class Extend(Train):
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
         """See ``Topic``. ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched."""
         ids, objective = random_ids(model, cell.batch, cell.length), self._objective(cell)
+        dtype = model.dtype  # what learns is wider
         watching = saved_bytes() if meter.watches_memory else contextlib.nullcontext(SavedBytes(most=None))
         with as_it_was(model), watching as saved:
             learner = let_learn(adapted(model, adapter_config(model)))
@@ -68,10 +67,9 @@ class Extend(Train):
             loss, predicted = NextTokenLoss(learner.train(), objective), cell.length - 1
             parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=0.0)
-            is_half = model.dtype in (torch.bfloat16, torch.float16)
             with meter.lap():
                 for start, stop in objective.spans(predicted):
-                    with torch.autocast(model.device.type, model.dtype, enabled=is_half):
+                    with torch.autocast(ids.device.type, dtype, enabled=dtype.itemsize == 2):
                         losses = loss(ids, caches, start, stop)
                     (losses.sum() / (cell.batch * predicted)).backward()
                     if caches is not None:

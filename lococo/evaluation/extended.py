@@ -7,7 +7,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def extended_rows(
         ]
         unread = any(journal.recall(key) is None for key in keys)
         reading: Any
-        with reader.reading(model) if unread else as_method(model, None) as reading:
+        with reader.reading(model) if unread else nullcontext(model) as reading:
             for key, window in zip(keys, tqdm(windows, desc=reader.run.name, leave=False, disable=None), strict=True):
                 nll = journal.measure(key, functools.partial(mean_nll, reading, window.ids, first))
                 for domain in (ALL_DOMAINS, window.domain):

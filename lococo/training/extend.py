@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from lococo.adapters import adapted, adapter_config, as_it_was, let_learn
+from lococo.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
 from lococo.evaluation.deadline import Deadline
 from lococo.evaluation.results import peak_memory
 from lococo.extension import check_extension_folder, merge_extended, save_extended
@@ -142,7 +142,7 @@ def extend_context(
         check_same_run(work_dir / RUN_NAME, run)
         if processes.is_main_process:
             write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
-    dtype = model.dtype
+    dtype = model.dtype  # what learns is wider
     with as_it_was(model), extended_for_training(model, recipe, heads, data.seed) as learner:
         precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
         given = {**precision, "seed": data.seed, **(training_arguments or {})}
@@ -188,12 +188,6 @@ def _check_model(model: PreTrainedModel, recipe: ExtensionRecipe) -> None:
         if recipe.extension.stretch:
             stretch_positions(model, recipe.extension.stretch)
         adapter_config(model, recipe.rank, recipe.alpha)
-
-
-def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Let a model compute its layers again in the backward, so that only their inputs are kept."""
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
 
 
 def _train(

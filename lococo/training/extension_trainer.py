@@ -12,40 +12,13 @@ from transformers import TrainingArguments
 from lococo.extension import ADAPTER_FOLDER, HEADS_FOLDER, save_parts
 from lococo.heads import load_heads
 from lococo.state import HEAD, is_patched
-from lococo.training.objectives import LOSS_CHUNK, Caches, NextToken, window_losses
+from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 from lococo.training.window_trainer import WindowTrainer
 
 NOT_SUPPORTED = {
     "fsdp": "use DDP or DeepSpeed ZeRO-2 (lococo.training.window_trainer.DEEPSPEED_ZERO2)",
     "push_to_hub": "upload the folder that the run writes",
 }
-
-
-class NextTokenLoss(nn.Module):
-    """Losses of a model over windows, as a module whose parameters are those of the model.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A causal language model. A patched one reads windows chunk by chunk, another one whole.
-    objective : NextToken
-    """
-
-    def __init__(self, model: nn.Module, objective: NextToken) -> None:
-        super().__init__()
-        self.model = model
-        self.objective = objective
-
-    def forward(
-        self, input_ids: torch.Tensor, caches: Caches | None = None, start: int = 0, stop: int | None = None
-    ) -> torch.Tensor:
-        """Losses of some tokens. Arguments and result as in ``WindowLoss.forward``; without a cache of all tokens."""
-        if is_patched(self.model):
-            caches = caches or Caches(self.model)
-            return window_losses(self.model, self.objective, input_ids, caches, start, stop)
-        logits = self.model(input_ids=input_ids[:, :-1], use_cache=False).logits
-        parts = zip(logits.split(LOSS_CHUNK, dim=1), input_ids[:, 1:].split(LOSS_CHUNK, dim=1), strict=True)
-        return torch.cat([self.objective.losses(logits, targets) for logits, targets in parts], dim=1)
 
 
 class ExtensionTrainer(WindowTrainer):

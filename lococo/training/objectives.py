@@ -14,7 +14,7 @@ from lococo.compat import cache_of, with_cache
 from lococo.forward import Request, asking, new_cache
 from lococo.fusion import FusionHead
 from lococo.patch import suspended
-from lococo.state import head_modules, lococo_config, patched_decoder
+from lococo.state import head_modules, is_patched, lococo_config, patched_decoder
 
 # Tokens whose logits are held at once, the same on every machine.
 LOSS_CHUNK = 2048
@@ -221,6 +221,33 @@ class WindowLoss(nn.Module):
             If windows have fewer than two tokens.
         """
         return window_losses(self.model, self.objective, input_ids, caches or Caches(self.model), start, stop)
+
+
+class NextTokenLoss(nn.Module):
+    """Losses of a model over windows, as a module whose parameters are those of the model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model. A patched one reads windows chunk by chunk, another one whole.
+    objective : NextToken
+    """
+
+    def __init__(self, model: nn.Module, objective: NextToken) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self, input_ids: torch.Tensor, caches: Caches | None = None, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Losses of some tokens. Arguments and result as in ``WindowLoss.forward``; without a cache of all tokens."""
+        if is_patched(self.model):
+            caches = caches or Caches(self.model)
+            return window_losses(self.model, self.objective, input_ids, caches, start, stop)
+        logits = self.model(input_ids=input_ids[:, :-1], use_cache=False).logits
+        parts = zip(logits.split(LOSS_CHUNK, dim=1), input_ids[:, 1:].split(LOSS_CHUNK, dim=1), strict=True)
+        return torch.cat([self.objective.losses(logits, targets) for logits, targets in parts], dim=1)
 
 
 def window_losses(
