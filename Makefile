@@ -215,8 +215,8 @@ extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 
 		--lengths 2048 4096 8192 16384 --output $(RESULTS)/extension
 
 .demo/extended/%/extension.json: | $(MODEL)/$(GGUF)
-	$(EXTEND) --factor 4 --method $* --steps 8 --windows-per-step 1 --learning-rate 5e-4 --heads-learning-rate 3e-3 \
-		--save-every 2 --output $(@D)
+	$(EXTEND) --factor 4 --rope-type yarn --method $* --steps 12 --windows-per-step 1 --learning-rate 1e-3 \
+		--heads-learning-rate 3e-3 --save-every 2 --output $(@D)
 
 # One process measures all lengths: half an hour on one CPU thread.
 bench-extend: $(MODEL)/$(GGUF) ## memory of an extension's step against the window -> docs/results/bench_extend_cpu
