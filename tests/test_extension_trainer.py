@@ -202,11 +202,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 def test_arguments_that_cannot_work_are_refused(tmp_path):
-    with extended_for_training(tiny_llama(), recipe()) as learner:
-        with pytest.raises(ValueError, match="fsdp=.*ZeRO-2"):
-            trainer(learner, recipe(), tmp_path, fsdp="full_shard")
-        with pytest.raises(ValueError, match="push_to_hub=True"):
-            trainer(learner, recipe(), tmp_path, push_to_hub=True)
+    refused = pytest.raises(ValueError, match="push_to_hub=True")
+    with extended_for_training(tiny_llama(), recipe()) as learner, refused:
+        trainer(learner, recipe(), tmp_path, push_to_hub=True)
     with extended_for_training(tiny_llama(), recipe("full")) as learner:
         how = recipe()
         with pytest.raises(ValueError, match="backprop_tokens is for compressed caches"):

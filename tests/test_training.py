@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lococo.patch import suspended
 from lococo.state import head_modules
 from lococo.training.frozen import checksums, only_heads_learn
 from lococo.training.objectives import Caches, Distill, NextToken, WindowLoss
-from lococo.training.window_trainer import DEEPSPEED_ZERO2, last_checkpoint
+from lococo.training.window_trainer import DEEPSPEED_ZERO2, GatesWithinReach, last_checkpoint
 
 IDS = tiny_ids(2, 64, seed=1)
 OBJECTIVES = [NextToken(), Distill(), Distill(temperature=2.0, next_token_weight=0.25)]
@@ -302,6 +303,20 @@ def test_closed_gates_open_and_stay_within_reach(tmp_path):
     gates = torch.stack([head.gate for head in head_modules(model).values()])
     assert gates.max() > 0.005
     assert gates.min() == 0
+
+
+def test_gates_that_deepspeed_keeps_copies_of_are_moved_there_too(monkeypatch):
+    model, copies = patched_tiny(), []
+    utilities = types.ModuleType("deepspeed.utils")
+    utilities.safe_set_full_fp32_param = lambda gate, value: copies.append((gate, value.clone()))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", utilities)
+    gate = head_modules(model)[1].gate
+    gate._hp_mapping = object()  # how DeepSpeed marks them
+    with torch.no_grad():
+        gate[0] = 1.5
+    GatesWithinReach(model).on_step_end()
+    ((moved, value),) = copies
+    assert moved is gate and value[0] == 1 and torch.equal(value, gate)
 
 
 def test_heads_with_budgets_of_their_own_train_too(tmp_path):

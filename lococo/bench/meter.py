@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import re
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lococo.heap import trim_heap
 
 
 class Meter:
@@ -89,7 +90,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._knows_peak = True
         elif sys.platform == "linux":
-            _trim_heap()
+            trim_heap()
             with contextlib.suppress(OSError):  # not everywhere allowed
                 Path("/proc/self/clear_refs").write_text("5")
                 self._knows_peak = True
@@ -100,11 +101,6 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _trim_heap() -> None:
-    with contextlib.suppress(AttributeError):  # the C library is another than glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from lococo.training.extension_report import record_files
 from lococo.training.extension_trainer import ExtensionTrainer, load_parts
 from lococo.training.longlora import shifted_sparse
 from lococo.training.runs import check_same_run, check_work_folder, train_to_the_end, trainer_arguments
+from lococo.training.sharding import gathered, sharded_arguments
 from lococo.training.window_trainer import StopInTime
 
 RUN_NAME = "run.json"
@@ -42,7 +43,13 @@ WORK_NAMES = (RUN_NAME, "trainer")
 
 
 def check_extension(
-    data: DataConfig, output: Path, *, work_dir: Path, resume: bool = False, merge_into: Path | None = None
+    data: DataConfig,
+    output: Path,
+    *,
+    work_dir: Path,
+    resume: bool = False,
+    merge_into: Path | None = None,
+    shard: bool = False,
 ) -> None:
     """Refuse what ``extend_context`` would refuse with these arguments, before a model is there.
 
@@ -54,6 +61,8 @@ def check_extension(
         If a package is missing.
     """
     check_extension_folder(output)
+    if merge_into is not None and shard:
+        raise ValueError("a sharded run writes no merged model: lococo.merge_extended makes one of what it writes")
     if merge_into is not None and merge_into.exists():
         raise FileExistsError(f"{merge_into} exists; give a new folder for the merged model")
     check_work_folder(work_dir, WORK_NAMES, resume)
@@ -76,6 +85,7 @@ def extend_context(
     heads: str | None = None,
     resume: bool = False,
     merge_into: Path | None = None,
+    shard: bool = False,
     training_arguments: dict[str, Any] | None = None,
     command: str = "lococo.extend_context(...)",
     deadline: Deadline | None = None,
@@ -87,7 +97,7 @@ def extend_context(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model, not patched; it is as it was afterwards, bit for bit.
+        A causal language model, not patched; it is as it was afterwards, bit for bit, unless it was sharded.
     data : DataConfig
         Text, its windows as long as the texts that the model is to read. No window is held out.
     recipe : ExtensionRecipe
@@ -103,6 +113,8 @@ def extend_context(
         Go on with the run in ``work_dir``, if there is one.
     merge_into : Path, optional
         Folder for a plain checkpoint with all that was trained in its weights.
+    shard : bool
+        Every process keeps a part of each layer's weights only (FSDP2). The model is best on the CPU before.
     training_arguments : dict, optional
         For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
     command : str
@@ -127,10 +139,12 @@ def extend_context(
         If the deadline came before the end.
     """
     deadline, started = deadline or Deadline(), time.monotonic()
-    check_extension(data, output, work_dir=work_dir, resume=resume, merge_into=merge_into)
+    check_extension(data, output, work_dir=work_dir, resume=resume, merge_into=merge_into, shard=shard)
     _check_model(model, recipe)
     resumed = (work_dir / RUN_NAME).is_file()
-    processes = this_process(on_cpu=model.device.type == "cpu")
+    processes = this_process(on_cpu=model.device.type == "cpu" and not shard)
+    if shard and processes.num_processes == 1:
+        raise ValueError("shard=True needs several processes, this is the only one: start it with accelerate launch")
     if recipe.windows_per_step % processes.num_processes:
         raise ValueError(
             f"windows_per_step={recipe.windows_per_step} must be a multiple of {processes.num_processes} processes"
@@ -138,24 +152,28 @@ def extend_context(
     processes.wait_for_everyone()  # all have seen the work folder as it was
     with processes.main_process_first():
         windows, _ = prepare(data, tokenizer, cache_dir / "tokens")
-        run = _description(data, recipe, heads, weights_identity(model))
+        run = _description(data, recipe, heads, weights_identity(model), shard)
         check_same_run(work_dir / RUN_NAME, run)
         if processes.is_main_process:
             write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
     dtype = model.dtype  # what learns is wider
-    with as_it_was(model), extended_for_training(model, recipe, heads, data.seed) as learner:
+    # What could put a sharded model together again would keep the memory of the whole one.
+    restored = contextlib.nullcontext() if shard else as_it_was(model)
+    with restored, extended_for_training(model, recipe, heads, data.seed) as learner:
         precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-        given = {**precision, "seed": data.seed, **(training_arguments or {})}
+        sharding = sharded_arguments() if shard else {}
+        given = {**precision, **sharding, "seed": data.seed, **(training_arguments or {})}
         rows = _train(learner, windows, recipe, work_dir / "trainer", given, deadline)
         processes.wait_for_everyone()  # none still writes into the work folder
-        if processes.is_main_process:
-            usage = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(model.device)}
-            usage["resumed"] = resumed  # what an earlier process took is not counted
-            files = record_files(rows, recipe, data, usage, command, model.device)
-            save_extended(learner, output, recipe.extension, files=files)
-            if merge_into is not None:
-                _write_merged(learner, merge_into, tokenizer)
-            shutil.rmtree(work_dir, ignore_errors=True)
+        with gathered(learner):
+            if processes.is_main_process:
+                usage = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(processes.device)}
+                usage["resumed"] = resumed  # what an earlier process took is not counted
+                files = record_files(rows, recipe, data, usage, command, processes.device)
+                save_extended(learner, output, recipe.extension, files=files)
+                if merge_into is not None:
+                    _write_merged(learner, merge_into, tokenizer)
+                shutil.rmtree(work_dir, ignore_errors=True)
     return rows
 
 
@@ -198,7 +216,8 @@ def _train(
     training_arguments: dict[str, Any],
     deadline: Deadline,
 ) -> list[dict[str, Any]]:
-    per_process, on_cpu = recipe.windows_per_step // PartialState().num_processes, learner.device.type == "cpu"
+    processes = PartialState()
+    per_process, on_cpu = recipe.windows_per_step // processes.num_processes, processes.device.type == "cpu"
     given = trainer_arguments(folder, recipe.steps, per_process, recipe.save_every, on_cpu)
     given["learning_rate"] = recipe.learning_rate
     trainer = ExtensionTrainer(
@@ -220,12 +239,15 @@ def _write_merged(learner: nn.Module, folder: Path, tokenizer: PreTrainedTokeniz
     merge_extended(copy.deepcopy(learner), folder, tokenizer)
 
 
-def _description(data: DataConfig, recipe: ExtensionRecipe, heads: str | None, model: str) -> dict[str, Any]:
+def _description(
+    data: DataConfig, recipe: ExtensionRecipe, heads: str | None, model: str, shard: bool
+) -> dict[str, Any]:
     """What makes one run another, as plain JSON values."""
     content = {
         "model": model,
         "data": dataclasses.asdict(data),
         "recipe": dataclasses.asdict(recipe),
         "heads": heads,
+        "shard": shard,
     }
     return json.loads(json.dumps(content))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 from lococo.evaluation.deadline import Deadline, OutOfTime
 from lococo.extension import METHODS
 from lococo.heads import read_heads_config
+from lococo.heap import return_freed_blocks
 from lococo.loading import add_model_options, load, longest_text
 from lococo.models.rope import ROPE_TYPES, Stretch
 
@@ -51,6 +53,7 @@ def add_extend_command(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
     how.add_argument("--deepspeed", nargs="?", const="zero2", help="ZeRO-2, or a DeepSpeed config file")
+    how.add_argument("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
     how.add_argument("--time-limit", type=float, help="seconds; the same command with --resume goes on")
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="write a plain checkpoint and its heads, too")
     parser.add_argument("--work-dir", type=Path, help="state of the run (default: OUTPUT.work)")
@@ -67,6 +70,8 @@ def _extend(options: argparse.Namespace) -> None:
     from lococo.training.extend import check_extension, extend_context
     from lococo.training.extension_recipe import ExtensionRecipe
 
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
     deadline = Deadline(options.time_limit)
     stretch = Stretch(options.factor, options.original_length or longest_text(options), options.rope_type)
     recipe = ExtensionRecipe(
@@ -97,11 +102,15 @@ def _extend(options: argparse.Namespace) -> None:
         "work_dir": options.work_dir or output.with_name(f"{output.name}.work"),
         "resume": options.resume,
         "merge_into": options.merge,
+        "shard": options.fsdp,
     }
     check_extension(data, options.output, **run)
     deepspeed = deepspeed_file(options.deepspeed)
+    if options.fsdp and deepspeed:
+        raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
     process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
-    model, tokenizer = load(options)
+    return_freed_blocks()
+    model, tokenizer = load(argparse.Namespace(**{**vars(options), "device": "cpu"}) if options.fsdp else options)
     try:
         rows = extend_context(
             model,

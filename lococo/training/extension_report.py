@@ -30,7 +30,7 @@ def record_files(
     device: torch.device,
 ) -> dict[str, bytes]:
     """``training.json`` and ``training.png`` by name."""
-    sources = [Path(source).name if local_files(source) else source for source in data.sources]
+    sources = ["/".join(Path(source).parts[-2:]) if local_files(source) else source for source in data.sources]
     facts = {"recipe": dataclasses.asdict(recipe), "length": data.length, "sources": sources, "usage": usage}
     content = {**json.loads(json.dumps(facts)), **result_content(without_folders(command), device, rows)}
     return {RESULT_NAME: (json.dumps(content, indent=1) + "\n").encode(), PICTURE_NAME: _picture(rows, recipe)}

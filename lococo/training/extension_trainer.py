@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ from lococo.extension import ADAPTER_FOLDER, HEADS_FOLDER, save_parts
 from lococo.heads import load_heads
 from lococo.state import HEAD, is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
+from lococo.training.sharding import check_sharding, gathered, keep_precision
 from lococo.training.window_trainer import WindowTrainer
 
-NOT_SUPPORTED = {
-    "fsdp": "use DDP or DeepSpeed ZeRO-2 (lococo.training.window_trainer.DEEPSPEED_ZERO2)",
-    "push_to_hub": "upload the folder that the run writes",
-}
+NOT_SUPPORTED = {"push_to_hub": "upload the folder that the run writes"}
 
 
 class ExtensionTrainer(WindowTrainer):
@@ -31,6 +30,7 @@ class ExtensionTrainer(WindowTrainer):
     model : peft.PeftModel
         Patched, or not: a model with its full cache is trained on windows as a whole.
     args : transformers.TrainingArguments
+        DDP, DeepSpeed ZeRO-2, and FSDP2 (``lococo.training.sharding.sharded_arguments``).
     objective : NextToken
         Gives the chunks of a patched model.
     heads_learning_rate : float
@@ -63,7 +63,9 @@ class ExtensionTrainer(WindowTrainer):
             raise ValueError("backprop_tokens is for compressed caches: a full cache is trained on whole windows")
         self.heads_learning_rate = heads_learning_rate
         self.scalar_lr_factor = scalar_lr_factor
+        keep_precision(args)
         super().__init__(NextTokenLoss(model, objective), model, args, objective, **kwargs)
+        check_sharding(self)
 
     def new_caches(self) -> Caches | None:
         """See ``WindowTrainer``."""
@@ -77,6 +79,12 @@ class ExtensionTrainer(WindowTrainer):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"the gradient of {name} is not finite"
         return "all parameters are finite: the numbers of the model overflow"
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
+        """See ``Trainer``; for a sharded model, too, whose weights are in two dtypes."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with weight decay on matrices, and the heads' learning rates."""
@@ -101,15 +109,22 @@ class ExtensionTrainer(WindowTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write adapters and heads into folders of another, by default of ``args.output_dir``."""
-        if self.args.should_save:
-            save_parts(self.trained_model, Path(output_dir or str(self.args.output_dir)))
+        with gathered(self.trained_model):
+            if self.args.should_save:
+                save_parts(self.trained_model, Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_parts(self.trained_model, Path(resume_from_checkpoint))
 
 
+@torch.no_grad()
 def load_parts(model: Any, folder: Path) -> None:
     """Copy what ``save_parts`` has written into a model that has the same adapters and heads."""
-    model.load_adapter(folder / ADAPTER_FOLDER, model.active_adapter, is_trainable=True)
-    if (folder / HEADS_FOLDER).is_dir():
-        load_heads(model, folder / HEADS_FOLDER)
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    saved = load_peft_weights(str(folder / ADAPTER_FOLDER), device="cpu")
+    with gathered(model, write_back=True):
+        for name, values in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            values.copy_(saved[name])
+        if (folder / HEADS_FOLDER).is_dir():
+            load_heads(model, folder / HEADS_FOLDER)

@@ -237,6 +237,7 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP shards layer by layer
 
     def forward(
         self, input_ids: torch.Tensor, caches: Caches | None = None, start: int = 0, stop: int | None = None

@@ -20,7 +20,7 @@ HEADS_FOLDER = "heads"
 NOT_SUPPORTED = {
     "gradient_checkpointing": "layers run twice would read twice into the cache; set backprop_tokens to save memory",
     "activation_checkpointing": "layers run twice would read twice into the cache; set backprop_tokens to save memory",
-    "fsdp": "use a copy of the model per process, a device map, or lococo.training.trainer.DEEPSPEED_ZERO2",
+    "fsdp": "use a copy of the model per process, a device map, or lococo.training.window_trainer.DEEPSPEED_ZERO2",
     "push_to_hub": "use lococo.push_heads after training",
 }
 
@@ -66,6 +66,8 @@ class HeadTrainer(WindowTrainer):
         _check_arguments(args, scalar_lr_factor)
         self.scalar_lr_factor = scalar_lr_factor
         super().__init__(loss, model, args, objective, **kwargs)
+        if self.is_fsdp_enabled:  # accelerate launch may say so
+            raise ValueError(f"FSDP is not supported by HeadTrainer: {NOT_SUPPORTED['fsdp']}")
 
     def new_caches(self) -> Caches:
         """See ``WindowTrainer``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ class WindowTrainer(Trainer, abc.ABC):
     loss : torch.nn.Module
         Called as ``WindowLoss``. Its parameters that require gradients are trained.
     model : torch.nn.Module
-        The model in it; moved to ``args.device`` unless it has a device map.
+        The model in it; moved to ``args.device`` unless it has a device map or is to be sharded.
     args : transformers.TrainingArguments
     objective : Objective
         Gives the chunks.
@@ -49,7 +50,7 @@ class WindowTrainer(Trainer, abc.ABC):
     def __init__(
         self, loss: nn.Module, model: nn.Module, args: TrainingArguments, objective: Objective, **kwargs: Any
     ) -> None:
-        if getattr(model, "hf_device_map", None) is None:
+        if getattr(model, "hf_device_map", None) is None and not args.fsdp:
             model.to(args.device)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter has a gradient, whatever the text
@@ -188,7 +189,10 @@ class WindowTrainer(Trainer, abc.ABC):
 
 
 class GatesWithinReach(TrainerCallback):
-    """Moves gates of a model that left [0, 1] back after every step: outside they have no gradient."""
+    """Moves gates of a model that left [0, 1] back after every step: outside they have no gradient.
+
+    DeepSpeed steps copies of its own, which it then writes into the model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -199,6 +203,8 @@ class GatesWithinReach(TrainerCallback):
         for head in head_modules(self.model).values() if is_patched(self.model) else []:
             if head.gate is not None:
                 head.gate.clamp_(0, 1)
+                if hasattr(head.gate, "_hp_mapping"):
+                    importlib.import_module("deepspeed.utils").safe_set_full_fp32_param(head.gate, head.gate)
 
 
 class StopInTime(TrainerCallback):
