@@ -35,7 +35,7 @@ GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 GPU_EXTENDED = $(EXTENDED:%=$(RESULTS)/extended/%)
 EXTENSION_FACTOR ?= 16
 EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
-EXTENDED := lococo h2o streaming full longlora
+EXTENDED := lococo lococo-slot h2o streaming full longlora
 EXTENSION_TEXTS := books math_latex code
 # On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
@@ -207,15 +207,16 @@ long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EV
 
 # A window of 2K tokens becomes one of 8K by a few steps of each method, in bfloat16 on one CPU thread. A killed run goes
 # on when it is made again.
-EXTEND = $(LOCOCO) extend $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 \
-	--dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
+EXTEND = $(LOCOCO) extend $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 --rope-type yarn \
+	--method $(or $(EXTENDED_AS),$*) --dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
+%/extended/lococo-slot %/extended/lococo-slot/extension.json: EXTENDED_AS = lococo --positions slot
 extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 8K, by method -> docs/results/extension
 	$(LOCOCO) eval extended $(ON_MODEL) --dtype bfloat16 --extensions $(^D) \
 		--methods full,lococo-uncalibrated-slot,streaming --data $(EXTENSION_TEXTS:%=$(DATA)/%/heldout.jsonl) \
 		--lengths 2048 4096 8192 16384 --output $(RESULTS)/extension
 
 .demo/extended/%/extension.json: | $(MODEL)/$(GGUF)
-	$(EXTEND) --factor 4 --rope-type yarn --method $* --steps 12 --windows-per-step 1 --learning-rate 1e-3 \
+	$(EXTEND) --factor 4 --steps 12 --windows-per-step 1 --learning-rate 1e-3 \
 		--heads-learning-rate 3e-3 --save-every 2 --output $(@D)
 
 # One process measures all lengths: twenty minutes on one CPU thread.
@@ -257,7 +258,7 @@ gpu-perplexity: $(MODEL)/$(GGUF)
 # From 2K to 32K. A step that is begun before the time is over may end a little later.
 $(GPU_EXTENDED): $(RESULTS)/extended/%: $(MODEL)/$(GGUF)
 	if test -f $@/extension.json; then exit 0; fi; $(within_time); \
-	timeout $$((left + 20)) $(EXTEND) --device $(DEVICE) --factor $(EXTENSION_FACTOR) --method $* --steps 100 \
+	timeout $$((left + 20)) $(EXTEND) --device $(DEVICE) --factor $(EXTENSION_FACTOR) --steps 100 \
 		--windows-per-step 4 --save-every 10 --learning-rate 2e-4 --cache-dir $(RESULTS)/cache --time-limit $$left \
 		--output $@ || test $$? -eq 124
 

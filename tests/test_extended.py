@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def naive_nll(model, rows, length):
 def test_figures_are_those_of_the_loaded_models(checkpoint, text, heldout, tmp_path):  # noqa: F811
     folders = []
     for method in ("lococo", "full"):
-        assert command(checkpoint, text, tmp_path / method, "--factor", 4, "--method", method) == 0
-        folders.append(tmp_path / method / "out")
+        assert command(checkpoint, text, tmp_path, "--factor", 4, "--method", method) == 0
+        folders.append((tmp_path / "out").rename(tmp_path / f"{method}-4"))
     output = tmp_path / "extension"
     assert evaluate(checkpoint, heldout, output, "--extensions", *folders) == 0
     result = json.loads(output.with_suffix(".json").read_text())
@@ -57,8 +58,8 @@ def test_figures_are_those_of_the_loaded_models(checkpoint, text, heldout, tmp_p
     slots = lococo.LoCoCoConfig(16, block_size=8, positions="slot")
     models = {
         ("full", None): plain,
-        ("lococo", 64): lococo.load_extended(checkpoint, folders[0]),
-        ("full", 64): lococo.load_extended(checkpoint, folders[1]),
+        ("lococo-4", 64): lococo.load_extended(checkpoint, folders[0]),
+        ("full-4", 64): lococo.load_extended(checkpoint, folders[1]),
     }
     ids = tiny_ids(2, 70, seed=8)
     for (method, trained), model in models.items():
@@ -76,6 +77,13 @@ def test_figures_are_those_of_the_loaded_models(checkpoint, text, heldout, tmp_p
     assert "| domain | trained | method | num_slots | 32 | 64 |" in table
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial.jsonl"))
+
+
+def test_rows_of_one_name_are_refused(checkpoint, text, heldout, tmp_path, capsys):  # noqa: F811
+    assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
+    other = shutil.copytree(tmp_path / "out", tmp_path / "other" / "out")
+    assert evaluate(checkpoint, heldout, tmp_path / "result", "--extensions", tmp_path / "out", other) == 2
+    assert "--extensions must have different names, got out, out" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):  # noqa: F811

@@ -57,7 +57,9 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
 
 def _add_extended(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
-    parser.add_argument("--extensions", type=Path, nargs="+", default=[], help="folders written by lococo extend")
+    parser.add_argument(
+        "--extensions", type=Path, nargs="+", default=[], help="folders written by lococo extend; each names its row"
+    )
     parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files")
     parser.add_argument(
         "--methods",
@@ -116,7 +118,11 @@ def _extended(options: argparse.Namespace) -> None:
     lengths = Cut(tuple(sorted(set(options.lengths))), options.first, options.documents, sliding=True).lengths
     methods = [name for name in options.methods.split(",") if name]
     readers = [extended.Reader(run) for run in plan_runs(methods, [options.num_slots], options.block_size)]
-    readers += [extended.Reader.of(folder) for folder in options.extensions]
+    folders = [extended.Reader.of(folder) for folder in options.extensions]
+    names = [reader.run.name for reader in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--extensions must have different names, got {', '.join(names)}")
+    readers += folders
     _check_files(options.data)
     model, tokenizer = load(options)
     texts = [read_file(path, tokenizer) for path in options.data]

@@ -49,9 +49,9 @@ class Reader:
 
     @classmethod
     def of(cls, folder: Path) -> Reader:
-        """The reader of an extension's folder."""
+        """The reader of an extension's folder, called after it."""
         extension, _ = read_extension(folder)
-        return cls(Run(extension.method, extension.config), folder, extension.length)
+        return cls(Run(folder.resolve().name, extension.config), folder, extension.length)
 
     def identity(self) -> list[Any]:
         """What its losses depend on besides the model, as plain JSON values."""
