@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,10 +22,19 @@ def sharded_arguments() -> dict[str, Any]:
 
 
 def keep_precision(args: TrainingArguments) -> None:
-    """Leave it to autocast what is computed in half precision: sharding would round the losses, too."""
-    plugin: Any = getattr(args, "fsdp_plugin_args", None)
-    if plugin:
-        plugin["mixed_precision_policy"] = MixedPrecisionPolicy()
+    """Leave it to autocast what is computed in half precision: sharding would round the losses, too.
+
+    Raises
+    ------
+    ValueError
+        If Transformers is too old to be told.
+    """
+    if not args.fsdp:
+        return
+    if not hasattr(args, "fsdp_plugin_args"):
+        raise ValueError(f"FSDP needs Transformers 5, {transformers.__version__} is installed")
+    plugin: Any = args.fsdp_plugin_args
+    plugin["mixed_precision_policy"] = MixedPrecisionPolicy()
 
 
 def check_sharding(trainer: Trainer) -> None:
