@@ -97,10 +97,16 @@ def test_other_kinds_of_sharding_are_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"fsdp_version": 1}, "FSDP1 is not supported"), ({"cpu_ram_efficient_loading": True}, "on every process")],
+    [
+        ({"fsdp_version": 1}, "FSDP1 is not supported"),
+        ({"cpu_ram_efficient_loading": True}, "on every process"),
+        ({"fsdp": False}, "accelerate was told"),
+    ],
 )
 def test_trainer_refuses_what_it_cannot_shard(changes, message):
-    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **changes})
-    state = SimpleNamespace(fsdp_plugin=plugin)
+    found = {"fsdp": True, "fsdp_version": 2, "cpu_ram_efficient_loading": False}
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**found, **changes})))
     with pytest.raises(ValueError, match=message):
-        check_sharding(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
+        check_sharding(SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(**{**found, **changes})))
+    accelerator.state.fsdp_plugin = None
+    check_sharding(SimpleNamespace(accelerator=accelerator))

@@ -43,11 +43,13 @@ def check_sharding(trainer: Trainer) -> None:
     Raises
     ------
     ValueError
-        For FSDP1, and for weights that only the first process has.
+        For FSDP1, for weights that only the first process has, and if accelerate was told instead of the trainer.
     """
     plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
+    if not trainer.args.fsdp:
+        raise ValueError("accelerate was told to use FSDP: tell TrainingArguments (sharded_arguments()) instead")
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP{plugin.fsdp_version} is not supported: use FSDP2, fsdp_config={FSDP_CONFIG}")
     if plugin.cpu_ram_efficient_loading:
@@ -55,15 +57,13 @@ def check_sharding(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module, *, every_parameter: bool = False, write_back: bool = False) -> Iterator[None]:
-    """Have whole parameters in a model inside a ``with`` block, in the place of sharded ones.
+def gathered(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
+    """Have what learns whole in a model inside a ``with`` block, in the place of its sharded parameters.
 
     All processes have to take part. Nothing happens to a model that is not sharded.
 
     Parameters
     ----------
-    every_parameter : bool
-        Those without gradients, too.
     write_back : bool
         Whether the sharded ones take over at the end what is in the whole ones.
     """
@@ -74,9 +74,9 @@ def gathered(model: nn.Module, *, every_parameter: bool = False, write_back: boo
     places: list[tuple[nn.Module, str, Any]] = []  # and the sharded parameter, which is a DTensor
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor) and (every_parameter or parameter.requires_grad):
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
                 if parameter not in whole:
-                    whole[parameter] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
+                    whole[parameter] = nn.Parameter(parameter.detach().full_tensor())
                 module._parameters[name] = whole[parameter]
                 places.append((module, name, parameter))
     try:
