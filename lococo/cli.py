@@ -15,7 +15,6 @@ from lococo.bench.command import add_bench_commands
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.command import add_eval_commands
 from lococo.evaluation.methods import METHODS, as_method, method_config
-from lococo.heap import return_freed_blocks
 from lococo.inspection.command import add_inspect_command
 from lococo.loading import add_model_options, load
 from lococo.training.extend_command import add_extend_command, deepspeed_file
@@ -184,7 +183,6 @@ def _calibrate(options: argparse.Namespace) -> None:
     run: dict[str, Any] = dict(work_dir=work_dir, resume=options.resume, first=options.first)
     check_calibration(config, data, recipe, options.output, **run)
     process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
-    return_freed_blocks()
     model, tokenizer = load(options)
     rows = calibrate(
         model,

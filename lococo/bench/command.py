@@ -22,7 +22,6 @@ from lococo.bench.targets import target_rows
 from lococo.bench.topic import Cell, Topic
 from lococo.bench.train import Train, with_objectives
 from lococo.evaluation.results import Journal, beside, markdown_table, write_result
-from lococo.heap import return_freed_blocks
 from lococo.loading import add_model_options, chosen_device, chosen_dtype, load
 
 METHODS = {
@@ -119,8 +118,6 @@ def _grid(options: argparse.Namespace) -> None:
     device = chosen_device(options.device)
     output = options.output or Path(f"docs/results/bench_{options.topic}_{device.type}")
     topic, groups = _plan(options)
-    if isinstance(topic, Train) and device.type == "cpu":
-        return_freed_blocks()
     for group in groups:
         for cell in group:
             topic.check(cell)

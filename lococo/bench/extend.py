@@ -14,6 +14,7 @@ from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train
+from lococo.heap import freed_blocks_returned
 from lococo.state import is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 
@@ -55,11 +56,18 @@ class Extend(Train):
         return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, self._objective(cell).backprop_tokens)
 
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """See ``Topic``. ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched."""
+        """See ``Topic``. ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched.
+
+        While it is watched, freed memory of a CPU goes back at once: only what is in use counts, as on a GPU.
+        """
         ids, objective = random_ids(model, cell.batch, cell.length), self._objective(cell)
         dtype = model.dtype  # what learns is wider
-        watching = saved_bytes() if meter.watches_memory else contextlib.nullcontext(SavedBytes(most=None))
-        with as_it_was(model), watching as saved:
+        with contextlib.ExitStack() as stack:
+            saved = SavedBytes(most=None)
+            if meter.watches_memory:
+                stack.enter_context(freed_blocks_returned())
+                saved = stack.enter_context(saved_bytes())
+            stack.enter_context(as_it_was(model))
             learner = let_learn(adapted(model, adapter_config(model)))
             if cell.run.config is None:
                 checkpoint_layers(model)

@@ -11,7 +11,6 @@ from typing import Any
 from lococo.evaluation.deadline import Deadline, OutOfTime
 from lococo.extension import METHODS
 from lococo.heads import read_heads_config
-from lococo.heap import return_freed_blocks
 from lococo.loading import add_model_options, load, longest_text
 from lococo.models.rope import ROPE_TYPES, Stretch
 
@@ -109,7 +108,6 @@ def _extend(options: argparse.Namespace) -> None:
     if options.fsdp and deepspeed:
         raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
     process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
-    return_freed_blocks()
     model, tokenizer = load(argparse.Namespace(**{**vars(options), "device": "cpu"}) if options.fsdp else options)
     try:
         rows = extend_context(
