@@ -148,7 +148,7 @@ def run(
     rows = extended_rows(model, windows, readers, first, journal)
     how = HOW.format(longest=max(window.length for window in windows), first=first)
     write_result(output, command, model.device, rows, table=by_length(rows), how=how, dtype=str(model.dtype))
-    plot_by_length([{**row, "method": _label(row)} for row in rows], beside(output, ".png"))
+    plot_by_length([{**row, "method": _label(row)} for row in rows], beside(output, ".png"), cut=1.25)
     journal.finish()
     return rows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,13 @@ def plot_by_slots(rows: Sequence[Row], path: Path) -> None:
     _plot_lines(_longest(rows), "num_slots", "slots per layer and KV head (M)", _method, path)
 
 
-def plot_by_length(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity against the length, a panel per domain and a line per method and number of slots."""
+def plot_by_length(rows: Sequence[Row], path: Path, cut: float = math.inf) -> None:
+    """Perplexity against the length, a panel per domain and a line per method and number of slots.
+
+    A panel ends at ``cut`` times its median, and says so, so that one line that goes far off hides no others.
+    """
     several = len({row["num_slots"] for row in rows if row["num_slots"]}) > 1
-    _plot_lines(rows, "length", "tokens in a text", _method_and_slots if several else _method, path)
+    _plot_lines(rows, "length", "tokens in a text", _method_and_slots if several else _method, path, cut)
 
 
 def _method(row: Row) -> str:
@@ -53,7 +58,9 @@ def _method_and_slots(row: Row) -> str:
     return f"{row['method']} {row['num_slots'] or ''}".strip()
 
 
-def _plot_lines(rows: Sequence[Row], x: str, label: str, name: Callable[[Row], str], path: Path) -> None:
+def _plot_lines(
+    rows: Sequence[Row], x: str, label: str, name: Callable[[Row], str], path: Path, cut: float = math.inf
+) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -75,12 +82,17 @@ def _plot_lines(rows: Sequence[Row], x: str, label: str, name: Callable[[Row], s
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(domain, fontsize=10)
+        found = [row["ppl"] for row in rows if row["domain"] == domain]
+        top = cut * statistics.median(found)
+        axes.set_title(f"{domain}, cut at the top" if max(found) > top else domain, fontsize=10)
+        if max(found) > top:
+            axes.set_ylim(top=top)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(panels):
         axes.set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=min(len(names), 6))
+    fitting = int(figure.get_figwidth() / (0.085 * max(map(len, names)) + 0.5))  # columns of labels
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=max(1, min(len(names), fitting)))
     figure.supxlabel(label, fontsize=10)
     figure.supylabel("perplexity (lower is better)", fontsize=10)
     figure.savefig(path, dpi=110)
