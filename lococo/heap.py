@@ -15,8 +15,8 @@ _SETTLED = 32 * MIB  # glibc's own threshold rises to this while large blocks ar
 def freed_blocks_returned() -> Iterator[None]:
     """Blocks of 64 KiB or more go back to the system when they are freed inside a ``with`` block.
 
-    What the process holds is then what is in use, and not what lies unused between smaller blocks. It takes time: the
-    system clears every block anew. On glibc; elsewhere nothing happens.
+    What the process holds is then, but for what had room in the heap, what is in use, and not what lies unused between
+    smaller blocks. It takes time: the system clears every block anew. On glibc; elsewhere nothing happens.
     """
     _mallopt(_M_MMAP_THRESHOLD, 64 * KIB)
     try:

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import sys
 
-# Many blocks of 100 KiB with a small one between each two, as tensors and what describes them lie.
+# Many blocks of 1 MiB with one of 16 KiB between each two, as large and small tensors lie.
 PROGRAM = """
 import sys, torch
 from pathlib import Path
@@ -16,9 +16,9 @@ def resident():
 def kept():
     before = resident()
     blocks, pins = [], []
-    for _ in range(1000):
-        blocks.append(torch.ones(25600))
-        pins.append(torch.ones(16))
+    for _ in range(400):
+        blocks.append(torch.ones(262144))
+        pins.append(torch.ones(4096))
     del blocks
     found = resident() - before
     trim_heap()
@@ -31,9 +31,9 @@ print(*kept())
 
 
 def test_freed_blocks_are_returned():
-    """Bytes that stay in use after 100 MB were freed, and after a trim: inside and after the block."""
+    """Bytes that stay in use after 400 MB were freed, and after a trim: inside and after the block."""
     output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
     inside, after = ([int(number) for number in line.split()] for line in output.splitlines())
     if platform.libc_ver()[0] == "glibc":  # others are told nothing
-        assert max(inside) < 20e6
-        assert after[0] > 80e6 > 20e6 > after[1]
+        assert max(inside) < 100e6  # what lies free in the heap is still taken first
+        assert after[0] > 300e6 > 100e6 > after[1]
