@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,14 @@ SPEED: dict[str, tuple[str, str, Callable[[Row, float], float]]] = {
 
 
 def plot(topic: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw the measured rows of a topic into a PNG file; none if nothing was measured."""
-    measured = [row for row in rows if row["median"] is not None]
+    """Draw the measured rows of a topic into a PNG file; none if nothing was measured. A time not taken is a gap."""
+    measured = [{**row, **_gaps(row)} for row in rows if row["median"] is not None or row.get("peak_bytes")]
     if measured:
         _plot_scores(measured, path) if topic == "score" else _plot_lengths(topic, measured, path)
+
+
+def _gaps(row: Row) -> Row:
+    return {name: math.nan for name in ("median", "min", "max", "limit_seconds") if row[name] is None}
 
 
 def _plot_lengths(topic: str, rows: Sequence[Row], path: Path) -> None:
