@@ -260,6 +260,16 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, arguments, message
     assert not list(tmp_path.iterdir())
 
 
+def test_memory_is_drawn_where_the_time_was_not_taken(tmp_path):
+    place = {"shape": "tiny", "dtype": "float32", "method": "full", "num_slots": None, "objective": None, "batch": 1}
+    times = dict.fromkeys(("median", "min", "max", "limit_seconds"))
+    rows = [{**place, **times, "length": length, "peak_bytes": 2**30} for length in (1024, 2048)]
+    plot("extend", rows, tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())
+    plot("extend", [{**rows[0], **dict.fromkeys(times, 0.1)}, rows[1]], tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_no_picture_of_nothing(tmp_path):
     row = {"median": None, "skipped": "too large", "batch": 1, "length": 8}
     plot("prefill", [row], tmp_path / "x.png")

@@ -20,9 +20,9 @@ SPEED: dict[str, tuple[str, str, Callable[[Row, float], float]]] = {
 
 
 def plot(topic: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw the measured rows of a topic into a PNG file; none if nothing was measured. A time not taken is a gap."""
+    """Draw the measured rows of a topic into a PNG file; none if no time was taken. One not taken is a gap."""
     measured = [{**row, **_gaps(row)} for row in rows if row["median"] is not None or row.get("peak_bytes")]
-    if measured:
+    if any(row["median"] is not None for row in rows):
         _plot_scores(measured, path) if topic == "score" else _plot_lengths(topic, measured, path)
 
 
