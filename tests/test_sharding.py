@@ -40,7 +40,7 @@ def found(folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_model_learns_what_a_whole_one_does(found, case):
-    atol = 1e-4 if CASES[case][2] == torch.float32 else 2e-2  # three steps of 1e-2, in bfloat16
+    atol = 1e-4 if CASES[case][2] == torch.float32 else 1e-3  # a loss rounded to bfloat16 is 1e-2 off
     for of_process in found:
         torch.testing.assert_close(
             of_process["fsdp", case]["learned"], of_process["ddp", case]["learned"], rtol=0, atol=atol

@@ -136,7 +136,7 @@ TARGETS = (
         (OPEN,),
     ),
     Target(
-        "extension, CPU, 135M model: peak memory of the process at 32K over 4K",
+        "extension, CPU, 135M model: memory in use at 32K over 4K",
         "<=",
         1.05,
         EXTEND_CPU,
