@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lococo.attention import Call, lococo_attention
+from lococo.attention import NAME, Call, lococo_attention
 from lococo.cache import LoCoCoCache
 from lococo.chunks import columns, prefill_chunk
 from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
@@ -22,6 +22,8 @@ from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, rem
 from lococo.positions import RotaryTable, rotary_tables
 from lococo.segments import Row, plan_call
 from lococo.state import Patch, patched_decoder
+
+PATCH_AGAIN = "call lococo.unpatch_model, change what is to be changed, and patch again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +94,12 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     request = kwargs.pop("lococo", None) or patch.request or Request()
     if request.call is not None:
         return (), {**kwargs, "lococo": _begun(request.call)}
+    _refuse_bypass(decoder)
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
         return (), kwargs  # the model's own error says what is missing
-    if tokens.shape[1] == 0:
-        raise ValueError(f"there is nothing to read: the input has shape {tuple(tokens.shape)}, 0 tokens")
+    _refuse_nothing(tokens)
     was_in_pieces = patch.last_position is not None
     try:
         call = _prepare(decoder, request, kwargs, tokens)
@@ -184,17 +186,39 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     return output
 
 
+def _refuse_bypass(decoder: Any) -> None:
+    """Refuse a decoder in which an attention layer, or what makes its mask, no longer finds ours in its config."""
+    if is_remote_chatglm(decoder):
+        return
+    for module in (decoder, *decoder.lococo_patch.layers.values()):
+        if module.config._attn_implementation != NAME:
+            raise ValueError(
+                f"the config of {type(module).__name__} was replaced after lococo.patch_model, by one with attention "
+                f"{module.config._attn_implementation!r}; {PATCH_AGAIN}"
+            )
+
+
 def _refuse_bypassed(patch: Patch, call: Call) -> None:
     """Refuse a forward in which attention layers were not read by ours: their output is not what was asked for."""
     missed = sorted(set(patch.layers) - call.read)
-    if not missed:
-        return
-    layer = patch.layers[missed[0]]
-    raise ValueError(
-        f"{len(missed)} of {len(patch.layers)} attention layers did not go through LoCoCo, {type(layer).__name__} "
-        f"{missed[0]} first: their config or attention implementation was replaced after lococo.patch_model; call "
-        "lococo.unpatch_model, change it, and patch again"
-    )
+    if missed:
+        layer = patch.layers[missed[0]]
+        raise ValueError(
+            f"{len(missed)} of {len(patch.layers)} attention layers did not go through LoCoCo, {type(layer).__name__} "
+            f"{missed[0]} first: they were replaced or left out after lococo.patch_model; {PATCH_AGAIN}"
+        )
+
+
+def _refuse_nothing(tokens: torch.Tensor) -> None:
+    if tokens.shape[1] == 0:
+        raise ValueError(f"there is nothing to read: the input has shape {tuple(tokens.shape)}, 0 tokens")
+
+
+def prepare_inputs(model: Any, *args, **kwargs) -> Any:
+    """Stand in for the method by which ``generate`` finds its prompt, to refuse an empty one by name."""
+    result = type(model)._prepare_model_inputs(model, *args, **kwargs)
+    _refuse_nothing(result[0])
+    return result
 
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:

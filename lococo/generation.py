@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import time
@@ -12,6 +13,9 @@ from tqdm import tqdm
 
 from lococo.cache import LoCoCoCache
 from lococo.compat import cache_of, with_cache
+from lococo.models import length_dependent_rotaries
+from lococo.state import is_patched
+from lococo.whole_text import reading_pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +87,16 @@ def read_and_answer(
     Raises
     ------
     ValueError
-        If the prompt has fewer than two tokens.
+        If the prompt has fewer than two tokens, or ``max_new_tokens`` is no positive number.
     """
     tokens = input_ids.shape[1]
     if tokens < 2:
         raise ValueError(f"the prompt needs at least 2 tokens, got {tokens}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     started = time.perf_counter()
     start = 0 if cache is None else cache.get_seq_length()
-    cache = read_tokens(model, input_ids[:, start:-1], cache, start, chunk, progress)
+    cache = read_tokens(model, input_ids[:, start:-1], cache, start, chunk, progress, length=tokens)
     if input_ids.is_cuda:
         torch.cuda.synchronize(input_ids.device)
     reading_ended = time.perf_counter()
@@ -117,7 +123,13 @@ def read_and_answer(
 
 @torch.no_grad()
 def read_tokens(
-    model: Any, input_ids: torch.Tensor, cache: Any = None, start: int = 0, chunk: int = 512, progress: bool = False
+    model: Any,
+    input_ids: torch.Tensor,
+    cache: Any = None,
+    start: int = 0,
+    chunk: int = 512,
+    progress: bool = False,
+    length: int | None = None,
 ) -> Any:
     """Read tokens piece by piece, without keeping logits. Returns the cache, None if there was neither it nor a token.
 
@@ -135,10 +147,17 @@ def read_tokens(
         Tokens at a time.
     progress : bool
         Whether to show a bar on a terminal.
+    length : int, optional
+        Tokens of the whole text, for rotary tables that depend on it. None: it ends here.
     """
     tokens = input_ids.shape[1]
     last = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-    with tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
+    pieces: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if is_patched(model):
+        pieces = reading_pieces(model, (start + tokens if length is None else length) - 1)
+    elif length_dependent_rotaries(model):
+        chunk = max(tokens, 1)
+    with pieces, tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
         for first in range(0, tokens, chunk):
             part = input_ids[:, first : first + chunk]
             # ChatGLM's own code does not count them on.

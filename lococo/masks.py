@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,14 +28,18 @@ class PaddingMask:
     tokens: torch.Tensor | None
     window: int | None
 
+    @classmethod
+    def __torch_function__(cls, function: Any, *args, **kwargs) -> Any:
+        """Refuse to be used as a mask, by an attention layer that is not read by ours."""
+        raise ValueError(
+            f"{getattr(function, '__name__', function)} was given the mask of a patched model: an attention layer was "
+            "replaced after lococo.patch_model; call lococo.unpatch_model first, and patch again"
+        )
+
 
 @torch.compiler.disable
 def padding_mask(
-    *args,
-    attention_mask: torch.Tensor | None = None,
-    mask_function: Callable | None = None,
-    local_size: int | None = None,
-    **kwargs,
+    *args, attention_mask: torch.Tensor | None = None, mask_function: Callable | None = None, **kwargs
 ) -> PaddingMask:
     """Mask function of patched models, registered as ``"lococo"``: nothing of (tokens x tokens) is ever made.
 
@@ -43,13 +48,16 @@ def padding_mask(
     ValueError
         If the model wants anything but what is causal, in a window, and no padding.
     """
-    strange = sorted(set(_strange_parts(mask_function)))
-    if strange and not _is_causal(mask_function, local_size, kwargs):  # images that are not there, for one
+    parts = list(_parts(mask_function))
+    windows = [inspect.getclosurevars(part).nonlocals["sliding_window"] for part in parts if _is_window(part)]
+    window = min(windows, default=None)
+    strange = sorted({_name(part) for part in parts if getattr(part, "__code__", None) not in _known_codes()})
+    if strange and not _is_causal(mask_function, window, kwargs):  # images that are not there, for one
         raise ValueError(
             f"the model masks its attention by {', '.join(strange)}: a patched model reads causally, with padding and "
             "sliding windows, but not in two directions (images, prefixes) nor in chunks; unpatch it for this input"
         )
-    return PaddingMask(attention_mask, local_size)
+    return PaddingMask(attention_mask, window)
 
 
 def window_of(mask: Any, window: int | None, name: str) -> int | None:
@@ -77,8 +85,28 @@ def window_of(mask: Any, window: int | None, name: str) -> int | None:
     return mask.window if isinstance(mask, PaddingMask) else window
 
 
+def _parts(function: Any) -> Iterator[Any]:
+    """A composed mask function and all that it is composed of."""
+    if function is None:
+        return
+    yield function
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for part in held if isinstance(held, tuple) else (held,):
+            if callable(part):
+                yield from _parts(part)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", repr(function)).split(".")[0]
+
+
+def _is_window(function: Any) -> bool:
+    return getattr(function, "__code__", None) is masking_utils.sliding_window_overlay(1).__code__
+
+
 @functools.cache
-def _known_parts() -> set[Any]:
+def _known_codes() -> set[Any]:
     """Code of the functions that Transformers makes causal masks, windows and padding of."""
     nothing = torch.zeros(1, 1, dtype=torch.long)
     causal = masking_utils.causal_mask_function
@@ -92,20 +120,6 @@ def _known_parts() -> set[Any]:
     }
     known = [getattr(masking_utils, name)(*given) for name, given in makers.items() if hasattr(masking_utils, name)]
     return {function.__code__ for function in (causal, *known)}
-
-
-def _strange_parts(function: Callable | None) -> Iterator[str]:
-    """Names of the functions in a composed mask function that are not known."""
-    if function is None:
-        return
-    code = getattr(function, "__code__", None)
-    if code not in _known_parts():
-        yield getattr(function, "__qualname__", repr(function)).split(".")[0]
-    for cell in getattr(function, "__closure__", None) or ():
-        held = cell.cell_contents
-        for part in held if isinstance(held, tuple) else (held,):
-            if callable(part):
-                yield from _strange_parts(part)
 
 
 def _is_causal(function: Any, window: int | None, call: dict[str, Any]) -> bool:

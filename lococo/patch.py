@@ -17,7 +17,7 @@ from lococo import whole_text
 from lococo.attention import NAME
 from lococo.cache import CROP_ERROR
 from lococo.config import LoCoCoConfig
-from lococo.forward import after_forward, ask_for_last_logits, before_forward, prepare_cache
+from lococo.forward import after_forward, ask_for_last_logits, before_forward, prepare_cache, prepare_inputs
 from lococo.fusion import FusionHead
 from lococo.graphs import call_model
 from lococo.heads import load_heads, read_heads_config
@@ -130,6 +130,7 @@ def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
         if not is_remote and hasattr(holder, "generate"):
             patch.set(holder, "__call__", functools.partial(call_model, holder))
             patch.set(holder, "_prepare_cache_for_generation", functools.partial(prepare_cache, holder))
+            patch.set(holder, "_prepare_model_inputs", functools.partial(prepare_inputs, holder))
         names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
         patch.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:
@@ -143,10 +144,14 @@ def _view_configs(patch: Patch, model: nn.Module, decoder: Any) -> None:
         if id(module.config) not in views:
             views[id(module.config)] = config_view(module.config, NAME)
         patch.view_config(module, views[id(module.config)])
-    for holder in _holders(model, decoder):
-        around = None if holder.config is config else view_around(holder.config, config, views[id(config)])
-        if around is not None and holder is not decoder:
-            patch.view_config(holder, around)
+    # Of a model of several parts the innermost around the decoder makes its masks; those around it show what they had.
+    seen = {id(config)}
+    for holder in reversed(_holders(model, decoder)):
+        if id(holder.config) not in seen:
+            seen.add(id(holder.config))
+            around = view_around(holder.config, config, views[id(config)])
+            if around is not None:
+                patch.view_config(holder, around)
 
 
 def refuse_assisted_decoding(*args, **kwargs) -> NoReturn:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+IMPLEMENTATION = "_attn_implementation_internal"  # what ``_attn_implementation`` reads
+
 
 def config_view(config: Any, attention: str | None = None, parts: dict[str, Any] | None = None) -> Any:
     """A config that reads differently in a few places; all else is read from, and everything is written to, ``config``.
@@ -35,6 +37,10 @@ def _view_class(base: Any, attention: str | None, parts: tuple[str, ...]) -> Any
     def reduce(view: Any, protocol: Any) -> tuple:
         return config_view, (view.lococo_config, attention, view.lococo_parts)
 
+    def set_implementation(view: Any, value: Any) -> None:
+        if value != attention:  # a model made from the view writes what it has read
+            vars(view)[IMPLEMENTATION] = value
+
     def part(name: str) -> property:
         return property(
             lambda view: getattr(view, "lococo_parts", vars(view))[name],
@@ -47,7 +53,7 @@ def _view_class(base: Any, attention: str | None, parts: tuple[str, ...]) -> Any
         **{name: part(name) for name in parts},
     }
     if attention is not None:
-        members["_attn_implementation"] = property(lambda view: attention, base._attn_implementation.fset)
+        members[IMPLEMENTATION] = property(lambda view: attention, set_implementation)
     return type(base)(base.__name__, (base,), members)
 
 

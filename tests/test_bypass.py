@@ -1,0 +1,338 @@
+"""What goes round the patch works as it should, or says what happened; never a third text without a word."""
+
+import copy
+import re
+
+import pytest
+import torch
+import transformers
+from test_laws import CONFIGS
+from tiny import SIZES, tiny_ids, tiny_llama
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3Config, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+import lococo
+from lococo import LoCoCoConfig
+from lococo.generation import read_and_answer
+
+CONFIG = CONFIGS["open"]
+IDS = tiny_ids(2, 61)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def patch(model, config=CONFIG):
+    torch.manual_seed(0)
+    return lococo.patch_model(model, config)
+
+
+def answer(model, **arguments):
+    return model.generate(IDS, max_new_tokens=12, do_sample=False, **arguments)
+
+
+# Another attention asked for after patching
+
+
+def by_method(model):
+    model.set_attn_implementation("eager")
+
+
+def by_method_of_the_decoder(model):
+    model.model.set_attn_implementation("eager")
+
+
+def by_field(model):
+    model.config._attn_implementation = "eager"
+
+
+def by_field_of_the_decoder(model):
+    model.model.config._attn_implementation = "eager"
+
+
+def by_field_of_a_layer(model):
+    model.model.layers[1].self_attn.config._attn_implementation = "eager"
+
+
+CHANGES = [by_method, by_method_of_the_decoder, by_field, by_field_of_the_decoder, by_field_of_a_layer]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_an_attention_chosen_later_counts_after_unpatching(change):
+    model = patch(tiny_llama(attn_implementation="sdpa"))
+    logits, text = model(IDS).logits, answer(model)
+    change(model)
+    assert torch.equal(model(IDS).logits, logits) and torch.equal(answer(model), text)
+    lococo.unpatch_model(model)
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"eager"}
+    assert torch.equal(model(IDS).logits, tiny_llama(attn_implementation="eager")(IDS).logits)
+
+
+def a_decoders_config(model):
+    model.model.config = copy.deepcopy(model.config)
+
+
+def a_layers_config(model):
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("change", [a_decoders_config, a_layers_config], ids=lambda change: change.__name__)
+def test_a_config_replaced_is_told(change, with_gradients):
+    model = patch(tiny_llama())
+    cache = model(IDS[:, :40], use_cache=True).past_key_values
+    change(model)
+    with torch.set_grad_enabled(with_gradients):
+        for call in (model, answer_of(model), lambda ids: model(ids, past_key_values=cache)):
+            with pytest.raises(ValueError, match=r"the config of Llama\w+ was replaced after .*'sdpa'; call lococo.unp"):
+                call(IDS)
+    lococo.unpatch_model(model)
+    expected = patch(model)(IDS).logits[:, 40:]
+    torch.testing.assert_close(model(IDS[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-5)
+
+
+def answer_of(model):
+    return lambda ids: model.generate(ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_layer_replaced_or_left_out_is_told(attention):
+    model = patch(tiny_llama())
+    model.model.layers[1] = tiny_llama(attn_implementation=attention).model.layers[1]
+    with pytest.raises(ValueError, match="was given the mask of a patched model: an attention layer was replaced"):
+        model(IDS)
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(ValueError, match="1 of 2 attention layers did not go through LoCoCo, LlamaAttention 1 first"):
+        model(IDS)
+
+
+# Models that share a config, or are made from a patched model's
+
+
+def test_a_model_of_the_same_config_is_not_patched():
+    config = LlamaConfig(**SIZES)
+    one, two = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    expected = two(IDS).logits, answer(two)
+    patch(one)
+    assert torch.equal(two(IDS).logits, expected[0]) and torch.equal(answer(two), expected[1])
+    assert one.config is two.config
+    patch(two)
+    lococo.unpatch_model(one)
+    assert (two(IDS).logits - expected[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("given", [{}, {"attn_implementation": "model's"}], ids=["config", "name"])
+def test_models_made_from_a_patched_models_config_are_whole(given):
+    """As trainers make a reference model, with the model's config or the name of its attention."""
+    model = tiny_llama()
+    full = model(IDS).logits
+    patch(model)
+    if given:
+        given = {"attn_implementation": model.config._attn_implementation}
+    makers = (
+        lambda: AutoModelForCausalLM.from_config(model.config, **given),
+        lambda: type(model)(model.config),
+        lambda: AutoModelForCausalLM.from_config(copy.deepcopy(model.config), **given),
+    )
+    for make in makers:
+        other = make().eval()
+        other.load_state_dict(model.state_dict(), strict=False)
+        assert not lococo.is_patched(other)
+        assert torch.equal(other(IDS).logits, full)
+        answer(other)
+
+
+def test_a_saved_patched_model_loads_as_an_unpatched_one(tmp_path):
+    model = tiny_llama()
+    full = model(IDS).logits
+    patch(model).save_pretrained(tmp_path)
+    assert "lococo" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, full)
+
+
+def test_a_model_made_from_the_decoders_own_view_says_so():
+    """A bare decoder has no model around it that shows its config as it was."""
+    torch.manual_seed(0)
+    model = patch(LlamaModel(LlamaConfig(**SIZES)).eval())
+    other = LlamaModel(model.config).eval()
+    with pytest.raises(ValueError, match="outside the forward of the model that lococo.patch_model patched"):
+        other(IDS)
+    assert torch.isfinite(LlamaModel(lococo.unpatch_model(model).config).eval()(IDS).last_hidden_state).all()
+
+
+def test_what_is_set_on_the_config_of_a_patched_model_lasts():
+    model = patch(tiny_llama())
+    model.config.use_cache = False
+    assert model(IDS).past_key_values is None
+    model.model.config.use_cache = True
+    assert model.config.use_cache and model(IDS).past_key_values is not None
+    model.config.label_smoothing = 0.5
+    lococo.unpatch_model(model)
+    assert model.config.label_smoothing == 0.5 and model.model.config is model.config
+
+
+def test_two_models_around_one_decoder():
+    model = patch(tiny_llama())
+    other = LlamaForCausalLM(model.config).eval()
+    other.model = model.model
+    other.lm_head = model.lm_head
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+# Caches in other hands
+
+
+@pytest.mark.parametrize("used", ["forward", "generate", "decoder", "suspended"])
+def test_a_cache_in_a_model_that_is_not_patched_is_refused(used):
+    model = patch(tiny_llama())
+    cache = model(IDS[:, :40], use_cache=True).past_key_values
+    calls = {
+        "forward": lambda: model(IDS[:, 40:], past_key_values=cache),
+        "decoder": lambda: model.model(IDS[:, 40:], past_key_values=cache),
+        "generate": lambda: answer(model, past_key_values=cache),
+    }
+    if used == "suspended":
+        with lococo.patch.suspended(model):
+            for call in calls.values():
+                with pytest.raises(ValueError, match="is a LoCoCoCache; inside lococo.patch.suspended"):
+                    call()
+    else:
+        lococo.unpatch_model(model)
+        with pytest.raises(ValueError, match="a LoCoCoCache was given to a model that is not patched"):
+            calls[used]()
+        patch(model)
+    expected = model(IDS).logits[:, 40:]
+    torch.testing.assert_close(model(IDS[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_another_method_is_refused_and_one_of_another_kernel_is_not():
+    model = patch(tiny_llama())
+    cache = model(IDS[:, :40], use_cache=True).past_key_values
+    lococo.unpatch_model(model)
+    patch(model, LoCoCoConfig(16, block_size=8, gate_init=0.4, positions="slot"))
+    with pytest.raises(ValueError, match=r"filled with positions=absolute, the model is patched with positions=slot"):
+        model(IDS[:, 40:], past_key_values=cache)
+    lococo.unpatch_model(model)
+    patch(model, LoCoCoConfig(16, block_size=8, gate_init=0.4, attention="eager", prefill_chunk_size=4))
+    expected = model(IDS).logits[:, 40:]
+    torch.testing.assert_close(model(IDS[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_an_empty_cache_of_another_kind_is_told_of_once(recwarn):
+    model = patch(tiny_llama())
+    caches = [DynamicCache(), DynamicCache(config=model.config)]
+    outputs = [model(IDS, past_key_values=cache) for cache in caches]
+    told = [str(warning.message) for warning in recwarn if "stays empty" in str(warning.message)]
+    assert len(told) == 1 and "the empty DynamicCache given as" in told[0]
+    assert torch.equal(*(output.logits for output in outputs))
+    assert isinstance(outputs[0].past_key_values, lococo.LoCoCoCache) and caches[0].get_seq_length() == 0
+
+
+def test_generate_makes_our_cache_and_tells_of_nothing(recwarn):
+    model = patch(tiny_llama())
+    output = answer(model, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, lococo.LoCoCoCache)
+    assert not [warning for warning in recwarn if "lococo" in str(warning.filename)]
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_kind_of_cache_that_generate_is_asked_for_is_told_of_once(kind, recwarn):
+    model = patch(tiny_llama())
+    expected = answer(model)
+    for _ in range(2):
+        assert torch.equal(answer(model, cache_implementation=kind), expected)
+    told = [warning for warning in recwarn if re.search("cache_implementation=.* is not used", str(warning.message))]
+    assert len(told) == 1
+    with lococo.patch.suspended(model):
+        full = answer(model, cache_implementation=kind)
+    assert torch.equal(full, answer(tiny_llama()))
+
+
+# Nothing to read, nothing to say
+
+
+def test_an_empty_prompt_is_refused():
+    model = patch(tiny_llama())
+    for call in (
+        lambda: model(IDS[:, :0]),
+        lambda: model.generate(IDS[:, :0], max_new_tokens=3),
+        lambda: model(inputs_embeds=torch.zeros(2, 0, 32)),
+        lambda: model(IDS[:, :0], past_key_values=model(IDS, use_cache=True).past_key_values),
+    ):
+        with pytest.raises(ValueError, match=r"there is nothing to read: the input has shape \(2, 0"):
+            call()
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        read_and_answer(model, IDS[:1], max_new_tokens=0)
+    with pytest.raises(ValueError):
+        model.generate(IDS, max_new_tokens=0)
+
+
+# Training mode
+
+
+def family(name, **features):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **features})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "Olmo2", "Granite", "Glm4", "SmolLM3"]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(enable|disable). is deprecated")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generate_in_training_mode_with_checkpointing_is_that_of_evaluation_mode(name):
+    features = {"head_dim": 8} if name in ("Gemma2", "Glm4", "Qwen3") else {}
+    model = patch(family(name, **features))
+    expected = answer(model)
+    chunked = patch(family(name, **features), LoCoCoConfig(16, block_size=8, gate_init=0.4, prefill_chunk_size=8))
+    for each in (model, chunked):
+        each.train()
+        each.gradient_checkpointing_enable()
+        assert torch.equal(answer(each), expected)
+        cache = each(IDS[:, :40], use_cache=True).past_key_values
+        assert cache.seen_tokens == 40
+        each.eval()
+        each.gradient_checkpointing_disable()
+        assert torch.equal(answer(each), expected)
+
+
+# Models of several parts
+
+
+def gemma3(**changes):
+    text = dict(SIZES, head_dim=8, sliding_window=9, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"])
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63, **changes)
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_the_text_part_of_a_model_with_images_is_read_as_by_itself():
+    full = gemma3()
+    model = patch(gemma3(), LoCoCoConfig(80, block_size=16))
+    ids = IDS.clamp(max=62)
+    types = torch.zeros_like(ids)
+    expected = full(ids, token_type_ids=types).logits
+    for arguments in ({}, {"token_type_ids": types}):
+        torch.testing.assert_close(model(ids, **arguments).logits, expected, rtol=0, atol=1e-5)
+    options = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(ids, **options), full.generate(ids, **options))
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(other(ids, token_type_ids=types).logits, expected)
+    assert torch.equal(lococo.unpatch_model(model)(ids, token_type_ids=types).logits, expected)
+
+
+def test_images_are_refused_by_name():
+    model = patch(gemma3(), LoCoCoConfig(80, block_size=16))
+    ids = IDS.clamp(max=62)
+    ids[:, 5:9] = 63
+    image = dict(pixel_values=torch.randn(2, 3, 16, 16), token_type_ids=(ids == 63).long())
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="the model masks its attention by .*: a patched model reads causally"):
+            call(ids, **image)
+    types = torch.zeros_like(ids)
+    assert model(IDS.clamp(max=62), token_type_ids=types).logits.isfinite().all()

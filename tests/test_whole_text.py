@@ -1,0 +1,156 @@
+"""Rotary tables that depend on the length of the whole text, whatever the pieces it is read in."""
+
+import pytest
+import torch
+from tiny import SIZES, tiny_ids, tiny_llama
+from transformers import Phi3Config, Phi3ForCausalLM
+
+import lococo
+from lococo import LoCoCoConfig
+from lococo.generation import read_and_answer, read_tokens
+from lococo.models import length_dependent_rotaries
+from lococo.whole_text import reading_pieces
+
+BOUNDARY = 32
+ROPES = {
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 4.0, 16.0, 48.0],
+        "original_max_position_embeddings": BOUNDARY,
+        "rope_theta": 10000.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+}
+
+
+def llama(rope):
+    return tiny_llama(rope_scaling=dict(ROPES[rope]), max_position_embeddings=BOUNDARY, attn_implementation="eager")
+
+
+def phi3(rope):
+    torch.manual_seed(0)
+    config = Phi3Config(
+        **{**SIZES, "max_position_embeddings": 128},
+        original_max_position_embeddings=BOUNDARY,
+        rope_scaling={key: value for key, value in ROPES["longrope"].items() if key != "factor"},
+        attn_implementation="eager",
+    )
+    return Phi3ForCausalLM(config).eval()
+
+
+MODELS = {"llama-longrope": (llama, "longrope"), "llama-dynamic": (llama, "dynamic"), "phi3-longrope": (phi3, "longrope")}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name):
+    make, rope = MODELS[name]
+    return make(rope)
+
+
+def large(chunk=None):
+    return LoCoCoConfig(128, block_size=16, prefill_chunk_size=chunk)
+
+
+def assert_close(left, right):
+    torch.testing.assert_close(left, right, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@every_model
+def test_only_such_tables_are_looked_after(name):
+    assert length_dependent_rotaries(build(name))
+    assert not length_dependent_rotaries(tiny_llama(rope_scaling={"rope_type": "linear", "factor": 2.0}))
+
+
+@every_model
+@pytest.mark.parametrize("chunk", [1, 7, 16, 33, 64])
+@pytest.mark.parametrize("length", [20, BOUNDARY, BOUNDARY + 1, 61])
+def test_enough_slots_give_the_full_model_in_any_pieces(name, length, chunk):
+    ids = tiny_ids(2, length)
+    full = build(name)(ids).logits
+    assert_close(lococo.patch_model(build(name), large(chunk))(ids).logits, full)
+
+
+@every_model
+def test_padded_rows_too(name):
+    ids, mask = tiny_ids(2, 61), torch.ones(2, 61, dtype=torch.long)
+    mask[0, :17] = 0
+    positions = (mask.cumsum(dim=-1) - 1).clamp_min(0)
+    full = build(name)(ids, attention_mask=mask, position_ids=positions).logits
+    for given in ({}, {"position_ids": positions}):
+        got = lococo.patch_model(build(name), large(9))(ids, attention_mask=mask, **given).logits
+        assert_close(got[mask.bool()], full[mask.bool()])
+
+
+@every_model
+def test_compressed_texts_do_not_depend_on_the_pieces(name):
+    ids, results = tiny_ids(1, 90), []
+    for chunk in (128, 8, 13):
+        model = lococo.patch_model(build(name), LoCoCoConfig(16, block_size=8, prefill_chunk_size=chunk))
+        results.append(model(ids).logits)
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
+
+
+@every_model
+@pytest.mark.parametrize("prompt", [10, BOUNDARY - 4, BOUNDARY + 4])
+def test_steps_over_the_boundary_are_those_of_the_unpatched_model(name, prompt):
+    full, model = build(name), lococo.patch_model(build(name), large(7))
+    ids, caches = tiny_ids(1, 61), [None, None]
+    for part in ids.split([prompt, *[1] * (61 - prompt)], dim=1):
+        outputs = [each(part, past_key_values=cache, use_cache=True) for each, cache in zip((full, model), caches)]
+        caches = [output.past_key_values for output in outputs]
+        assert_close(outputs[1].logits, outputs[0].logits)
+
+
+@every_model
+@pytest.mark.parametrize("prompt", [10, BOUNDARY - 4, BOUNDARY + 4])
+def test_generate_over_the_boundary_is_that_of_the_unpatched_model(name, prompt):
+    """Phi-3 reads its text again when it comes to the boundary."""
+    options = dict(max_new_tokens=24, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    expected = build(name).generate(tiny_ids(1, prompt), **options)
+    got = lococo.patch_model(build(name), large(7)).generate(tiny_ids(1, prompt), **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert_close(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+@every_model
+def test_a_prompt_read_with_a_progress_bar_is_read_as_one(name):
+    prompt = tiny_ids(1, 50)
+    options = dict(max_new_tokens=8, do_sample=False, progress=False)
+    whole = build(name).generate(prompt, max_new_tokens=8, do_sample=False)[0, 50:]
+    for model in (build(name), lococo.patch_model(build(name), large())):
+        assert torch.equal(read_and_answer(model, prompt, chunk=9, **options).answer, whole)
+    cache = read_tokens(lococo.patch_model(build(name), large()), prompt[:, :20], chunk=6, length=50)
+    assert cache.seen_tokens == 20
+
+
+@every_model
+def test_pieces_of_a_text_that_the_caller_cuts(name):
+    ids = tiny_ids(1, 61)
+    full = build(name)(ids).logits
+    model, cache, logits = lococo.patch_model(build(name), large()), None, []
+    with reading_pieces(model, 60):
+        for part in ids.split([5, 20, 36], dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    assert_close(torch.cat(logits, dim=1), full)
+
+
+@every_model
+def test_a_forward_that_fails_leaves_nothing_behind(name):
+    model = lococo.patch_model(build(name), large(7))
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tiny_ids(1, 61))
+    handle.remove()
+    assert model.model.lococo_patch.last_position is None
+    assert_close(model(tiny_ids(1, 20)).logits, build(name)(tiny_ids(1, 20)).logits)
