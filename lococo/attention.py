@@ -142,9 +142,11 @@ def lococo_attention(
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast off: places in the text, scores and weights of blends would be rounded to half precision."""
-    if not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else contextlib.nullcontext()
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]:
@@ -158,7 +160,7 @@ def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]
             layer.to(device)
         return [tensor.to(held.dtype) for tensor in states]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in states))
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+    if _is_autocast(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     return [tensor.to(dtype) for tensor in states]
 

@@ -270,8 +270,8 @@ def full_cache():
 
 PACKED = torch.cat([torch.arange(20), torch.arange(11)])[None]
 REFUSED = {
-    "cache-of-another-config": ({"past_key_values": LoCoCoCache(SLOT_POSITIONS, 2)}, "was made for"),
-    "cache-of-another-depth": ({"past_key_values": LoCoCoCache(CONFIG, 3)}, "3 layers"),
+    "cache-of-another-config": ({"past_key_values": LoCoCoCache(SLOT_POSITIONS, 2)}, "was filled with positions=slot"),
+    "cache-of-another-depth": ({"past_key_values": LoCoCoCache(CONFIG, 3)}, "it has num_layers=3"),
     "full-cache": ({"past_key_values": full_cache()}, "DynamicCache that already holds tokens"),
     "4-D-mask": ({"attention_mask": torch.ones(1, 1, 31, 31)}, r"2-D .* got shape \(1, 1, 31, 31\)"),
     "4-D-mask-per-layer-type": ({"attention_mask": {"full_attention": torch.ones(1, 1, 31, 31)}}, "2-D .* got shape"),
