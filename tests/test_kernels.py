@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.utils.flop_counter import FlopCounterMode
 
-from lococo import backends, kernels
+from lococo import LoCoCoConfig, backends, kernels
 from lococo.backends import Request, best_backend, lower_right
 from lococo.kernels import Visibility, attend, attend_and_lse, attention_mass
 
@@ -300,6 +300,17 @@ def test_flash_packages_are_asked_only_for_what_they_can(backend, most, dtype, i
             assert output.shape == query.shape
     expected = [(most - 8, dtype), (most, dtype), (most, dtype)]
     assert asked == (expected if is_narrow else [])
+
+
+def test_kernel_of_another_version_is_refused_but_loaded(tmp_path):
+    """A heads folder says which kernel its author used."""
+    with pytest.raises(ValueError, match="attention must be one of auto, sdpa, eager, triton, .*, got 'flex'"):
+        LoCoCoConfig(16, attention="flex")
+    LoCoCoConfig(16, block_size=8).save_pretrained(tmp_path)
+    saved = tmp_path / "lococo_config.json"
+    saved.write_text(saved.read_text().replace('"auto"', '"flex"'))
+    with pytest.warns(UserWarning, match="attention='flex' is unknown to this version"):
+        assert LoCoCoConfig.from_pretrained(tmp_path) == LoCoCoConfig(16, block_size=8)
 
 
 @pytest.mark.parametrize(
