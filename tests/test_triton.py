@@ -172,6 +172,22 @@ def test_backend_leaves_wide_types_to_torch(dtype, monkeypatch):
     assert bool(calls) == (dtype == torch.bfloat16)
 
 
+def test_mixed_types_reach_no_kernel(calls, monkeypatch):
+    """One of them is wide, so all are; two narrow ones together are wide too."""
+    monkeypatch.setattr(backends, "TRITON_DTYPES", backends.HALF_TYPES)
+    for module in (kernels, slots):
+        monkeypatch.setattr(module, "triton_takes", lambda tensor: tensor.dtype in backends.HALF_TYPES)
+    query, key, value, bias = tensors(SHAPES["grouped"], torch.bfloat16)
+    lse = triton_kernels.attend(query, key, value, 0.2, bias)[1]
+    expected = kernels.attention_mass(query.double(), key.double(), 0.2, Visibility(bias=bias))
+    calls.clear()
+    for dtype in (torch.float32, torch.float16):
+        output = kernels.attend(query, key.to(dtype), value, 0.2, Visibility(bias=bias), "triton")
+        mass = kernels.attention_mass(query, key.to(dtype), 0.2, Visibility(bias=bias), lse=lse)
+        assert output.dtype == torch.bfloat16 and relative_error(mass, expected) < 1e-2
+    assert not calls
+
+
 @pytest.mark.parametrize("seed", range(16))
 def test_random_shapes_and_strides(seed):
     """Sizes around those of tiles, views of every kind, entries no query counts for."""
