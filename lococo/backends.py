@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from lococo.trials import TRITON, AttendTrial
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+# In float32 a program's tiles do not fit into registers.
+TRITON_DTYPES = HALF_TYPES
 TRITON_HEAD_DIM = 256
+BIAS_CHANNELS = 8
 # Earlier CPU kernels were not read for what they make of grouped queries.
 HAS_GROUPED_LSE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
@@ -49,50 +53,40 @@ class Request(NamedTuple):
     is_softcapped: bool = False
     has_dropout: bool = False
     needs_gradient: bool = False
-    wants_lse: bool = False
 
 
 def best_backend(request: Request, has_triton: bool) -> str:
     """Backend of ``attention="auto"``.
 
-    Torch's flash attention is as fast as any; a bias on the entries' logits and a log-sum-exp that costs nothing are
-    what Triton's kernel has over it on CUDA.
+    Torch's flash attention is as fast as any and gives its log-sum-exp away; a bias on the entries' logits is what
+    Triton's kernel has over it on CUDA.
     """
-    if not (has_triton and _is_for_triton(request.device, request.dtype, request.head_dim)):
+    if not (has_triton and request.device == "cuda" and _is_for_triton(request.dtype, request.head_dim)):
         return "sdpa"
     if request.is_masked or request.is_softcapped or request.has_dropout or request.needs_gradient:
         return "sdpa"
-    return "triton" if request.is_biased or request.wants_lse else "sdpa"
+    return "triton" if request.is_biased else "sdpa"
 
 
 def triton_takes(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels without gradients run on a tensor of (batch, heads, tokens, head_dim)."""
-    return _is_for_triton(tensor.device.type, tensor.dtype, tensor.shape[-1]) and _has_triton(tensor.device)
+    return _is_for_triton(tensor.dtype, tensor.shape[-1]) and _has_triton(tensor.device)
 
 
-def _is_for_triton(device: str, dtype: torch.dtype, head_dim: int) -> bool:
-    return device == "cuda" and dtype in TRITON_DTYPES and head_dim <= TRITON_HEAD_DIM
+def _is_for_triton(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype in TRITON_DTYPES and head_dim <= TRITON_HEAD_DIM
 
 
 def _has_triton(device: torch.device) -> bool:
     # A compiled model is fused by torch.
-    return device.type == "cuda" and not torch.compiler.is_compiling() and _triton_runs(device)
+    return TRITON.is_on and device.type == "cuda" and not torch.compiler.is_compiling() and _is_for_tiles(device)
 
 
 @functools.cache
-def _triton_runs(device: torch.device) -> bool:
+def _is_for_tiles(device: torch.device) -> bool:
     # Before Ampere the kernels' tiles do not fit.
-    if not _is_installed("triton") or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    import lococo.triton_kernels as triton_kernels
-
-    sample = torch.zeros(1, 1, 1, 16, device=device)
-    try:
-        triton_kernels.attend(sample, sample, sample, 1.0)
-    except Exception as error:  # what is missing, a C compiler most often, has no type of its own
-        warnings.warn(f"Triton does not run here, attention goes through torch alone: {error}", stacklevel=2)
-        return False
-    return True
+    is_there = _is_installed("triton") and torch.version.cuda is not None
+    return is_there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.lru_cache(maxsize=32)
@@ -125,7 +119,6 @@ def _auto(query, key, value, scale, visibility, dropout, wants_lse):
         is_softcapped=visibility.softcap is not None,
         has_dropout=dropout > 0,
         needs_gradient=_needs_gradient(query, key, value, visibility.bias),
-        wants_lse=wants_lse,
     )
     backend = BACKENDS[best_backend(request, _has_triton(query.device))]
     return backend(query, key, value, scale, visibility, dropout, wants_lse)
@@ -167,13 +160,22 @@ def _sdpa(query, key, value, scale, visibility, dropout, wants_lse):
         if output is not None:
             return output[..., :head_dim], lse
     if mask is None and queries > 1:
-        # Kernels other than CUDA's take lower-right causality only as a mask; ours is kept, not rebuilt each call.
-        on_cuda = query.device.type == "cuda"
-        mask = causal_lower_right(queries, entries) if on_cuda else lower_right(queries, entries, 0, query.device)
+        mask = _causality(queries, entries, query.device)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
     )
     return output[..., :head_dim], None
+
+
+def _causality(queries: int, entries: int, device: torch.device) -> torch.Tensor:
+    """Lower-right causality as ``F.scaled_dot_product_attention`` takes it on a device."""
+    # Kernels other than CUDA's take it only as a mask; ours is kept, not rebuilt each call.
+    if device.type == "cuda":
+        try:
+            return causal_lower_right(queries, entries)
+        except RuntimeError:  # torch cannot make one while a dispatch mode (a counter of operations) is on
+            pass
+    return lower_right(queries, entries, 0, device)
 
 
 def _flash_with_lse(query, key, value, scale, mask):
@@ -193,8 +195,9 @@ def _flash_with_lse(query, key, value, scale, mask):
     if query.device.type == "cuda" and mask is None and query.shape[-1] % 8 == 0:
         from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-        if can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, is_grouped)):
-            # This operator's causality is lower-right, unlike that of F.scaled_dot_product_attention.
+        # Asked about is_causal, torch answers for the upper-left causality of F.scaled_dot_product_attention; that of
+        # the operator below is lower-right.
+        if can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped)):
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(query, key, value, 0.0, True, scale=scale)[:2]
     return None, None
@@ -202,38 +205,15 @@ def _flash_with_lse(query, key, value, scale, mask):
 
 def _with_bias_channel(query, key, value, bias, scale):
     """A bias on the logits as one more channel of q (constant) and k (the bias), padded to a multiple of 8."""
-    channels = 8
     constant = query.new_ones(*query.shape[:-1], 1)
-    query = F.pad(torch.cat([query, constant], dim=-1), (0, channels - 1))
-    key = F.pad(torch.cat([key, (bias / scale).to(key.dtype)[..., None]], dim=-1), (0, channels - 1))
-    return query, key, F.pad(value, (0, channels))
-
-
-def _flex(query, key, value, scale, visibility, dropout, wants_lse):
-    _refuse_dropout("flex", dropout)
-    from torch.nn.attention.flex_attention import flex_attention
-
-    offset, groups = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
-    mask, bias, softcap = visibility
-
-    def change(score, batch, head, query_index, entry):
-        kv_head = head // groups
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        if bias is not None:
-            score = score + bias[batch, kv_head, entry].to(score.dtype)
-        if mask is None:
-            seen = entry <= query_index + offset
-        else:
-            seen = mask[batch, kv_head if mask.shape[1] > 1 else 0, query_index, entry]
-        return torch.where(seen, score, float("-inf"))
-
-    return flex_attention(query, key, value, score_mod=change, scale=scale, enable_gqa=groups > 1), None
+    query = F.pad(torch.cat([query, constant], dim=-1), (0, BIAS_CHANNELS - 1))
+    key = F.pad(torch.cat([key, (bias / scale).to(key.dtype)[..., None]], dim=-1), (0, BIAS_CHANNELS - 1))
+    return query, key, F.pad(value, (0, BIAS_CHANNELS))
 
 
 def _flash_attention_2(query, key, value, scale, visibility, dropout, wants_lse):
     _check_installed("flash_attention_2", "flash_attn.flash_attn_interface", "flash-attn", "lococo[flash]")
-    if visibility.mask is not None:
+    if not _is_for_flash(query, visibility, most_channels=256):
         return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
     from flash_attn import flash_attn_func
 
@@ -253,16 +233,20 @@ def _flash_attention_2(query, key, value, scale, visibility, dropout, wants_lse)
     return output.transpose(1, 2)[..., :head_dim], lse
 
 
+def _is_for_flash(query: torch.Tensor, visibility: Visibility, most_channels: int) -> bool:
+    channels = query.shape[-1] + (0 if visibility.bias is None else BIAS_CHANNELS)
+    return visibility.mask is None and query.dtype in HALF_TYPES and channels <= most_channels
+
+
 def _flash_attention_4(query, key, value, scale, visibility, dropout, wants_lse):
     _check_installed("flash_attention_4", "flash_attn.cute", "flash-attn-4", "--pre flash-attn-4")
     _refuse_dropout("flash_attention_4", dropout)
-    head_dim, is_biased = query.shape[-1], visibility.bias is not None
-    # Blackwell's kernels end at 128 channels, and a bias takes 8.
-    if visibility.mask is not None or (is_biased and head_dim > 120):
+    if not _is_for_flash(query, visibility, most_channels=128):  # where Blackwell's kernels end
         return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
     from flash_attn.cute import flash_attn_func
 
-    if is_biased:
+    head_dim = query.shape[-1]
+    if visibility.bias is not None:
         query, key, value = _with_bias_channel(query, key, value, visibility.bias, scale)
     result = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
@@ -277,15 +261,16 @@ def _flash_attention_4(query, key, value, scale, visibility, dropout, wants_lse)
 
 def _triton(query, key, value, scale, visibility, dropout, wants_lse):
     _check_installed("triton", "triton", "triton", "triton")
-    mask, bias, softcap = visibility
-    is_for_torch = mask is not None or softcap is not None or dropout or _needs_gradient(query, key, value, bias)
-    if is_for_torch or query.dtype not in TRITON_DTYPES or query.shape[-1] > TRITON_HEAD_DIM:
-        return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
     if query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("attention='triton' needs a GPU, the model is on cpu; use 'auto' or 'sdpa'")
-    import lococo.triton_kernels as triton_kernels
-
-    return triton_kernels.attend(query, key, value, scale, bias)
+    mask, bias, softcap = visibility
+    is_for_torch = mask is not None or softcap is not None or dropout or _needs_gradient(query, key, value, bias)
+    result = None
+    if not is_for_torch and _is_for_triton(query.dtype, query.shape[-1]) and not torch.compiler.is_compiling():
+        groups = query.shape[1] // key.shape[1]
+        trial = AttendTrial(query.device, query.dtype, query.shape[-1], groups, is_biased=bias is not None)
+        result = TRITON.run(trial, query, key, value, scale, bias)
+    return _sdpa(query, key, value, scale, visibility, dropout, wants_lse) if result is None else result
 
 
 @functools.cache
@@ -310,7 +295,6 @@ BACKENDS: dict[str, Callable] = {
     "auto": _auto,
     "sdpa": _sdpa,
     "eager": _eager,
-    "flex": _flex,
     "triton": _triton,
     "flash_attention_2": _flash_attention_2,
     "flash_attention_4": _flash_attention_4,

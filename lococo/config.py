@@ -21,7 +21,7 @@ SCORES = ("distant", "mean", "sum", "last")
 # What is left of a distant score's old part while as many tokens are read as there are slots.
 DISTANT_FADE = 0.8
 
-ATTENTIONS = ("auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4")
+ATTENTIONS = ("auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4")
 # What a cache may have been filled with otherwise than the model that reads it on is patched with.
 RUNTIME_FIELDS = ("attention", "prefill_chunk_size")
 
@@ -68,9 +68,11 @@ class LoCoCoConfig:
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
         blocks as the device's free memory has room for, up to what no larger chunk is faster than.
-    attention : {"auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"}
-        Attention kernel. "auto": torch's own, and on CUDA without gradients lococo's in Triton where that does less
-        work (logits biased by mass, attention scored). What a kernel cannot do, masks for one, it leaves to torch.
+    attention : {"auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"}
+        Attention kernel for reading, more than one token at a time; the step of a single token goes through torch
+        operations that a CUDA graph can record, whatever is chosen here. "auto": torch's own, and on CUDA, in half
+        precision and without gradients, lococo's in Triton for logits biased by mass. What a kernel cannot do (masks,
+        float32) it leaves to torch.
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
@@ -92,7 +94,7 @@ class LoCoCoConfig:
     score: Literal["distant", "mean", "sum", "last"] = "distant"
     decode_block_size: int | None = None
     prefill_chunk_size: int | None = None
-    attention: Literal["auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -244,12 +246,21 @@ class LoCoCoConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoCoCoConfig:
-        """A config from ``to_dict`` output; fields this version does not know are named in a warning and left out."""
+        """A config from ``to_dict`` output.
+
+        Fields this version does not know are named in a warning and left out; a kernel it does not know becomes
+        "auto", with a warning too.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"unknown LoCoCoConfig fields are ignored: {', '.join(unknown)}", stacklevel=2)
-        return cls(**{name: value for name, value in values.items() if name in known})
+        values = {name: value for name, value in values.items() if name in known}
+        attention = values.get("attention", "auto")
+        if attention not in ATTENTIONS:
+            warnings.warn(f"attention={attention!r} is unknown to this version, which takes 'auto'", stacklevel=2)
+            values["attention"] = "auto"
+        return cls(**values)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``lococo_config.json`` into a folder (made if missing)."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from lococo.backends import BACKENDS, Visibility, lower_right, triton_takes, wide
+from lococo.trials import TRITON, MassTrial
 
 __all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
 
@@ -27,7 +30,7 @@ def attend(
     query : torch.Tensor
         (batch, heads, queries, head_dim).
     key, value : torch.Tensor
-        (batch, kv_heads, entries, head_dim).
+        (batch, kv_heads, entries, head_dim). Where types differ, all three are taken in the widest.
 
     Returns
     -------
@@ -41,7 +44,7 @@ def attend(
     ValueError
         If ``backend`` cannot do what ``visibility`` asks for.
     """
-    return BACKENDS[backend](query, key, value, scale, visibility, dropout, False)[0]
+    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=False)[0]
 
 
 def attend_and_lse(
@@ -61,7 +64,19 @@ def attend_and_lse(
         (batch, heads, queries, head_dim) output, and the (batch, heads, queries) log-sum-exp of the logits, or None
         where the kernel does not give it away.
     """
-    return BACKENDS[backend](query, key, value, scale, visibility, dropout, True)
+    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=True)
+
+
+def _attend(query, key, value, scale, visibility, backend, dropout, wants_lse):
+    same = _of_one_type(query, key, value)
+    output, lse = BACKENDS[backend](*same, scale, visibility, dropout, wants_lse)
+    return output if same[0] is query else output.to(query.dtype), lse
+
+
+def _of_one_type(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the widest of their types: operators and kernels read one."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def attention_mass(
@@ -98,11 +113,24 @@ def attention_mass(
     torch.Tensor
         (batch, kv_heads, entries) in float32 or wider.
     """
+    query, key = _of_one_type(query, key)
     is_plain = counts is None and visibility.mask is None and visibility.softcap is None
     if lse is not None and is_plain and triton_takes(query):
-        import lococo.triton_kernels as triton_kernels
+        mass = _mass_in_triton(query, key, scale, lse, visibility.bias, delay, squared)
+        if mass is not None:
+            return mass
+    with torch.autocast(query.device.type, enabled=False):  # exponentials of rounded logits are far off
+        return _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay)
 
-        return triton_kernels.attention_mass(query, key, scale, lse, visibility.bias, delay, squared)
+
+def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
+    """(batch, kv_heads, entries), or None where Triton does not run."""
+    groups = query.shape[1] // key.shape[1]
+    trial = MassTrial(query.device, query.dtype, query.shape[-1], groups, is_biased=bias is not None, squared=squared)
+    return TRITON.run(trial, query, key, scale, lse, bias, delay, squared)
+
+
+def _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay):
     queries, entries = query.shape[2], key.shape[2]
     dtype = wide(query.dtype)
     key = key.to(dtype).transpose(-1, -2)

@@ -13,6 +13,7 @@ import torch
 from lococo.backends import triton_takes
 from lococo.config import LoCoCoConfig
 from lococo.fusion import ROW_SUM_EPS, FusionHead
+from lococo.trials import TRITON, BlendTrial
 
 SMALLEST_WEIGHT = 1e-9
 
@@ -206,7 +207,9 @@ def _blendable(entries: Entries, choice: Choice) -> tuple[torch.Tensor, torch.Te
 def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
     fused_anchors, rest = _blendable(entries, choice)
     if head.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
-        return blend_in_triton(entries, fused_anchors, rest, head)
+        blend = blend_in_triton(entries, fused_anchors, rest, head)
+        if blend is not None:
+            return blend
     weights = head(entries.keys, entries.values, fused_anchors, rest)
     mix = weights.to(entries.keys.dtype)
     fixed = weights.detach()
@@ -219,24 +222,29 @@ def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
     )
 
 
-def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor, head: FusionHead) -> Entries:
-    """Blends of a head that divides its weights by their sum, in one kernel.
+def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor, head: FusionHead) -> Entries | None:
+    """Blends of a head that divides its weights by their sum, in one kernel; None where Triton does not run.
 
     Parameters
     ----------
     anchors, rest
         As in ``FusionHead.forward``.
     """
-    import lococo.triton_blend as triton_blend
-
-    logits, gates = head.logits_and_gates(entries.keys, entries.values, anchors.shape[-1])
+    keys, carried = entries.keys, entries.log_mass
+    logits, gates = head.logits_and_gates(keys, entries.values, anchors.shape[-1])
     averaged = [tensor for tensor in (entries.scores, entries.born) if tensor is not None]
-    carried = entries.log_mass
-    keys, values, averages = triton_blend.blend(
-        *(entries.keys, entries.values, averaged, carried, logits, gates, anchors, rest),
-        ROW_SUM_EPS,
-        SMALLEST_WEIGHT,
+    trial = BlendTrial(
+        *(keys.device, keys.dtype, keys.shape[-1], logits.dtype, len(averaged)),
+        has_mass=carried is not None,
+        has_gates=gates is not None,
     )
+    blend = TRITON.run(
+        trial,
+        *(keys, entries.values, averaged, carried, logits, gates, anchors, rest, ROW_SUM_EPS, SMALLEST_WEIGHT),
+    )
+    if blend is None:
+        return None
+    keys, values, averages = blend
     log_mass = None if carried is None else averages.pop()
     born = None if entries.born is None else averages.pop()
     return Entries(keys, values, averages.pop() if averages else None, born, log_mass)

@@ -176,5 +176,6 @@ def blend(
             HAS_MASS=log_mass is not None,
             num_warps=4,
             num_stages=2,
+            enable_fp_fusion=True,
         )
     return key_blend, value_blend, list(figure_blend.unbind(-1))

@@ -232,6 +232,7 @@ def attend(
             HAS_BIAS=bias is not None,
             num_warps=8 if rows == 128 else 4,
             num_stages=2,
+            enable_fp_fusion=True,
         )
     return output, lse
 
@@ -282,6 +283,7 @@ def attention_mass(
             SQUARED=squared,
             num_warps=4,
             num_stages=2,
+            enable_fp_fusion=True,
         )
     return mass
 

@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.bias import CausalBias
+from torch.utils.flop_counter import FlopCounterMode
 
-from lococo import backends, kernels
-from lococo.backends import Request, best_backend
+from lococo import LoCoCoConfig, backends, kernels
+from lococo.backends import Request, best_backend, lower_right
 from lococo.kernels import Visibility, attend, attend_and_lse, attention_mass
 
-BACKENDS = ["auto", "sdpa", "eager", "flex"]
+BACKENDS = ["auto", "sdpa", "eager"]
 CASES = ["causal", "one-query", "mask", "mask-per-head", "bias", "bias-and-mask", "softcap"]
 
 
@@ -182,11 +186,11 @@ NARROW = Request("cuda", torch.bfloat16, 128)
     [
         (NARROW, "sdpa"),
         (NARROW._replace(is_biased=True), "triton"),
-        (NARROW._replace(wants_lse=True), "triton"),
-        (NARROW._replace(wants_lse=True, dtype=torch.float32, head_dim=80), "triton"),
-        (NARROW._replace(wants_lse=True, dtype=torch.float64), "sdpa"),
-        (NARROW._replace(wants_lse=True, head_dim=320), "sdpa"),
-        (NARROW._replace(wants_lse=True, device="cpu"), "sdpa"),
+        (NARROW._replace(is_biased=True, dtype=torch.float16, head_dim=80), "triton"),
+        (NARROW._replace(is_biased=True, dtype=torch.float32), "sdpa"),
+        (NARROW._replace(is_biased=True, dtype=torch.float64), "sdpa"),
+        (NARROW._replace(is_biased=True, head_dim=320), "sdpa"),
+        (NARROW._replace(is_biased=True, device="cpu"), "sdpa"),
         (NARROW._replace(is_biased=True, is_masked=True), "sdpa"),
         (NARROW._replace(is_biased=True, is_softcapped=True), "sdpa"),
         (NARROW._replace(is_biased=True, has_dropout=True), "sdpa"),
@@ -196,6 +200,119 @@ NARROW = Request("cuda", torch.bfloat16, 128)
 def test_auto_goes_to_triton_for_what_torch_lacks(request_, backend):
     assert best_backend(request_, has_triton=True) == backend
     assert best_backend(request_, has_triton=False) == "sdpa"
+
+
+@pytest.mark.parametrize(("queries", "kv_heads"), [(5, 2), (5, 6), (12, 2)])
+def test_flash_on_a_gpu_gives_its_log_sum_exp(queries, kv_heads, monkeypatch):
+    """Also of a segment behind slots, for which torch's check refuses its own upper-left causality."""
+
+    def takes(parameters):
+        query, key, *_, is_causal, _ = parameters
+        return not (is_causal and query.shape[2] != key.shape[2])
+
+    monkeypatch.setattr("torch.backends.cuda.SDPAParams", lambda *parameters: parameters)
+    monkeypatch.setattr("torch.backends.cuda.can_use_flash_attention", takes)
+    with FakeTensorMode(), torch.no_grad():
+        query = torch.empty(2, 6, queries, 16, dtype=torch.bfloat16, device="cuda")
+        key, value = (torch.empty(2, kv_heads, 12, 16, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        output, lse = backends._flash_with_lse(query, key, value, 0.3, None)
+    assert output.shape == query.shape and lse.shape == query.shape[:3]
+
+
+def test_causality_on_a_gpu_under_a_dispatch_mode(monkeypatch):
+    on_cpu = lower_right(5, 12, 0, torch.device("cpu"))
+    monkeypatch.setattr(backends, "lower_right", lambda queries, entries, delay, device: on_cpu)
+    assert isinstance(backends._causality(5, 12, torch.device("cuda")), CausalBias)
+    with FlopCounterMode(display=False):
+        assert backends._causality(5, 12, torch.device("cuda")) is on_cpu
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_attention_under_a_dispatch_mode(backend, name):
+    query, key, value, visibility = case(name)
+    with FlopCounterMode(display=False), torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
+        mass = attention_mass(query, key, 0.3, visibility, lse=lse)
+    expected, probabilities = by_hand(query, key, value, 0.3, visibility)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(mass, columns, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float16),
+    ],
+    ids=str,
+)
+def test_mixed_types_are_computed_in_the_widest(dtypes, name, backend):
+    query, key, value, visibility = case(name)
+    query, key, value = (tensor.to(dtype) for tensor, dtype in zip((query, key, value), dtypes, strict=True))
+    with torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
+        same = attend(query, key, value, 0.3, visibility, backend)
+        mass = attention_mass(query, key, 0.3, visibility, lse=lse)
+    expected, probabilities = by_hand(query.double(), key.double(), value.double(), 0.3, visibility)
+    assert output.dtype == same.dtype == query.dtype
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[query.dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=rounding)
+    columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(mass.double(), columns, rtol=0, atol=1e-4)
+
+
+def test_mass_is_not_rounded_by_autocast():
+    query, key, value, visibility = case("causal", torch.float32)
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mass = attention_mass(query, key, 0.3, visibility)
+    columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(mass, columns, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "most"), [("flash_attention_2", 256), ("flash_attention_4", 128)])
+@pytest.mark.parametrize(
+    ("dtype", "is_narrow"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
+)
+def test_flash_packages_are_asked_only_for_what_they_can(backend, most, dtype, is_narrow, monkeypatch):
+    """A stand-in for the packages, which need a GPU: the sizes and types that reach them."""
+    asked = []
+
+    def flash_attn_func(query, key, value, **options):
+        asked.append((query.shape[-1], query.dtype))
+        return torch.zeros_like(query)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    package.cute = package
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    monkeypatch.setattr(backends, "_is_installed", lambda name: True)
+    for head_dim in (most - 8, most, most + 8):
+        query, key, value = torch.randn(3, 1, 2, 4, head_dim, dtype=dtype).unbind()
+        for bias in (None, torch.rand(1, 2, 4)):
+            output = attend(query, key, value, 0.1, Visibility(bias=bias), backend)
+            assert output.shape == query.shape
+    expected = [(most - 8, dtype), (most, dtype), (most, dtype)]
+    assert asked == (expected if is_narrow else [])
+
+
+def test_kernel_of_another_version_is_refused_but_loaded(tmp_path):
+    """A heads folder says which kernel its author used."""
+    with pytest.raises(ValueError, match="attention must be one of auto, sdpa, eager, triton, .*, got 'flex'"):
+        LoCoCoConfig(16, attention="flex")
+    LoCoCoConfig(16, block_size=8).save_pretrained(tmp_path)
+    saved = tmp_path / "lococo_config.json"
+    saved.write_text(saved.read_text().replace('"auto"', '"flex"'))
+    with pytest.warns(UserWarning, match="attention='flex' is unknown to this version"):
+        assert LoCoCoConfig.from_pretrained(tmp_path) == LoCoCoConfig(16, block_size=8)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +342,3 @@ def test_nothing_optional_is_imported_with_lococo():
     code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-def test_flex_refuses_dropout():
-    with pytest.raises(ValueError, match="dropout, the model asks for 0.1"):
-        attend(*case("causal")[:3], 0.3, Visibility(), "flex", dropout=0.1)

@@ -1,12 +1,16 @@
 """Triton kernels against their twins in float64: interpreted on the CPU, compiled where there is a GPU."""
 
+import collections
+import random
+import warnings
+
 import pytest
 import torch
 import triton.language as tl
 from tiny import tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
 
-from lococo import LoCoCoConfig, kernels, patched, slots, triton_kernels
+from lococo import LoCoCoConfig, backends, kernels, patched, slots, trials, triton_blend, triton_kernels
 from lococo.backends import Visibility
 from lococo.fusion import FusionHead
 
@@ -34,6 +38,12 @@ def products_of_bfloat16(monkeypatch):
         return create_dot(builder, *widened, total, precision, imprecise)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", in_float32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried_yet(monkeypatch):
+    monkeypatch.setattr(trials.TRITON, "is_on", True)
+    monkeypatch.setattr(trials.TRITON, "_passed", set())
 
 
 def tensors(shape, dtype, seed=0):
@@ -139,7 +149,7 @@ def test_blend(values, dim, dtype):
             assert mine.dtype == getattr(everything, name).dtype
 
 
-def test_backend_leaves_masks_caps_and_gradients_to_torch():
+def test_backend_leaves_masks_caps_and_gradients_to_torch(in_every_type):
     query, key, value, bias = tensors((1, 2, 1, 5, 20, 16), torch.float32)
     mask = torch.rand(1, 1, 5, 20, device=DEVICE) < 0.5
     mask[..., 0] = True
@@ -150,24 +160,262 @@ def test_backend_leaves_masks_caps_and_gradients_to_torch():
         assert output.requires_grad == query.requires_grad
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_model_reads_and_generates_the_same(padded, monkeypatch):
-    """Attention, scores and blends of a whole model, those that only torch can do among them."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_backend_leaves_wide_types_to_torch(dtype, monkeypatch):
+    calls = []
+    attend = triton_kernels.attend
+    monkeypatch.setattr(triton_kernels, "attend", lambda *arguments: calls.append(arguments) or attend(*arguments))
+    query, key, value, bias = tensors((1, 2, 1, 5, 20, 16), dtype)
+    output = kernels.attend(query, key, value, 0.3, Visibility(bias=bias), "triton")
+    expected = kernels.attend(query, key, value, 0.3, Visibility(bias=bias), "eager")
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert bool(calls) == (dtype == torch.bfloat16)
+
+
+def test_mixed_types_reach_no_kernel(calls, monkeypatch):
+    """One of them is wide, so all are; two narrow ones together are wide too."""
+    monkeypatch.setattr(backends, "TRITON_DTYPES", backends.HALF_TYPES)
+    for module in (kernels, slots):
+        monkeypatch.setattr(module, "triton_takes", lambda tensor: tensor.dtype in backends.HALF_TYPES)
+    query, key, value, bias = tensors(SHAPES["grouped"], torch.bfloat16)
+    lse = triton_kernels.attend(query, key, value, 0.2, bias)[1]
+    expected = kernels.attention_mass(query.double(), key.double(), 0.2, Visibility(bias=bias))
+    calls.clear()
+    for dtype in (torch.float32, torch.float16):
+        output = kernels.attend(query, key.to(dtype), value, 0.2, Visibility(bias=bias), "triton")
+        mass = kernels.attention_mass(query, key.to(dtype), 0.2, Visibility(bias=bias), lse=lse)
+        assert output.dtype == torch.bfloat16 and relative_error(mass, expected) < 1e-2
+    assert not calls
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_shapes_and_strides(seed):
+    """Sizes around those of tiles, views of every kind, entries no query counts for."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice(list(TOLERANCES))
+    dim, batch, kv_heads = draw.choice([1, 8, 33, 40, 64, 72, 96]), draw.choice([1, 2]), draw.choice([1, 2, 3])
+    groups, entries = draw.choice([1, 2, 3, 5, 8]), draw.choice([1, 2, 16, 17, 63, 65, 129])
+    queries = draw.choice([number for number in (1, 2, 16, 17, 33, entries) if number <= entries])
+    layout = draw.choice(["dense", "tokens", "sparse", "expanded"])
+    query, key, value = (
+        strided(layout, batch, heads, tokens, dim).to(DEVICE, dtype)
+        for heads, tokens in ((kv_heads * groups, queries), (kv_heads, entries), (kv_heads, entries))
+    )
+    bias = draw.choice([None, 3 * torch.randn(batch, kv_heads, entries), torch.randn(batch, kv_heads, 2 * entries)])
+    bias = bias if bias is None else bias[..., :: bias.shape[-1] // entries].to(DEVICE)
+    delay, squared = draw.choice([0, 1, 16, 40, entries, entries + 7]), draw.random() < 0.5
+
+    output, lse = triton_kernels.attend(query, key, value, dim**-0.5, bias)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    seen = Visibility(bias=bias if bias is None else bias.double())
+    assert relative_error(output, kernels.attend(*wide, dim**-0.5, seen, "eager")) < TOLERANCES[dtype]
+    mass = triton_kernels.attention_mass(query, key, dim**-0.5, lse, bias, delay, squared)
+    expected = kernels.attention_mass(*wide[:2], dim**-0.5, seen, squared=squared, delay=delay)
+    assert (mass - expected).norm() <= 5e-4 * expected.norm()
+
+
+def strided(layout, batch, heads, tokens, dim):
+    """(batch, heads, tokens, dim) as models and caches hand it over."""
+    if layout == "tokens":
+        return torch.randn(batch, tokens, heads, dim).transpose(1, 2)
+    if layout == "sparse":
+        return torch.randn(batch, heads, tokens + 5, 2 * dim)[:, :, 3 : 3 + tokens, ::2]
+    if layout == "expanded":
+        return torch.randn(1, heads, tokens, dim).expand(batch, -1, -1, -1)
+    return torch.randn(batch, heads, tokens, dim)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_blends(seed):
+    """Any number of slots, entries and averages; rows without a positive weight; gates open, shut and none."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype, dim, kv_heads = draw.choice(list(TOLERANCES)), draw.choice([1, 8, 33, 64, 72]), draw.choice([1, 2, 3])
+    slots_, entries = draw.choice([1, 2, 31, 33, 70]), draw.choice([2, 17, 64, 65, 150])
+    layout = draw.choice(["dense", "tokens", "sparse", "expanded"])
+    keys, values = (strided(layout, 2, kv_heads, entries, dim).to(DEVICE, dtype) for _ in range(2))
+    averaged = [100 * torch.rand(2, kv_heads, entries, device=DEVICE) for _ in range(draw.choice([0, 1, 2]))]
+    carried = draw.choice([None, torch.rand(2, kv_heads, 2 * entries)[..., :entries].to(DEVICE)])
+    logits = torch.randn(2, kv_heads, slots_, entries).to(DEVICE, draw.choice([dtype, torch.float32]))
+    logits = -logits.abs() if draw.random() < 0.3 else logits
+    gates = draw.choice([None, torch.rand(slots_), torch.rand(1), torch.zeros(slots_), torch.ones(slots_)])
+    gates = gates if gates is None else gates.to(DEVICE)
+    anchors = torch.randint(0, entries, (2, kv_heads, slots_), device=DEVICE)
+    rest = torch.rand(2, kv_heads, entries, device=DEVICE) < draw.choice([0.1, 0.5, 1.1])
+    rest = rest.scatter(-1, anchors, True)
+
+    got = triton_blend.blend(keys, values, list(averaged), carried, logits, gates, anchors, rest, 1e-6, 1e-9)
+    weights = (logits.double().relu() + 1e-6) * rest[:, :, None]
+    weights = weights / weights.sum(-1, keepdim=True)
+    if gates is not None:
+        copies = torch.nn.functional.one_hot(anchors, entries)
+        weights = gates.double()[:, None] * weights + (1 - gates.double()[:, None]) * copies
+    for mine, mixed in zip(got[:2], (keys, values), strict=True):
+        assert relative_error(mine, weights @ mixed.double()) < 1.5 * TOLERANCES[dtype]
+    expected = [(weights @ column.double()[..., None])[..., 0] for column in averaged]
+    expected += [] if carried is None else [slots.log_mass(weights, carried.double())]
+    for mine, theirs in zip(got[2], expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=5e-5, atol=5e-5)
+
+
+def read_and_generate(attention, padded=False):
+    """(tokens, vocabulary) logits of a prompt and of five steps after it."""
     ids, mask = tiny_ids(2, 45).to(DEVICE), torch.ones(2, 45, dtype=torch.long, device=DEVICE)
     if padded:
         mask[0, :13] = 0
-    logits = {}
-    for attention in ("sdpa", "triton"):
-        for module in (kernels, slots):
-            monkeypatch.setattr(module, "triton_takes", lambda tensor, attention=attention: attention == "triton")
-        model = tiny_llama().to(DEVICE)
-        torch.manual_seed(0)
-        config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
-        with patched(model, config), torch.no_grad():
-            read = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True)
-            steps = [read.logits]
-            for step in range(40, 45):
-                call = {"attention_mask": mask[:, : step + 1], "past_key_values": read.past_key_values}
-                steps.append(model(ids[:, step : step + 1], **call).logits)
-        logits[attention] = torch.cat(steps, dim=1)[mask.bool()]
-    torch.testing.assert_close(logits["triton"], logits["sdpa"], rtol=0, atol=1e-4)
+    model = tiny_llama().to(DEVICE)
+    torch.manual_seed(0)
+    config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
+    with patched(model, config), torch.no_grad():
+        read = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True)
+        steps = [read.logits]
+        for step in range(40, 45):
+            call = {"attention_mask": mask[:, : step + 1], "past_key_values": read.past_key_values}
+            steps.append(model(ids[:, step : step + 1], **call).logits)
+    return torch.cat(steps, dim=1)[mask.bool()]
+
+
+KERNELS = {"attend": triton_kernels, "attention_mass": triton_kernels, "blend": triton_blend}
+
+
+@pytest.fixture
+def calls(in_every_type, monkeypatch):
+    """How often each kernel ran for a model whose attention is Triton's, trials included."""
+    calls = collections.Counter()
+
+    def counted(name, function):
+        def kernel(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        return kernel
+
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return calls
+
+
+@pytest.fixture
+def in_every_type(monkeypatch):
+    """What is left to torch on a CPU and in float32, here in Triton."""
+    monkeypatch.setattr(backends, "TRITON_DTYPES", (*backends.HALF_TYPES, torch.float32))
+    for module in (kernels, slots):
+        monkeypatch.setattr(module, "triton_takes", lambda tensor: True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_model_reads_and_generates_the_same(padded, calls, monkeypatch):
+    """Attention, scores and blends of a whole model, those that only torch can do among them."""
+    got = read_and_generate("triton", padded)
+    # Of unpadded segments all is scored in Triton; attention to a padded row's neighbours needs a mask.
+    assert trials.TRITON.is_on and all(calls[name] > 1 for name in (["blend"] if padded else KERNELS))
+    monkeypatch.setattr(trials.TRITON, "is_on", False)
+    calls.clear()
+    torch.testing.assert_close(got, read_and_generate("sdpa", padded), rtol=0, atol=1e-4)
+    assert not calls
+
+
+def wrong_by(share):
+    """A result whose last number is off by a share of the largest."""
+
+    def spoil(result):
+        if isinstance(result, (tuple, list)):
+            return type(result)(spoil(part) for part in result)
+        result.view(-1)[-1] += share * result.abs().max()
+        return result
+
+    return spoil
+
+
+def raising(error):
+    def spoil(result):
+        raise error
+
+    return spoil
+
+
+FAULTS = {
+    "import": raising(ImportError("no C compiler")),
+    "launch": raising(RuntimeError("out of resource: shared memory")),
+    "system": raising(OSError("cannot open shared object file")),
+    "of-its-own": raising(type("CompilationError", (Exception,), {})("at 1:0")),
+    "wrong": wrong_by(0.1),
+    "not-a-number": wrong_by(float("nan")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [*(("attend", fault) for fault in FAULTS), ("attention_mass", "wrong"), ("attention_mass", "import")]
+    + [("blend", "wrong"), ("blend", "launch")],
+)
+def test_first_fault_of_a_kernel_leaves_everything_to_torch(name, fault, calls, monkeypatch):
+    kernel, spoil = getattr(KERNELS[name], name), FAULTS[fault]
+    monkeypatch.setattr(KERNELS[name], name, lambda *arguments: spoil(kernel(*arguments)))
+    with pytest.warns(UserWarning) as told:
+        got = read_and_generate("triton")
+    (warning,) = [str(warning.message) for warning in told if "Triton" in str(warning.message)]
+    assert f"{name} failed" in warning and "from here on" in warning
+    assert calls[name] == 1 and not trials.TRITON.is_on
+    calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        expected = read_and_generate("triton")
+    assert not calls
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_fault_after_a_good_trial(name, calls, monkeypatch):
+    kernel = getattr(KERNELS[name], name)
+
+    def fails_late(*arguments):
+        result = kernel(*arguments)
+        if calls[name] == 3:
+            raise RuntimeError("device-side assert")
+        return result
+
+    monkeypatch.setattr(KERNELS[name], name, fails_late)
+    with pytest.warns(UserWarning, match=f"{name} failed: RuntimeError: device-side assert"):
+        got = read_and_generate("triton")
+    assert calls[name] == 3
+    torch.testing.assert_close(got, read_and_generate("sdpa"), rtol=0, atol=1e-4)
+
+
+def test_full_memory_is_no_fault_of_a_kernel(in_every_type, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton_kernels, "attend", full)
+    query, key, value, _ = tensors(SHAPES["one-query"], torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.attend(query, key, value, 0.2, Visibility(), "triton")
+    assert trials.TRITON.is_on
+
+
+def test_no_trial_while_a_graph_is_recorded(calls, monkeypatch):
+    """A kernel that passed its trial may be recorded; others are left to torch, and tried later."""
+    query, key, value, bias = tensors(SHAPES["one-query"], torch.float32)
+
+    def attend(bias):
+        return kernels.attend(query, key, value, 0.2, Visibility(bias=bias), "triton")
+
+    attend(None)
+    assert calls["attend"] == 2
+    monkeypatch.setattr(trials, "_is_recorded", lambda device: True)
+    attend(None)
+    assert calls["attend"] == 3
+    output = attend(bias)
+    assert calls["attend"] == 3 and trials.TRITON.is_on
+    monkeypatch.undo()
+    torch.testing.assert_close(output, kernels.attend(query, key, value, 0.2, Visibility(bias=bias)))
+
+
+def test_trials_leave_random_numbers_alone(calls):
+    query, key, value, _ = tensors(SHAPES["one-query"], torch.float32)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    kernels.attend(query, key, value, 0.2, Visibility(), "triton")
+    assert calls["attend"] == 2 and torch.equal(torch.rand(3), expected)
