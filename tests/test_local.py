@@ -151,6 +151,22 @@ def test_closed_gates_are_token_selection(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"residual": "layer"}, {"head_rank": 4}, {"slots_per_head": ((12, 20), (22, 10))}],
+    ids=["gate-per-slot", "gate-per-layer", "low-rank", "slots-per-head"],
+)
+def test_closed_gates_open(options, tmp_path):
+    recordings = recorded(tmp_path / "texts", tiny_llama(), cyclic_texts(5))
+    model = patch(tiny_llama(), LoCoCoConfig(16, block_size=8, kernel_size=5, **options))
+    before = heads(model)
+    assert all((value == 0).all() for name, value in before.items() if name.endswith("gate"))
+    rows = train_locally(model, recordings, LocalConfig(6, 1e-2, 3e-2, num_checked=1), tmp_path / "local")
+    assert changed(before, heads(model)) == set(before)
+    assert all(head.gate.max() > 0.01 for head in head_modules(model).values())
+    assert all(row["error"] != pytest.approx(1, abs=1e-4) for row in rows)
+
+
+@pytest.mark.parametrize(
     "config",
     [CONFIG, LoCoCoConfig(16, block_size=8, kernel_size=5, gate_init=0.3, slots_per_head=((12, 20), (22, 10)))],
     ids=["low-rank", "slots-per-head"],

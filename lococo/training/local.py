@@ -196,7 +196,7 @@ def train_layer(
         schedule.step()
         if head.gate is not None:
             with torch.no_grad():
-                head.gate.clamp_(0, 1)  # beyond, it would have no gradient
+                head.gate.clamp_(0, 1)  # steps beyond would have to be taken back first
     with torch.no_grad():
         errors = [relative_error(text).item() for text in range(learned, len(recordings.paths))]
     return sum(errors) / len(errors)
