@@ -247,15 +247,16 @@ def test_flags_modes_and_base_model_stay_as_they_were(requires_grad, tmp_path):
     assert not changed(tiny_llama().state_dict(), lococo.unpatch_model(model).state_dict())
 
 
-def test_heads_in_half_precision_learn_in_float32(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_heads_learn_in_float32_or_wider(dtype, tmp_path):
     recordings = recorded(tmp_path / "texts", tiny_llama())
-    model = patch(tiny_llama().bfloat16())
+    model = patch(tiny_llama().to(dtype))
     train_locally(model, recordings, SHORT, tmp_path / "local")
     for index, head in head_modules(model).items():
         learned = load_file(tmp_path / "local" / f"layer_{index:03d}.safetensors")
         for name, parameter in head.named_parameters():
-            assert learned[name].dtype == torch.float32 and parameter.dtype == torch.bfloat16
-            assert torch.equal(parameter, learned[name].bfloat16())
+            assert learned[name].dtype == torch.promote_types(dtype, torch.float32) and parameter.dtype == dtype
+            assert torch.equal(parameter, learned[name].to(dtype))
 
 
 # Layers of other kinds
