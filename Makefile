@@ -11,7 +11,9 @@ RESULTS ?= docs/results
 
 SOURCES := $(shell find lococo tests -name '*.py')
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
-TESTS := pytest -q -n 2 $(if $(BROWSER),,-m "not browser")
+TESTS := pytest -q -n 2
+ALL_TESTS := $(TESTS) $(if $(BROWSER),,-m "not browser")
+QUICK_TESTS := $(TESTS) -m "not slow$(if $(BROWSER),, and not browser)"
 
 MODEL := .demo/smollm2-135m
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -59,13 +61,13 @@ LENGTHS ?= 4096 8192 16384 32768 65536 131072
 BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
-test test-versions test-chatglm: export HF_HUB_OFFLINE = 1
-test test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
+test test-all test-versions test-chatglm: export HF_HUB_OFFLINE = 1
+test test-all test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
 perplexity tasks agreement long ablate extend bench-extend side-by-side: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
-	agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity \
+.PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity \
+	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity \
 	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm clean
 .SECONDARY:
 
@@ -78,8 +80,11 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/pip install -e ".[dev]"
 	touch $@
 
-test: $(VENV)/.installed ## run the tests
-	$(VENV)/bin/$(TESTS)
+test: $(VENV)/.installed ## run the quick tests, that tell most: a few minutes
+	$(VENV)/bin/$(QUICK_TESTS)
+
+test-all: $(VENV)/.installed ## run all tests
+	$(VENV)/bin/$(ALL_TESTS)
 
 lint: $(VENV)/.installed ## check style, docstrings and types
 	$(VENV)/bin/ruff check
@@ -301,7 +306,7 @@ test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run tests (all, or VERSION_TEST
 	touch $@
 
 .venvs/%/.tested: .venvs/%/.installed $(SOURCES)
-	$(@D)/bin/$(TESTS) $(VERSION_TESTS)
+	$(@D)/bin/$(ALL_TESTS) $(VERSION_TESTS)
 	touch $@
 
 # The last release that runs ChatGLM's own code whole.

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from lococo import LoCoCoConfig, patched
 from lococo.config import POSITIONS
+from lococo.evaluation.gap import gap_ratio
 from lococo.evaluation.likelihood import token_nlls
 from lococo.evaluation.pictures import plot_before_and_after
 from lococo.evaluation.results import Journal, write_result
@@ -174,7 +175,7 @@ def main() -> None:
             config, training = variant(changes, per_head)
             run = functools.partial(calibrated, model, config, train, heldout, **training)
             before, after, gate = journal.measure([config.to_dict(), training], run)
-            ratios = {"untrained": (before - full) / (h2o - full), "trained": (after - full) / (h2o - full)}
+            ratios = {"untrained": gap_ratio(before, full, [h2o]), "trained": gap_ratio(after, full, [h2o])}
             rows.append({"question": question, "variant": name, **ratios, "mean_gate": gate})
     command = f"python examples/ablation_stories260k.py {options.model.name}"
     write_result(options.output, command, "cpu", rows)

@@ -198,7 +198,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     )
     if process.is_main_process:
         last = [row for row in rows if "gap_ratio" in row][-1]
-        print(f"{options.output}: gap ratio {last['gap_ratio']:.3f} (0 is the full cache, 1 is H2O)")
+        ratio = "-" if last["gap_ratio"] is None else f"{last['gap_ratio']:.3f}"
+        print(f"{options.output}: gap ratio {ratio} (0 is the full cache, 1 is H2O, - where H2O loses nothing)")
 
 
 def _convert_chatglm(options: argparse.Namespace) -> None:

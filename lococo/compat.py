@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, cache_utils
 
+from lococo.version import __version__
+
 OLDEST = "4.56"
+NEWEST_TESTED = (5, 24)
 RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 HAS_ATTENTION_INTERFACE = RELEASE >= (4, 56)
 
@@ -72,6 +76,18 @@ else:
                 layer.batch_select_indices(indices)
 
 
+@functools.cache
+def warn_if_untested() -> None:
+    """Say, once in a process, that the installed Transformers is newer than what LoCoCo was tested with."""
+    if RELEASE > NEWEST_TESTED:
+        major, minor = NEWEST_TESTED
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than {major}.{minor}, the last that LoCoCo "
+            f"{__version__} was tested with; if something fails, pip install 'transformers<{major}.{minor + 1}'",
+            stacklevel=3,  # who called patch_model
+        )
+
+
 @functools.lru_cache
 def argument_names(forward: Callable) -> list[str]:
     """Names of a forward's arguments in order."""
@@ -104,6 +120,7 @@ __all__ = [
     "HAS_ATTENTION_INTERFACE",
     "OLDEST",
     "OLD_CACHE_NAME",
+    "NEWEST_TESTED",
     "OUTPUT_CACHE",
     "AttentionInterface",
     "AttentionMaskInterface",
@@ -113,5 +130,6 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "masking_utils",
+    "warn_if_untested",
     "with_cache",
 ]

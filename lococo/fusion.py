@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ class FusionHead(nn.Module):
 
     One convolution over the entries, shared by all KV heads of the layer, sees the key and value of each entry side
     by side. With ``residual`` a fused slot starts as a copy of one entry, its anchor, and a gate g opens it to the
-    blend: ``W = (1 - g) onehot(anchor) + g normalise(ReLU(conv))``. A closed gate (0) is token selection.
+    blend: ``W = (1 - g) onehot(anchor) + g normalise(ReLU(conv))``. A closed gate (0) is token selection. A channel
+    whose ReLU gives 0 for every entry blends them evenly; its gate learns then, its part of the convolution does not.
 
     Parameters
     ----------
@@ -120,7 +121,7 @@ class FusionHead(nn.Module):
         return logits.unflatten(0, keys.shape[:2])
 
     def _gates(self, slots: int, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if self.gate is None else self.gate[:slots].to(dtype).clamp(0, 1)
+        return None if self.gate is None else _Opening.apply(self.gate[:slots].to(dtype))
 
     def _normalise(self, logits: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         if self.normalization == "softmax":
@@ -128,6 +129,27 @@ class FusionHead(nn.Module):
         # A row of zeros, common after ReLU, becomes the mean of the rest instead of a division by zero.
         weights = (logits + ROW_SUM_EPS) * rest
         return weights / weights.sum(dim=-1, keepdim=True)
+
+
+class _Opening(torch.autograd.Function):
+    """Gates limited to [0, 1], with a gradient at the bounds.
+
+    Gates start at a bound and come back to it, and what ``clamp`` has for a gradient there is a convention that
+    differs between releases of torch: 1 up to 2.13, 0 from 2.14 on, with which a closed gate could never open. Here
+    the gradient passes from 0 to 1, bounds included, as if there were none; beyond a bound, where an optimizer's last
+    step may have led, only what moves the gate back when it is descended.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gates)
+        return gates.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (gates,) = ctx.saved_tensors
+        leads_away = ((gates < 0) & (gradient > 0)) | ((gates > 1) & (gradient < 0))
+        return gradient.masked_fill(leads_away, 0)
 
 
 def _convolve(conv: nn.Conv1d, entries: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lococo import whole_text
 from lococo.attention import NAME
 from lococo.cache import CROP_ERROR
+from lococo.compat import warn_if_untested
 from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, prepare_cache, prepare_inputs
 from lococo.fusion import FusionHead
@@ -65,6 +66,7 @@ def patch_model(
     if config is None and heads is not None:
         config = read_heads_config(heads)
     config = config or LoCoCoConfig()
+    warn_if_untested()
     decoder: Any = find_decoder(model)
     _refuse_distributed(model)
     _check_slots_per_head(config, base_shape(model))

@@ -258,12 +258,26 @@ def _fusion_weights(
     for channel, anchor in enumerate(anchors):
         blend = _normalize(activations[channel], rest, config.normalization)
         if config.residual != "none":
-            gate = head.gate[channel if config.residual == "slot" else 0].clamp(0.0, 1.0)
+            gate = _opening(head.gate[channel if config.residual == "slot" else 0])
             onehot = torch.zeros_like(blend)
             onehot[anchor] = 1.0
             blend = (1.0 - gate) * onehot + gate * blend
         rows.append(blend)
     return torch.stack(rows)
+
+
+def _opening(gate: torch.Tensor) -> torch.Tensor:
+    """A gate () as the share of the blend: limited to [0, 1], with slope 1 there and at the bounds.
+
+    Beyond a bound it has slope 1 for gradients that a descent step takes back towards the bound, and 0 for others.
+    """
+    place = gate.item()
+    opening = gate + (min(max(place, 0.0), 1.0) - place)
+    if opening.requires_grad and place < 0:
+        opening.register_hook(lambda slope: torch.where(slope < 0, slope, 0.0))
+    if opening.requires_grad and place > 1:
+        opening.register_hook(lambda slope: torch.where(slope > 0, slope, 0.0))
+    return opening
 
 
 def _convolve(entries: list[Entry], head: NaiveHead) -> torch.Tensor:

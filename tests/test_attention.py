@@ -122,6 +122,23 @@ def test_gradients_equal_naive_reference(name):
     assert any(gradient.abs().max() > 1e-3 for gradient in got[3:]), "the head has no influence"
 
 
+@pytest.mark.parametrize("places", [[0.0], [1.0], [0.0, 1.0, -0.4, 1.7, 0.5]], ids=["closed", "open", "all"])
+@pytest.mark.parametrize("name", ["default", "no-mass", "layer-gate", "low-rank"])
+def test_gradients_of_gates_at_and_beyond_their_bounds_equal_naive_reference(name, places):
+    head = random_head(CONFIGS[name])
+    with torch.no_grad():
+        head.gate.copy_(torch.tensor(places).repeat(len(head.gate))[: len(head.gate)])
+    q, k, v = (tensor[: min(len(tensor), 1)] for tensor in random_qkv())  # one KV head: a gate's uses are the same
+    found = []
+    for output in (read(CONFIGS[name], q, k, v, head), naive_lococo(q, k, v, CONFIGS[name], naive_head(head))[0]):
+        (output * torch.linspace(-1, 1, LENGTH, dtype=torch.float64)[:, None]).sum().backward()
+        found.append({key: each.grad.clone() for key, each in head.named_parameters()})
+        head.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-10)
+    is_within = (head.gate >= 0) & (head.gate <= 1)
+    assert (found[0]["gate"][is_within] != 0).all()
+
+
 @pytest.mark.parametrize("block_size", [1, 7, 8, 20])
 @pytest.mark.parametrize("num_slots", [12, 13])
 def test_h2o_preset_is_h2o(block_size, num_slots):

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lococo
-from lococo import LoCoCoCache, LoCoCoConfig
+from lococo import LoCoCoCache, LoCoCoConfig, compat
 from lococo.compat import OUTPUT_CACHE, RELEASE, cache_argument, cache_of, with_cache
 
 CONFIG = LoCoCoConfig(16, block_size=8)
@@ -84,6 +85,28 @@ def test_code_of_its_own_keeps_its_name():
             return input_ids
 
     assert cache_argument(Remote(tiny_llama().config)) == "past_key_values"
+
+
+@pytest.mark.parametrize("release, is_untested", [((5, 25), True), ((6, 0), True), ((5, 24), False), ((4, 56), False)])
+def test_a_release_above_what_was_tested_is_said_once(release, is_untested, monkeypatch):
+    monkeypatch.setattr(compat, "RELEASE", release)
+    compat.warn_if_untested.cache_clear()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        compat.warn_if_untested()
+        compat.warn_if_untested()
+    compat.warn_if_untested.cache_clear()
+    assert len(given) == is_untested
+    for warning in given:
+        assert "newer than 5.24" in str(warning.message) and "'transformers<5.25'" in str(warning.message)
+
+
+def test_the_project_is_tested_up_to_what_is_said():
+    """The pin lets the whole major release in."""
+    pin = re.search(
+        r'"transformers>=[\d.]+,<(\d+)"', (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    )
+    assert int(pin[1]) == compat.NEWEST_TESTED[0] + 1
 
 
 def test_the_library_leaves_the_name_to_compat():

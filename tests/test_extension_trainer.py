@@ -1,5 +1,6 @@
 """Extension trains what it says, with the gradients of the mathematics, in memory that does not grow."""
 
+import dataclasses
 import subprocess
 import sys
 import weakref
@@ -8,7 +9,7 @@ from pathlib import Path
 import extension_worker
 import pytest
 import torch
-from extension_worker import CONFIGS, STRETCH, learned, recipe, trainer
+from extension_worker import CONFIG, CONFIGS, STRETCH, learned, recipe, trainer
 from naive_llama import naive_gradients
 from tiny import tiny_ids, tiny_llama
 from transformers import TrainerCallback
@@ -134,6 +135,15 @@ def test_training_changes_what_is_trained_and_leaves_the_model_as_it_was(method,
     assert not model.training and not lococo.is_patched(model) and not hasattr(model, "peft_config")
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_closed_gates_open(tmp_path):
+    closed = recipe(config=dataclasses.replace(CONFIG, gate_init=0.0))
+    with extended_for_training(tiny_llama(), closed) as learner:
+        gates = [parameter for name, parameter in learner.named_parameters() if name.endswith(f"{HEAD}.gate")]
+        assert gates and all((gate == 0).all() for gate in gates)
+        trainer(learner, closed, tmp_path).train()
+        assert all(gate.max() > 0.01 for gate in gates)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

@@ -91,9 +91,100 @@ def test_closed_is_noticed_after_every_change_of_the_gates():
     assert not head.is_closed, "a gate that is being trained must stay in the graph"
 
 
-def test_closed_gate_still_gets_a_gradient():
+def opened_by(gates, weigh, **options):
+    """A head in float64 whose gates have these values, and a loss that is linear in its weights."""
+    config = LoCoCoConfig(16, **options)
+    keys, values, anchors, rest = (
+        tensor.double() if tensor.is_floating_point() else tensor for tensor in head_input(config)
+    )
+    torch.manual_seed(3)
+    head = FusionHead(config, 4, dtype=torch.float64)
+    with torch.no_grad():
+        head.gate.copy_(torch.tensor(gates, dtype=torch.float64))
+    return head, lambda: weigh * (head(keys, values, anchors, rest) @ values).sum(dim=(0, 1, 3)).cumsum(0).sum()
+
+
+@pytest.mark.parametrize("normalization", ["sum", "softmax"])
+@pytest.mark.parametrize("residual", ["slot", "layer"])
+@pytest.mark.parametrize("bound, inside", [(0.0, 0.25), (1.0, 0.75)])
+def test_gradient_at_a_bound_is_the_slope_from_inside(bound, inside, residual, normalization):
+    """In any torch, whatever its ``clamp`` has for a gradient there. The loss is linear: any step gives its slope."""
+    head, loss = opened_by(bound, 1.0, residual=residual, normalization=normalization)
+    loss().backward()
+    for place in range(len(head.gate)):
+        with torch.no_grad():
+            at_bound = loss()
+            head.gate[place] = inside
+            slope = (loss() - at_bound) / (inside - bound)
+            head.gate[place] = bound
+        assert slope.abs() > 1e-2
+        torch.testing.assert_close(head.gate.grad[place], slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("beyond, bound", [(-0.3, 0.0), (-1e-7, 0.0), (1.0 + 1e-7, 1.0), (2.0, 1.0)])
+def test_beyond_a_bound_only_what_leads_back_is_left_of_the_gradient(beyond, bound):
+    for weigh in (1.0, -1.0):
+        head, loss = opened_by(bound, weigh)
+        loss().backward()
+        slopes = head.gate.grad
+        assert (slopes > 0).any() and (slopes < 0).any()
+        leads_back = slopes < 0 if bound == 0 else slopes > 0
+        head, loss = opened_by(beyond, weigh)
+        loss().backward()
+        assert torch.equal(head.gate.grad, torch.where(leads_back, slopes, 0.0))
+
+
+def test_a_gate_that_a_step_took_below_zero_comes_back():
+    head, loss = opened_by(-0.2, 1.0)
+    optimizer = torch.optim.SGD([head.gate], lr=0.1)
+    rising = None
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        rising = head.gate.grad < 0 if rising is None else rising
+        optimizer.step()
+    assert 0 < rising.sum() < len(rising)
+    assert (head.gate[rising] > 0).all() and (head.gate[~rising] == -0.2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_closed_gate_gets_a_gradient_in_every_precision(dtype):
     config = LoCoCoConfig(16)
     keys, values, anchors, rest = head_input(config)
-    head = FusionHead(config, 4)
-    (head(keys, values, anchors, rest) @ values).square().sum().backward()
-    assert head.gate.grad.abs().min() > 0
+    head = FusionHead(config, 4, dtype=dtype)
+    (
+        head(keys.to(dtype), values.to(dtype), anchors, rest)
+        @ values.double().to(torch.promote_types(dtype, torch.float32))
+    ).square().sum().backward()
+    assert head.gate.grad.dtype == dtype and head.gate.grad.abs().min() > 0
+
+
+def test_a_compiled_head_has_the_same_gradients():
+    found = []
+    for compiled in (False, True):
+        head, loss = opened_by([0.0, 1.0, -0.5, 1.5, 0.3, 0.0], 1.0)
+        if compiled:
+            head.forward = torch.compile(head.forward, backend="aot_eager", fullgraph=True)
+        value = loss()
+        value.backward()
+        found.append(
+            {
+                "loss": value.detach(),
+                **{name: each.grad for name, each in head.named_parameters() if each.grad is not None},
+            }
+        )
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    assert found[0]["gate"].abs().max() > 1e-2
+
+
+def test_a_channel_that_is_zero_everywhere_leaves_the_learning_to_its_gate():
+    """The slope of the paper's ReLU at 0 is 0, by torch's rule of the slope of least norm."""
+    for bias in (0.0, -1e3):
+        head, loss = opened_by(0.5, 1.0)
+        with torch.no_grad():
+            head.conv.weight[2] = 0
+            head.conv.bias[2] = bias
+        loss().backward()
+        is_learning = head.conv.weight.grad.flatten(1).abs().amax(dim=1) > 0
+        assert is_learning.tolist() == [True, True, False, True, True, True]
+        assert head.gate.grad[2].abs() > 1e-2

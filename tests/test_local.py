@@ -151,6 +151,22 @@ def test_closed_gates_are_token_selection(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"residual": "layer"}, {"head_rank": 4}, {"slots_per_head": ((12, 20), (22, 10))}],
+    ids=["gate-per-slot", "gate-per-layer", "low-rank", "slots-per-head"],
+)
+def test_closed_gates_open(options, tmp_path):
+    recordings = recorded(tmp_path / "texts", tiny_llama(), cyclic_texts(5))
+    model = patch(tiny_llama(), LoCoCoConfig(16, block_size=8, kernel_size=5, **options))
+    before = heads(model)
+    assert all((value == 0).all() for name, value in before.items() if name.endswith("gate"))
+    rows = train_locally(model, recordings, LocalConfig(6, 1e-2, 3e-2, num_checked=1), tmp_path / "local")
+    assert changed(before, heads(model)) == set(before)
+    assert all(head.gate.max() > 0.01 for head in head_modules(model).values())
+    assert all(row["error"] != pytest.approx(1, abs=1e-4) for row in rows)
+
+
+@pytest.mark.parametrize(
     "config",
     [CONFIG, LoCoCoConfig(16, block_size=8, kernel_size=5, gate_init=0.3, slots_per_head=((12, 20), (22, 10)))],
     ids=["low-rank", "slots-per-head"],
@@ -231,15 +247,16 @@ def test_flags_modes_and_base_model_stay_as_they_were(requires_grad, tmp_path):
     assert not changed(tiny_llama().state_dict(), lococo.unpatch_model(model).state_dict())
 
 
-def test_heads_in_half_precision_learn_in_float32(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_heads_learn_in_float32_or_wider(dtype, tmp_path):
     recordings = recorded(tmp_path / "texts", tiny_llama())
-    model = patch(tiny_llama().bfloat16())
+    model = patch(tiny_llama().to(dtype))
     train_locally(model, recordings, SHORT, tmp_path / "local")
     for index, head in head_modules(model).items():
         learned = load_file(tmp_path / "local" / f"layer_{index:03d}.safetensors")
         for name, parameter in head.named_parameters():
-            assert learned[name].dtype == torch.float32 and parameter.dtype == torch.bfloat16
-            assert torch.equal(parameter, learned[name].bfloat16())
+            assert learned[name].dtype == torch.promote_types(dtype, torch.float32) and parameter.dtype == dtype
+            assert torch.equal(parameter, learned[name].to(dtype))
 
 
 # Layers of other kinds

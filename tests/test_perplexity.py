@@ -238,7 +238,14 @@ def test_documents_of_the_same_place_in_two_files_stay_apart(model, tmp_path):
 
 def test_budgets_that_hold_the_whole_text_have_no_gap_ratio(model, corpus, tmp_path):
     rows = run(model, corpus, tmp_path / "x", budgets=(200,), methods=["full", "h2o", "lococo-uncalibrated"])
-    assert all(row["gap_ratio"] is None or row["gap_low"] is None for row in rows)
+    assert all(row["gap_ratio"] is row["gap_low"] is row["gap_high"] is None for row in rows)
+
+
+def test_gap_ratio_needs_a_loss_of_h2o_and_of_its_best_variant():
+    assert gap_ratio(1.5, 1.0, [2.0, 3.0]) == 0.5 and isinstance(gap_ratio(np.float64(1.5), 1.0, [2.0]), float)
+    for baselines in ([1.0], [0.5], [2.0, 1.0], [2.0, 0.9], [1.0 + 1e-6], [math.nan]):
+        assert gap_ratio(1.5, 1.0, baselines) is None
+    assert gap_ratio(1.5, math.nan, [2.0]) is None
 
 
 def synthetic(rng, documents):

@@ -251,7 +251,7 @@ def test_calibration_makes_the_same_heads_for_either_class(tmp_path):
     for name, model in models.items():
         with torch.enable_grad():
             lococo.calibrate(
-                model,
+                model.double(),  # in float32 rounding decides over weights whose gradient is near Adam's epsilon
                 word_tokenizer(),
                 config,
                 data,
@@ -265,6 +265,6 @@ def test_calibration_makes_the_same_heads_for_either_class(tmp_path):
     remote, native = (load_file(tmp_path / "heads" / name / HEADS_NAME) for name in ("remote", "native"))
     assert remote.keys() == native.keys()
     for name, tensor in native.items():
-        torch.testing.assert_close(remote[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(remote[name], tensor, rtol=0, atol=1e-6)
     configs = [LoCoCoConfig.from_pretrained(tmp_path / "heads" / name) for name in ("remote", "native")]
     assert configs[0] == configs[1] and configs[0].slots_per_head

@@ -323,6 +323,7 @@ def test_heads_with_budgets_of_their_own_train_too(tmp_path):
     config = lococo.LoCoCoConfig(16, block_size=8, slots_per_head=((24, 8), (6, 26)))
     model = patched_tiny(config)
     before = heads(model)
+    assert all((head.gate == 0).all() for head in head_modules(model).values())
     head_trainer(model, tmp_path, Distill(backprop_tokens=30)).train()
     assert all((value - before[name]).abs().max() > 1e-4 for name, value in heads(model).items())
 
@@ -333,6 +334,13 @@ def repetitive(count):
     dataset = windows(count, 96)
     dataset.ids = torch.stack([period.roll(index).repeat(6) for index in range(count)]).int()
     return dataset
+
+
+@pytest.mark.parametrize("objective", [NextToken(), Distill(backprop_tokens=20)])
+def test_closed_gates_of_layers_open(objective, tmp_path):
+    model = patched_tiny(dataclasses.replace(CONFIG, gate_init=0.0, residual="layer"), torch.float32)
+    head_trainer(model, tmp_path, objective, repetitive(8), max_steps=6).train()
+    assert all(head.gate > 1e-3 for head in head_modules(model).values())
 
 
 def test_divergence_falls_on_a_repetitive_text(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+NOTHING = 1e-5  # nats per token by which losses differ that are the same but for rounding
 SEED = 0
 
 
@@ -16,8 +17,8 @@ def gap_ratio(nll: float, full: float, baselines: Sequence[float]) -> float | No
 
     None where H2O loses nothing.
     """
-    lost = min(baselines) - full
-    return (nll - full) / lost if lost > 0 else None
+    ratios = _gap_ratios(np.array([[nll, full, *baselines]]))
+    return None if ratios is None else float(ratios[0])
 
 
 def gap_interval(
@@ -46,9 +47,17 @@ def gap_interval(
         return None
     draws = np.random.default_rng(SEED).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
     measured = draws @ np.vstack([nll, full, baselines]).T / (draws @ tokens)[:, None]  # (resamples, 2 + variants)
-    lost = measured[:, 2:].min(axis=1) - measured[:, 1]
-    if (lost <= 0).any():
+    ratios = _gap_ratios(measured)
+    if ratios is None:
         return None
-    ratios = (measured[:, 0] - measured[:, 1]) / lost
     low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def _gap_ratios(losses: np.ndarray) -> np.ndarray | None:
+    """Gap ratios of (measurements, 2 + variants) losses: of a method, of the full cache, of H2O's variants.
+
+    None if H2O loses nothing in one of them.
+    """
+    lost = losses[:, 2:].min(axis=1) - losses[:, 1]
+    return (losses[:, 0] - losses[:, 1]) / lost if (lost > NOTHING).all() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import transformers
 from lococo.evaluation.deadline import Deadline
 from lococo.files import write_whole
 from lococo.version import __version__
+
+PACKAGE = Path(__file__).parent.parent
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -56,7 +59,8 @@ def write_result(
     facts = facts if how is None else {"how": how, **facts}
     content = {**facts, **result_content(command, device, rows)}
     write_whole(beside(path, ".json"), json.dumps(content, indent=1) + "\n")
-    note = f"`{command}` on {content['device']}, {content['date']}, commit {content['commit']}\n\n"
+    note = f"`{command}` on {content['device']}, {content['date']}"
+    note += f", commit {content['commit']}\n\n" if content["commit"] else "\n\n"
     note += f"{how}\n\n" if how else ""
     shown = rows if table is None else table
     shown = shown if columns is None else [{name: row[name] for name in columns} for row in shown]
@@ -67,7 +71,7 @@ def result_content(command: str, device: torch.device | str, rows: Sequence[dict
     """What a result file holds: the rows, and what made them where."""
     return {
         "command": command,
-        "commit": _commit(),
+        "commit": own_commit(PACKAGE),
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
         "versions": {
@@ -115,18 +119,31 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _commit() -> str:
+def own_commit(package: Path) -> str | None:
+    """Commit of the LoCoCo checkout that a package folder is part of.
+
+    None for an installed package, also inside a checkout of something else, and for a copy in another project.
+    """
+    top = _git(package, "rev-parse", "--show-toplevel")
+    project = Path(top or package, "pyproject.toml")
+    if top is None or Path(top, package.name).resolve() != package.resolve() or not project.is_file():
+        return None
+    is_tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
+    if not is_tracked or f'name = "{package.name}"' not in project.read_text(encoding="utf-8").splitlines():
+        return None
+    return _git(package, "describe", "--always", "--dirty")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git answers about the repository that a folder lies in; None if it does not."""
+    # A hook that runs us has told git of its own repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    asked = ["git", *arguments]
     try:
-        asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        )
+        answer = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=folder, env=environment)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return asked.stdout.strip()
+        return None
+    return answer.stdout.strip()
 
 
 class Journal:

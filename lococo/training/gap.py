@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from lococo.config import LoCoCoConfig
+from lococo.evaluation.gap import gap_ratio
 from lococo.evaluation.likelihood import token_nlls
 from lococo.evaluation.methods import as_method, method_config
 from lococo.evaluation.results import Journal
@@ -17,7 +18,7 @@ BASELINES = ("full", "h2o", "h2o-slot")
 
 @dataclasses.dataclass(frozen=True)
 class GapRatio:
-    """(nll - nll of full) / (nll of H2O - nll of full) on some windows: 0 is the full cache, 1 is H2O.
+    """``lococo.evaluation.gap.gap_ratio`` on some windows: 0 is the full cache, 1 is H2O.
 
     Attributes
     ----------
@@ -34,10 +35,10 @@ class GapRatio:
     full: float
     h2o: float
 
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+    def measure(self, model: PreTrainedModel) -> dict[str, float | None]:
         """``heldout_nll`` and ``gap_ratio`` of a model as it is now patched."""
         nll = mean_nll(model, self.windows, self.first)
-        return {"heldout_nll": nll, "gap_ratio": (nll - self.full) / (self.h2o - self.full)}
+        return {"heldout_nll": nll, "gap_ratio": gap_ratio(nll, self.full, [self.h2o])}
 
 
 def mean_nll(model: PreTrainedModel, windows: torch.Tensor, first: int) -> float:

@@ -85,11 +85,13 @@ class Recordings:
                 write_whole(path, _to_bytes(record(model, ids[None].long(), gradients=True)))
             self.paths.append(path)
 
-    def layer(self, layer_idx: int, text: int, device: torch.device) -> LayerRecord:
-        """One layer's record of one text, in float32."""
+    def layer(
+        self, layer_idx: int, text: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> LayerRecord:
+        """One layer's record of one text."""
         with safe_open(self.paths[text], "pt") as file:
             facts = json.loads(file.metadata()[str(layer_idx)])
-            tensors = {name: file.get_tensor(f"{layer_idx}.{name}").to(device).float() for name in TENSORS}
+            tensors = {name: file.get_tensor(f"{layer_idx}.{name}").to(device, dtype) for name in TENSORS}
         return LayerRecord(**tensors, **facts)
 
 
@@ -173,11 +175,11 @@ def train_layer(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
     learned = len(recordings.paths) - settings.num_checked
     order = torch.randperm(learned, generator=torch.Generator().manual_seed(layer_idx)).tolist()
-    device = next(head.parameters()).device
+    weight = next(head.parameters())
     selection: dict[int, torch.Tensor] = {}  # error of plain token selection, by text
 
     def relative_error(text: int) -> torch.Tensor:
-        entry = recordings.layer(layer_idx, text, device)
+        entry = recordings.layer(layer_idx, text, weight.device, weight.dtype)
         if text not in selection:
             with torch.no_grad():
                 selection[text] = _summed_error(entry, config, layer_idx).clamp_min(1e-30)
@@ -196,7 +198,7 @@ def train_layer(
         schedule.step()
         if head.gate is not None:
             with torch.no_grad():
-                head.gate.clamp_(0, 1)  # beyond, it would have no gradient
+                head.gate.clamp_(0, 1)  # steps beyond would have to be taken back first
     with torch.no_grad():
         errors = [relative_error(text).item() for text in range(learned, len(recordings.paths))]
     return sum(errors) / len(errors)

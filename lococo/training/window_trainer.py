@@ -189,7 +189,7 @@ class WindowTrainer(Trainer, abc.ABC):
 
 
 class GatesWithinReach(TrainerCallback):
-    """Moves gates of a model that left [0, 1] back after every step: outside they have no gradient.
+    """Moves gates of a model that left [0, 1] back after every step: steps beyond would have to be taken back first.
 
     DeepSpeed steps copies of its own, which it then writes into the model.
     """
