@@ -121,7 +121,7 @@ bench-cuda: ## speed and memory on a GPU, each stage for LIMIT seconds at most -
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
 MEASURED := $(wildcard $(addprefix lococo/,attention.py backends.py bench cache.py chunks.py forward.py fusion.py graphs.py \
-	kernels.py memory.py segments.py slots.py steps.py triton_blend.py triton_kernels.py))
+	kernels.py memory.py segments.py slots.py steps.py trials.py triton_blend.py triton_kernels.py))
 is_current = test -f $(1).json && ! test -f $(1).partial.jsonl && { \
 	commit=$$(sed -n 's/.*"commit": "\([0-9a-f]*\).*/\1/p' $(1).json); \
 	! git cat-file -e "$$commit" 2>/dev/null || git diff --quiet "$$commit" -- $(MEASURED); }

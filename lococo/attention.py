@@ -131,13 +131,13 @@ def lococo_attention(
     fusing = head if window is None else None
     layer = lococo.layer(module.layer_idx, window)
     plan_for = functools.partial(lococo.plan_for, device=query.device)
-    states = _of_one_kind(layer, query, key, value)
+    dtype, kernel = query.dtype, lococo.config.attention
+    query, key, value = _of_one_kind(layer, query, key, value)
     with _without_autocast(query.device.type):
-        kernel = lococo.config.attention
-        output = read_layer(layer, plan_for, *states, scale, fusing, rotary, dropout, softcap, kernel)
+        output = read_layer(layer, plan_for, query, key, value, scale, fusing, rotary, dropout, softcap, kernel)
         if head is not None and torch.is_grad_enabled():
             output = _with_zero_gradients(output, head)
-    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+    return output.to(dtype).transpose(1, 2).contiguous(), None
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -267,9 +267,7 @@ class _Reader:
         )
         if self.memory.entries.scores is None:
             return kernels.attend(query, keys, values, self.scale, visibility, self.kernel, self.dropout)
-        output, lse = kernels.attend_and_lse(
-            query, keys, values, self.scale, visibility, self.kernel, self.dropout
-        )
+        output, lse = kernels.attend_and_lse(query, keys, values, self.scale, visibility, self.kernel, self.dropout)
         with torch.no_grad():
             counts, delay = self._counts(segment)
             squared = self.config.score == "distant"

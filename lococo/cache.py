@@ -316,7 +316,7 @@ class LoCoCoCache(Cache):
             )
 
     def to(self, device: torch.device | str) -> LoCoCoCache:
-        """Move everything to a device, in place. Layers of a model on several devices fetch theirs when they read."""
+        """Move everything to a device, in place. A layer fetches what is elsewhere when it reads."""
         for layer in self.layers:
             layer.to(device)
         self.rotary_tables = {}

@@ -62,12 +62,13 @@ def load_cache(path: str | os.PathLike, device: torch.device | str) -> LoCoCoCac
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             content = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no whole file written by LoCoCoCache.save: {error!r}") from error
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version={content.get('format_version')!r}, this version of lococo reads {FORMAT_VERSION}"
+            f"{path} has format_version={content.get('format_version')!r}, this version of lococo reads "
+            f"{FORMAT_VERSION}"
         )
     try:
         return _cache(content, tensors)

@@ -128,7 +128,9 @@ def _prepare(decoder: Any, request: Request, kwargs: dict[str, Any], tokens: tor
         earlier = _read_up_to_last_chunk(decoder, chunk, last, cache, kwargs, tokens.shape[1], request.keep)
         tokens = tokens[:, -last:]
     batch, num_tokens = tokens.shape[:2]
-    real = padded_columns(kwargs.get("attention_mask"), batch, num_tokens, cache, is_step=not (earlier or request.is_chunk))
+    real = padded_columns(
+        kwargs.get("attention_mask"), batch, num_tokens, cache, is_step=not (earlier or request.is_chunk)
+    )
     rows = (Row(),) if cache is None else cache.rows
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
     if config.positions == "slot":

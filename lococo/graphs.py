@@ -55,6 +55,7 @@ class CudaGraphReplay:
         weakref.finalize(graph, self._freed.update, [stream])
 
     def __call__(self) -> None:
+        """Repeat what was captured."""
         self._graph.replay()
 
     @property

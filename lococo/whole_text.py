@@ -1,7 +1,8 @@
 """Rotary tables that depend on the length of a text, while the text is read in pieces.
 
-"longrope" rotates texts beyond the original window with other factors, "dynamic" with a base that grows with the longest
-position. Transformers looks at the positions of a call; a call that is read in pieces is shown its last one every time.
+"longrope" rotates texts beyond the original window with other factors, "dynamic" with a base that grows with the
+longest position. Transformers looks at the positions of a call; a call that is read in pieces is shown its last one
+every time.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ def relative(got, expected):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reading_rounds_as_the_unpatched_model_does(name, dtype):
     """Where selection is the same, what is left is the rounding of the model itself."""
-    config = dataclasses.replace(CONFIGS[name], num_slots=80, slots_per_head=None, num_sinks=4, num_heavy=None, num_recent=None)
+    config = dataclasses.replace(
+        CONFIGS[name], num_slots=80, slots_per_head=None, num_sinks=4, num_heavy=None, num_recent=None
+    )
     full = tiny_llama()
     with torch.no_grad():
         exact = full(IDS).logits
@@ -104,7 +106,9 @@ def test_places_in_the_text_are_not_rounded():
 
 def test_windows_and_softcaps():
     torch.manual_seed(0)
-    sizes = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+    )
     config = Gemma2Config(**sizes, head_dim=8, vocab_size=64, sliding_window=9)
     model = lococo.patch_model(Gemma2ForCausalLM(config).eval(), LoCoCoConfig(16, block_size=8))
     for context in (torch.no_grad, torch.enable_grad):

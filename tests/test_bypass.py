@@ -86,7 +86,9 @@ def test_a_config_replaced_is_told(change, with_gradients):
     change(model)
     with torch.set_grad_enabled(with_gradients):
         for call in (model, answer_of(model), lambda ids: model(ids, past_key_values=cache)):
-            with pytest.raises(ValueError, match=r"the config of Llama\w+ was replaced after .*'sdpa'; call lococo.unp"):
+            with pytest.raises(
+                ValueError, match=r"the config of Llama\w+ was replaced after .*'sdpa'; call lococo.unp"
+            ):
                 call(IDS)
     lococo.unpatch_model(model)
     expected = patch(model)(IDS).logits[:, 40:]
@@ -303,10 +305,20 @@ def test_generate_in_training_mode_with_checkpointing_is_that_of_evaluation_mode
 
 
 def gemma3(**changes):
-    text = dict(SIZES, head_dim=8, sliding_window=9, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"])
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    text = dict(
+        SIZES,
+        head_dim=8,
+        sliding_window=9,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+    )
     torch.manual_seed(0)
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63, **changes)
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63, **changes
+    )
     return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 

@@ -70,7 +70,8 @@ def buffers(cache):
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [*((name, way) for name in CONFIGS for way in ("pickle", "file")), *(("open", way) for way in WAYS)]
+    ("name", "way"),
+    [*((name, way) for name in CONFIGS for way in ("pickle", "file")), *(("open", way) for way in WAYS)],
 )
 @torch.no_grad()
 def test_copies_decode_as_the_original_and_alone(name, way, tmp_path):

@@ -40,7 +40,11 @@ def phi3(rope):
     return Phi3ForCausalLM(config).eval()
 
 
-MODELS = {"llama-longrope": (llama, "longrope"), "llama-dynamic": (llama, "dynamic"), "phi3-longrope": (phi3, "longrope")}
+MODELS = {
+    "llama-longrope": (llama, "longrope"),
+    "llama-dynamic": (llama, "dynamic"),
+    "phi3-longrope": (phi3, "longrope"),
+}
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -105,7 +109,7 @@ def test_steps_over_the_boundary_are_those_of_the_unpatched_model(name, prompt):
     full, model = build(name), lococo.patch_model(build(name), large(7))
     ids, caches = tiny_ids(1, 61), [None, None]
     for part in ids.split([prompt, *[1] * (61 - prompt)], dim=1):
-        outputs = [each(part, past_key_values=cache, use_cache=True) for each, cache in zip((full, model), caches)]
+        outputs = [full(part, past_key_values=caches[0], use_cache=True), model(part, past_key_values=caches[1])]
         caches = [output.past_key_values for output in outputs]
         assert_close(outputs[1].logits, outputs[0].logits)
 

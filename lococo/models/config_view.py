@@ -13,7 +13,7 @@ IMPLEMENTATION = "_attn_implementation_internal"  # what ``_attn_implementation`
 
 
 def config_view(config: Any, attention: str | None = None, parts: dict[str, Any] | None = None) -> Any:
-    """A config that reads differently in a few places; all else is read from, and everything is written to, ``config``.
+    """A config that reads differently in a few places; the rest is that of ``config``, which is also written to.
 
     Parameters
     ----------
@@ -25,7 +25,8 @@ def config_view(config: Any, attention: str | None = None, parts: dict[str, Any]
         Views of configs inside this one, by attribute.
     """
     parts = parts or {}
-    view = object.__new__(_view_class(type(config), attention, tuple(parts)))
+    base: Any = type(config)
+    view = object.__new__(_view_class(base, attention, tuple(parts)))
     object.__setattr__(view, "__dict__", vars(config))
     object.__setattr__(view, "lococo_config", config)
     object.__setattr__(view, "lococo_parts", parts)

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from lococo import kernels
 from lococo.attention import read_layer
-from lococo.masks import padding_mask
 from lococo.cache import LayerCache
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
+from lococo.masks import padding_mask
 from lococo.models import find_decoder
 from lococo.models.chatglm import bridges, end_call, is_remote_chatglm, remote_arguments
 from lococo.segments import Plan, Row, plan_call
