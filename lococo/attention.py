@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from lococo.cache import LayerCache, LoCoCoCache
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
+from lococo.masks import padding_mask, window_of
 from lococo.memory import Memory
 from lococo.positions import RotaryTable
 from lococo.segments import Plan, RaggedSegment, Row, Segment, plan_call
@@ -41,6 +43,12 @@ class Call:
         Plans by number of slots and device, for models spread over several.
     is_recorded : bool
         Whoever made the call replays it, and keeps the books.
+    hands_out : bool
+        Whoever called the model wants the cache.
+    ends_text : bool
+        It is the last piece of a text that the decoder's hook reads in pieces.
+    read : set of int
+        Layers that have read it.
     """
 
     config: LoCoCoConfig
@@ -52,6 +60,9 @@ class Call:
     earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
     plans: dict[tuple[int, torch.device], Plan] = dataclasses.field(default_factory=dict)
     is_recorded: bool = False
+    hands_out: bool = False
+    ends_text: bool = False
+    read: set[int] = dataclasses.field(default_factory=set)
 
     def plan_for(self, config: LoCoCoConfig, device: torch.device) -> Plan:
         """The plan for heads with a config, on a device."""
@@ -64,12 +75,15 @@ class Call:
         return self.plans[key]
 
     def layer(self, layer_idx: int, window: int | None) -> LayerCache:
-        """What the layer remembers: in the cache, or until this call ends."""
+        """What the layer remembers, about to read the call: in the cache, or until this call ends."""
+        self.read.add(layer_idx)
         if self.cache is None:
             return LayerCache(self.config, layer_idx, window)
+        self.cache.is_reading = not self.is_recorded
         return self.cache.layers[layer_idx].look_back(window)
 
 
+@torch.compiler.disable
 def lococo_attention(
     module: Any,
     query: torch.Tensor,
@@ -85,7 +99,8 @@ def lococo_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention function of patched models, registered as ``"lococo"``.
 
-    Positional arguments come in the order of Transformers' own functions: libraries wrap whatever is registered.
+    Positional arguments come in the order of Transformers' own functions: libraries wrap whatever is registered. A
+    compiled model calls it between its graphs: segments differ from call to call, and would each be compiled anew.
 
     Parameters
     ----------
@@ -108,17 +123,44 @@ def lococo_attention(
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
+    window = window_of(attention_mask, sliding_window, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     head = getattr(module, "lococo_head", None)
     rotary = lococo.rotary_tables.get(module.layer_idx)
     # A sliding-window layer keeps what its window sees and has nothing to fuse.
-    fusing = head if sliding_window is None else None
-    layer = lococo.layer(module.layer_idx, sliding_window)
+    fusing = head if window is None else None
+    layer = lococo.layer(module.layer_idx, window)
     plan_for = functools.partial(lococo.plan_for, device=query.device)
-    output = read_layer(layer, plan_for, query, key, value, scale, fusing, rotary, dropout, softcap)
-    if head is not None and torch.is_grad_enabled():
-        output = _with_zero_gradients(output, head)
-    return output.transpose(1, 2).contiguous(), None
+    states = _of_one_kind(layer, query, key, value)
+    with _without_autocast(query.device.type):
+        kernel = lococo.config.attention
+        output = read_layer(layer, plan_for, *states, scale, fusing, rotary, dropout, softcap, kernel)
+        if head is not None and torch.is_grad_enabled():
+            output = _with_zero_gradients(output, head)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Autocast off: places in the text, scores and weights of blends would be rounded to half precision."""
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, keys and values in one dtype: that of what the layer holds, else the one autocast would attend in.
+
+    What a layer holds is brought to their device, for a cache that was loaded or moved.
+    """
+    device, held = states[0].device, layer.held
+    if held is not None:
+        if held.device != device:
+            layer.to(device)
+        return [tensor.to(held.dtype) for tensor in states]
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in states))
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    return [tensor.to(dtype) for tensor in states]
 
 
 def read_layer(
@@ -132,6 +174,7 @@ def read_layer(
     rotary: RotaryTable | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    kernel: str | None = None,
 ) -> torch.Tensor:
     """Attention of one layer over what it remembers, each group of heads over its own memory.
 
@@ -145,17 +188,20 @@ def read_layer(
         (batch, heads, tokens, head_dim), rotated.
     key, value : torch.Tensor
         (batch, kv_heads, tokens, head_dim), keys rotated.
+    kernel : str, optional
+        As ``LoCoCoConfig.attention``. None: that of the layer's config.
 
     Returns
     -------
     torch.Tensor
         (batch, heads, tokens, head_dim).
     """
+    kernel = kernel or layer.config.attention
 
     def reader(memory: Memory) -> _Reader:
-        return _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap)
+        return _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap, kernel)
 
-    is_in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    is_in_place = not torch.is_grad_enabled()
     if is_in_place and not layer.buffers():
         layer.make_buffers(query, key, value)
     plan = plan_for(layer.config)
@@ -200,6 +246,7 @@ class _Reader:
     scale: float
     dropout: float
     softcap: float | None
+    kernel: str
 
     def read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) attention output of a call; the memory holds its tokens afterwards."""
@@ -217,9 +264,9 @@ class _Reader:
             self._mask(segment), self.memory.mass_bias(self.head, segment.stop), self.softcap
         )
         if self.memory.entries.scores is None:
-            return kernels.attend(query, keys, values, self.scale, visibility, self.config.attention, self.dropout)
+            return kernels.attend(query, keys, values, self.scale, visibility, self.kernel, self.dropout)
         output, lse = kernels.attend_and_lse(
-            query, keys, values, self.scale, visibility, self.config.attention, self.dropout
+            query, keys, values, self.scale, visibility, self.kernel, self.dropout
         )
         with torch.no_grad():
             counts, delay = self._counts(segment)
@@ -252,14 +299,6 @@ class _Reader:
         if isinstance(segment, RaggedSegment):
             return segment.visible(delay) & segment.queries()[..., None], 0
         return None, delay
-
-
-def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """Mask function of patched models: the 2-D mask as it came, read by the decoder's hook.
-
-    ``generate`` calls it before the hook when it was asked for a static cache.
-    """
-    return attention_mask
 
 
 AttentionInterface.register(NAME, lococo_attention)

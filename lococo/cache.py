@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,8 +51,20 @@ class LayerCache(CacheLayerMixin):
         self.is_initialized = True  # for Transformers; buffers are made by the first write
         self.columns = 0
         self.window = window
+        self.num_heads = 0  # query heads, once there are buffers
         self.steps: StepBuffers | None = None
         self._stepped: list[int] | None = None  # versions of the memories that the step buffers know of
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the buffers of steps, which are views of what the memories hold: a copy makes its own."""
+        return {**vars(self), "steps": None, "_stepped": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.renew_steps()
+
+    def __copy__(self) -> LayerCache:
+        return copy.deepcopy(self)  # a cache that shares buffers with another is none
 
     def look_back(self, window: int | None) -> LayerCache:
         """The same, after the layer has told how far its queries see."""
@@ -67,7 +83,25 @@ class LayerCache(CacheLayerMixin):
         for memory, heads in self.groups:
             held = slice(len(heads) if self.is_split else None)
             memory.make_buffers(key[:, held], value[:, held])
-        self.steps = StepBuffers(self.groups, query.shape[1])
+        self.num_heads = query.shape[1]
+        self.renew_steps()
+
+    @torch.no_grad()
+    def renew_steps(self) -> None:
+        """Make the buffers of steps anew, if there are buffers at all."""
+        if self.num_heads:
+            self.steps, self._stepped = StepBuffers(self.groups, self.num_heads), None
+
+    @property
+    def held(self) -> torch.Tensor | None:
+        """Values of the first group of heads, as an example of what is held; None before the first write."""
+        memory = self.groups[0][0]
+        return memory.values if memory.is_initialized else None
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        self._map(lambda tensor: tensor.to(device))
+        self.renew_steps()
 
     def read_step(
         self,
@@ -107,6 +141,7 @@ class LayerCache(CacheLayerMixin):
         if self.steps is None or self._stepped != self._versions():
             for memory, _ in self.groups:
                 memory.begin_steps(plan_for(memory.config))
+            self.num_heads = num_heads
             if self.steps is None or not self.steps.hold():
                 self.steps = StepBuffers(self.groups, num_heads)
             self.steps.open(plan_for, head)
@@ -195,12 +230,20 @@ CROP_ERROR = (
 class LoCoCoCache(Cache):
     """The cache of a patched model: M slots and an open block per layer, whatever the length read.
 
-    Made by the model's forward and by ``generate``; pass one back in to go on reading.
+    Made by the model's forward and by ``generate``; pass one back in to go on reading. A copy, also by way of pickle or
+    of ``save`` and ``load``, goes on as the original would.
 
     Parameters
     ----------
     config : LoCoCoConfig
     num_layers : int
+
+    Attributes
+    ----------
+    is_open : bool
+        A patched model's forward is under way with it.
+    is_reading : bool
+        Layers have been written to in a forward that has not ended.
     """
 
     layers: list[LayerCache]  # type: ignore[assignment]
@@ -211,8 +254,105 @@ class LoCoCoCache(Cache):
         self.rows: tuple[Row, ...] = (Row(),)
         self.num_steps = 0
         self.ends_in_padding = False
-        self.is_reading = False
+        self.is_open = self.is_reading = False
         self.rotary_tables: dict = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tables of the model, which may be another one by then."""
+        return {**vars(self), "rotary_tables": {}, "is_open": False}
+
+    def __copy__(self) -> LoCoCoCache:
+        return copy.deepcopy(self)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand a layer's new keys and values on, in the forward of a patched model.
+
+        Raises
+        ------
+        ValueError
+            In the forward of any other model, which would find nothing in it of what was read before.
+        """
+        if not self.is_open:
+            raise ValueError(
+                "a LoCoCoCache was given to a model that is not patched (or no more, or was patched inside another "
+                "model): call lococo.patch_model on it first, or start without this cache"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def check_fits(self, config: LoCoCoConfig, shape: dict[str, int], name: str) -> None:
+        """Refuse to be read on by a model whose method or shape is another.
+
+        Parameters
+        ----------
+        config : LoCoCoConfig
+            What the model is patched with. Options that change nothing but the way it is computed may differ.
+        shape : dict
+            Of the model, as ``lococo.models.base_shape`` gives it.
+        name : str
+            What the model calls its cache.
+
+        Raises
+        ------
+        ValueError
+            Names the fields that differ.
+        """
+        if not self.config.has_method_of(config):
+            theirs, ours = config.method(), self.config.method()
+            changed = [field for field in theirs if theirs[field] != ours[field]]
+            raise ValueError(
+                f"{name} was filled with {_fields(ours, changed)}, the model is patched with "
+                f"{_fields(theirs, changed)}: start without it, or patch the model as it was"
+            )
+        mine = {"num_layers": len(self.layers)}
+        if self.layers and self.layers[0].held is not None:
+            held = [memory.values for memory, _ in self.layers[0].groups]
+            mine |= {"num_kv_heads": sum(tensor.shape[1] for tensor in held), "head_dim": held[0].shape[-1]}
+        wrong = [size for size in mine if mine[size] != shape[size]]
+        if wrong:
+            raise ValueError(
+                f"{name} is of another model: it has {_fields(mine, wrong)}, this model {_fields(shape, wrong)}"
+            )
+
+    def to(self, device: torch.device | str) -> LoCoCoCache:
+        """Move everything to a device, in place. Layers of a model on several devices fetch theirs when they read."""
+        for layer in self.layers:
+            layer.to(device)
+        self.rotary_tables = {}
+        return self
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write everything into one safetensors file, whole or not at all; see ``lococo.cache_file``.
+
+        Raises
+        ------
+        ValueError
+            If nothing has been read yet, or the last forward did not finish.
+        """
+        from lococo.cache_file import save_cache
+
+        return save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> LoCoCoCache:
+        """A cache from a file written by ``save``.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            Where to put it.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is no whole file of a cache.
+        """
+        from lococo.cache_file import load_cache
+
+        return load_cache(path, device)
 
     @property
     def seen_tokens(self) -> int:
@@ -245,7 +385,7 @@ class LoCoCoCache(Cache):
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
         super().reset()
-        self.rows, self.ends_in_padding, self.is_reading = (Row(),), False, False
+        self.rows, self.ends_in_padding, self.is_open, self.is_reading = (Row(),), False, False, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes row ``beam_idx[i]`` (beam search)."""
@@ -273,3 +413,7 @@ class LoCoCoCache(Cache):
             self.rows = tuple(self.rows[index] for index in indices.tolist())
         else:
             self.rows = self.rows[:1]
+
+
+def _fields(values: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(f"{name}={values[name]}" for name in names)

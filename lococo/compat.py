@@ -23,7 +23,7 @@ OLD_CACHE_NAME, CACHE_NAME = "past_key_values", "cache"
 OUTPUT_CACHE = CACHE_NAME if RELEASE >= (5, 24) else OLD_CACHE_NAME
 
 if TYPE_CHECKING or HAS_ATTENTION_INTERFACE:
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, masking_utils
     from transformers.cache_utils import Cache, CacheLayerMixin
     from transformers.masking_utils import AttentionMaskInterface
 else:
@@ -36,6 +36,7 @@ else:
             """Nothing."""
 
     AttentionMaskInterface = AttentionInterface
+    masking_utils = None
 
     class CacheLayerMixin:
         """Nothing in common with other layers."""
@@ -111,5 +112,6 @@ __all__ = [
     "argument_names",
     "cache_argument",
     "cache_of",
+    "masking_utils",
     "with_cache",
 ]

@@ -22,6 +22,8 @@ SCORES = ("distant", "mean", "sum", "last")
 DISTANT_FADE = 0.8
 
 ATTENTIONS = ("auto", "sdpa", "eager", "flex", "triton", "flash_attention_2", "flash_attention_4")
+# What a cache may have been filled with otherwise than the model that reads it on is patched with.
+RUNTIME_FIELDS = ("attention", "prefill_chunk_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +229,14 @@ class LoCoCoConfig:
         sinks = overrides.pop("num_sinks", min(4, num_slots))
         preset = dict(num_sinks=sinks, num_heavy=0, num_recent=num_slots - sinks, positions="slot")
         return cls(num_slots, **{**preset, **overrides})
+
+    def method(self) -> dict[str, Any]:
+        """The fields that change what is computed, not only how: all but the attention kernel and the chunk size."""
+        return {name: value for name, value in self.to_dict().items() if name not in RUNTIME_FIELDS}
+
+    def has_method_of(self, other: LoCoCoConfig) -> bool:
+        """Whether the same is computed with both."""
+        return self == other or self.method() == other.method()
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

@@ -16,11 +16,12 @@ from lococo.cache import LoCoCoCache
 from lococo.chunks import columns, prefill_chunk
 from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
 from lococo.config import LoCoCoConfig
+from lococo.masks import PaddingMask
 from lococo.models import base_shape
 from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, remote_arguments
 from lococo.positions import RotaryTable, rotary_tables
 from lococo.segments import Row, plan_call
-from lococo.state import patched_decoder
+from lococo.state import Patch, patched_decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ def asking(model: nn.Module, request: Request) -> Iterator[None]:
         patch.request = None
 
 
+@torch.compiler.disable
 def ask_for_last_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the model around the decoder: ``logits_to_keep`` tells what the decoder may forget."""
     keep = kwargs.get("logits_to_keep")
@@ -66,6 +68,7 @@ def ask_for_last_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     return args, kwargs
 
 
+@torch.compiler.disable
 def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of the decoder: put a ``Call`` into its arguments, read a long prompt up to its last chunk.
 
@@ -75,65 +78,103 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     ------
     ValueError
         For what a compressed cache cannot do: a foreign cache with content, a 4-D mask, packed sequences, attention
-        matrices. For a compressed cache while the patch is suspended.
+        matrices. If the patch is suspended or was bypassed.
     """
-    config: LoCoCoConfig = decoder.lococo_patch.config
+    patch: Patch = decoder.lococo_patch
     end_call(decoder)  # one that failed
     kwargs = _by_name(decoder, args, kwargs)
-    if decoder.lococo_patch.is_suspended:
+    if patch.is_suspended:
         name = cache_argument(decoder)
         if isinstance(kwargs.get(name), LoCoCoCache):
             raise ValueError(f"{name} is a LoCoCoCache; inside lococo.patch.suspended the cache is the full one")
         return None
-    if isinstance(kwargs.get("attention_mask"), Mapping):  # one per type of layers, all as padding_mask made them
-        kwargs["attention_mask"] = next(iter(kwargs["attention_mask"].values()), None)
-    request = kwargs.pop("lococo", None) or decoder.lococo_patch.request or Request()
+    kwargs["attention_mask"] = _padding(kwargs.get("attention_mask"))
+    request = kwargs.pop("lococo", None) or patch.request or Request()
     if request.call is not None:
-        return (), {**kwargs, "lococo": request.call}
+        return (), {**kwargs, "lococo": _begun(request.call)}
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
         return (), kwargs  # the model's own error says what is missing
+    if tokens.shape[1] == 0:
+        raise ValueError(f"there is nothing to read: the input has shape {tuple(tokens.shape)}, 0 tokens")
+    was_in_pieces = patch.last_position is not None
+    try:
+        call = _prepare(decoder, request, kwargs, tokens)
+    except BaseException:
+        if not was_in_pieces:
+            patch.last_position = None
+        raise
+    call.ends_text = patch.last_position is not None and not was_in_pieces
+    if is_remote_chatglm(decoder):
+        return (), remote_arguments(decoder, kwargs, functools.partial(lococo_attention, lococo=call))
+    return (), {**kwargs, "lococo": call}
+
+
+def _prepare(decoder: Any, request: Request, kwargs: dict[str, Any], tokens: torch.Tensor) -> Call:
+    """The call for the last piece of some tokens, after the pieces before it have been read; changes ``kwargs``."""
+    config: LoCoCoConfig = decoder.lococo_patch.config
     cache = request.cache or _cache_for(decoder, config, kwargs)
+    _check_state(cache, tokens.shape[0])
     earlier: list[torch.Tensor] = []
     chunk = None if request.is_chunk else _chunk(decoder, config, kwargs, tokens)
     if chunk is not None and chunk < tokens.shape[1]:
         if cache is None:
             cache = new_cache(decoder)
+        _show_last_position(decoder, cache, kwargs, tokens.shape[1])
         last = min(tokens.shape[1], max(request.keep or 0, tokens.shape[1] % chunk or chunk))
         earlier = _read_up_to_last_chunk(decoder, chunk, last, cache, kwargs, tokens.shape[1], request.keep)
         tokens = tokens[:, -last:]
     batch, num_tokens = tokens.shape[:2]
-    real = padded_columns(kwargs.get("attention_mask"), batch, num_tokens, cache)
-    _check_state(cache, batch)
+    real = padded_columns(kwargs.get("attention_mask"), batch, num_tokens, cache, is_step=not (earlier or request.is_chunk))
     rows = (Row(),) if cache is None else cache.rows
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
     if config.positions == "slot":
         kwargs["position_ids"] = plan.entries
     elif kwargs.get("position_ids") is None:
         kwargs["position_ids"] = plan.places
-    if cache is not None:
-        cache.is_reading = True
     tables = _rotary_tables(decoder, config, cache, tokens.device)
-    call = Call(config, plan, cache, tables, rows, real, earlier)
     if is_remote_chatglm(decoder):
         check_length(decoder, config.capacity if config.positions == "slot" else max(row.seen for row in plan.rows))
-        return (), remote_arguments(decoder, kwargs, functools.partial(lococo_attention, lococo=call))
-    return (), {**kwargs, "lococo": call}
+    hands_out = request.cache is None and kwargs.get("use_cache") is not False
+    return _begun(Call(config, plan, cache, tables, rows, real, earlier, hands_out=hands_out))
 
 
+def _begun(call: Call) -> Call:
+    if call.cache is not None:
+        call.cache.is_open = True
+    return call
+
+
+@torch.compiler.disable
 def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the decoder: the cache has read the call; put the chunks' hidden states together."""
+    """Forward hook of the decoder: the cache has read the call; put the chunks' hidden states together.
+
+    It is called after a forward that failed, too, then without output.
+
+    Raises
+    ------
+    ValueError
+        If layers were read by another attention than ours.
+    """
     is_remote = is_remote_chatglm(decoder)
     attend = end_call(decoder)
     call = attend.keywords["lococo"] if attend else kwargs.get("lococo")
-    if not isinstance(call, Call) or call.is_recorded:
+    if not isinstance(call, Call):
         return output
+    if call.cache is not None:
+        call.cache.is_open = False
+    if call.ends_text:
+        decoder.lococo_patch.last_position = None
+    if output is None or call.is_recorded:
+        return output
+    _refuse_bypassed(decoder.lococo_patch, call)
     if call.cache is not None:
         call.cache.advance(call.plan, call.plan.places.shape[1])
         call.cache.is_reading = False
-    if is_remote and call.cache is not None:  # which its code knows nothing of
-        output = _with_cache(output, call.cache)
+        if call.hands_out and (is_remote or getattr(output, OUTPUT_CACHE, call) is None):
+            # ChatGLM's code knows nothing of it, others let go of it when they train with gradient checkpointing.
+            output = _with_cache(output, call.cache)
     if not call.earlier:
         return output
     tokens_dim = 0 if is_remote else 1
@@ -141,6 +182,36 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         return (torch.cat([*call.earlier, output[0]], dim=tokens_dim), *output[1:])
     output.last_hidden_state = torch.cat([*call.earlier, output.last_hidden_state], dim=tokens_dim)
     return output
+
+
+def _refuse_bypassed(patch: Patch, call: Call) -> None:
+    """Refuse a forward in which attention layers were not read by ours: their output is not what was asked for."""
+    missed = sorted(set(patch.layers) - call.read)
+    if not missed:
+        return
+    layer = patch.layers[missed[0]]
+    raise ValueError(
+        f"{len(missed)} of {len(patch.layers)} attention layers did not go through LoCoCo, {type(layer).__name__} "
+        f"{missed[0]} first: their config or attention implementation was replaced after lococo.patch_model; call "
+        "lococo.unpatch_model, change it, and patch again"
+    )
+
+
+def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:
+    """Stand in for the method by which ``generate`` makes its cache: a patched model gets its own from the start."""
+    decoder = patched_decoder(model)
+    name = cache_argument(model)
+    given = model_kwargs.get(name)
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    made = model_kwargs.get(name)
+    if given is None and made is not None and not decoder.lococo_patch.is_suspended:
+        wanted = generation_config.cache_implementation
+        if wanted is not None:
+            decoder.lococo_patch.say_once(
+                f"cache_implementation={wanted!r} is not used: a patched model keeps its slots in a LoCoCoCache"
+            )
+        model_kwargs[name] = new_cache(decoder)
+    return result
 
 
 def _with_cache(output: Any, cache: LoCoCoCache) -> Any:
@@ -153,6 +224,13 @@ def _with_cache(output: Any, cache: LoCoCoCache) -> Any:
 def new_cache(decoder: Any) -> LoCoCoCache:
     """An empty cache for a patched decoder."""
     return LoCoCoCache(decoder.lococo_patch.config, base_shape(decoder)["num_layers"])
+
+
+def _padding(mask: Any) -> torch.Tensor | None:
+    """The 2-D mask in what a decoder is given: itself, or as ``padding_mask`` made one for every type of layers."""
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    return mask.tokens if isinstance(mask, PaddingMask) else mask
 
 
 def _by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -190,16 +268,16 @@ def _cache_for(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any]) -> Lo
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
     if isinstance(given, LoCoCoCache):
-        num_layers = base_shape(decoder)["num_layers"]
-        if given.config != config or len(given.layers) != num_layers:
-            raise ValueError(
-                f"{name} was made for {given.config} and {len(given.layers)} layers, the model is patched "
-                f"with {config} and has {num_layers} layers"
-            )
+        given.check_fits(config, base_shape(decoder), name)
     elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
         raise ValueError(
             f"{name} is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
             "LoCoCoCache: start without one, or unpatch the model"
+        )
+    elif given is not None:
+        decoder.lococo_patch.say_once(
+            f"the empty {type(given).__name__} given as {name} stays empty: a patched model keeps its slots in a "
+            f"LoCoCoCache; go on with the {OUTPUT_CACHE} of the output"
         )
     if decoder.training and torch.is_grad_enabled():
         # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
@@ -226,8 +304,21 @@ def _check_state(cache: LoCoCoCache | None, batch: int) -> None:
         raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {batch}")
 
 
+def _show_last_position(decoder: Any, cache: LoCoCoCache, kwargs: dict[str, Any], num_tokens: int) -> None:
+    """Note the last position of a call before it is read in pieces, if none is noted; see ``lococo.whole_text``."""
+    patch: Patch = decoder.lococo_patch
+    if patch.last_position is not None:
+        return
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is not None:
+        patch.last_position = positions.amax()
+        return
+    counts = num_tokens if mask is None else mask[:, -num_tokens:].sum(dim=-1).cpu()
+    patch.last_position = (torch.tensor([row.seen for row in cache.rows]) + counts - 1).amax()
+
+
 def padded_columns(
-    mask: torch.Tensor | None, batch: int, num_tokens: int, cache: LoCoCoCache | None
+    mask: torch.Tensor | None, batch: int, num_tokens: int, cache: LoCoCoCache | None, is_step: bool = True
 ) -> list[list[bool]] | None:
     """Which columns of a call are tokens (True) and which padding, row by row; None if all are tokens.
 
@@ -235,6 +326,8 @@ def padded_columns(
     ----------
     mask : torch.Tensor, optional
         (batch, tokens of the call, or of all calls), 0 for padding.
+    is_step : bool
+        One token is a step of decoding, not what is left of a longer text.
 
     Raises
     ------
@@ -250,7 +343,7 @@ def padded_columns(
             f"{seen} columns already read and {num_tokens} new ones"
         )
     real = mask[:, -num_tokens:].bool()
-    if num_tokens == 1 and seen and real.is_cuda and cache is not None and not cache.ends_in_padding:
+    if is_step and num_tokens == 1 and seen and real.is_cuda and cache is not None and not cache.ends_in_padding:
         # Decoding must not wait for the GPU; padding here would start in the middle of a text.
         torch._assert_async(real.all())
         return None

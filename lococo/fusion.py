@@ -54,7 +54,8 @@ class FusionHead(nn.Module):
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             self._closed = None  # the optimizer's next step may leave address and version as they are (FSDP)
             return False
-        state = (self.gate.data_ptr(), self.gate._version)
+        # Tensors made in inference mode do not count their changes, and may only be changed in it.
+        state = (self.gate.data_ptr(), 0 if self.gate.is_inference() else self.gate._version)
         if self._closed is None or self._closed[:2] != state or not self.gate.is_cuda:
             self._closed = (*state, bool((self.gate <= 0).all()))
         return self._closed[2]

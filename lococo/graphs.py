@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from lococo.forward import Request, after_forward, ask_for_last_logits, asking, 
 from lococo.fusion import FusionHead
 from lococo.models import base_shape
 from lococo.segments import Plan, plan_call
-from lococo.state import head_modules, patched_decoder
+from lococo.state import Patch, head_modules, patched_decoder
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -39,12 +40,52 @@ IDLE_HOOKS = {"transformers.utils.output_capturing"}
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
 
+class CudaGraphReplay:
+    """Replays a CUDA graph.
+
+    Newer torch releases free, with a graph, the workspace of the matrix products that were captured on its stream. A
+    stream has other graphs, too: streams come from a pool.
+    """
+
+    _freed: collections.Counter[int] = collections.Counter()  # graphs by stream
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: int) -> None:
+        self._graph, self._stream = graph, stream
+        self._freed_before = self._freed[stream]
+        weakref.finalize(graph, self._freed.update, [stream])
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no other graph of the same stream has been freed since."""
+        return self._freed[self._stream] == self._freed_before
+
+
 def record_cuda_graph(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """Capture a function in a CUDA graph: what replays it, and the output that every replay overwrites."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function()
-    return graph.replay, output
+    """Capture a function in a CUDA graph: what replays it, and the output that every replay overwrites.
+
+    After an error streams, allocator and random generator of the current device are as they were.
+    """
+    device = torch.cuda.current_device()
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    generator = torch.cuda.default_generators[device]
+    random_state = generator.clone_state()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            output = function()
+            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what it says follows from the error
+                graph.capture_end()
+            with contextlib.suppress(RuntimeError):  # where capture_end has done it, there is nothing to end
+                torch._C._cuda_endAllocateToPool(device, pool)
+            generator.graphsafe_set_state(random_state)
+            raise
+    return CudaGraphReplay(graph, stream.cuda_stream), output
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": record_cuda_graph}
@@ -73,10 +114,11 @@ class StepGraph:
     def __init__(self, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder) -> None:
         self.buffers = [layer.steps for layer in cache.layers]
         self.weights = [
-            (module._parameters, name, parameter.data_ptr())
+            (tensors, name, tensor.data_ptr())
             for module in model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
         ]
         self.heads = fusion_heads(model)
         self.input_ids = arguments["input_ids"].clone()
@@ -90,22 +132,41 @@ class StepGraph:
                     model, self.input_ids, position_ids=self.position_ids, **with_cache(model, cache), use_cache=True
                 )
 
-        self._replay, output = record(forward)
+        with _on_device(self.input_ids.device):
+            self._replay, output = record(forward)
         self._logits = output.logits
         self._output_type = type(output)
+        self._is_tried = False
 
     def fits(self, cache: LoCoCoCache) -> bool:
-        """Whether buffers and weights are where they were."""
-        return all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True)) and all(
-            weight is not None and weight.data_ptr() == address
-            for weight, address in ((weights[name], address) for weights, name, address in self.weights)
+        """Whether buffers and weights are where they were, and nothing that the recording needs was freed."""
+        return (
+            getattr(self._replay, "is_intact", True)
+            and all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True))
+            and all(
+                weight is not None and weight.data_ptr() == address
+                for weight, address in ((weights.get(name), address) for weights, name, address in self.weights)
+            )
         )
 
     def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """Read one token of every row, (batch, 1) each."""
+        """Read one token of every row, (batch, 1) each.
+
+        Raises
+        ------
+        RuntimeError
+            If the first replay writes nothing. Nothing has been read then.
+        """
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_(position_ids.expand_as(self.position_ids))
-        self._replay()
+        nothing = torch.finfo(self._logits.dtype).max
+        if not self._is_tried:
+            self._logits.fill_(nothing)
+        with _on_device(self.input_ids.device):
+            self._replay()
+        if not self._is_tried and bool((self._logits == nothing).all()):
+            raise RuntimeError("the recording is empty")
+        self._is_tried = True
         return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
 
 
@@ -115,27 +176,38 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     ``generate`` decodes through the attribute ``__call__`` of the model, in whose place ``patch_model`` puts this.
     """
     call = functools.partial(type(model).__call__, model)
+    if torch.compiler.is_compiling():
+        return call(*args, **kwargs)
     cache = kwargs.get(cache_argument(model), kwargs.get(OLD_CACHE_NAME))
     if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
         return call(*args, **kwargs)
     decoder, input_ids = patched_decoder(model), kwargs["input_ids"]
+    patch: Patch = decoder.lococo_patch
     plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
     if not plan.is_step:
         return call(**kwargs)
     step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
     plan_for = functools.partial(step.plan_for, device=input_ids.device)
     graph = _graphs.get(cache)
+    if graph is None and not _can_record(model):
+        _graphs[cache] = None
+        return call(**kwargs)
     heads = fusion_heads(model) if graph is None else graph.heads
     for layer, head in zip(cache.layers, heads, strict=True):
         layer.open_steps(plan_for, head, decoder.config.num_attention_heads)
-    if graph is None or not graph.fits(cache):
-        graph = _graphs[cache] = _record(model, cache, kwargs)
-    if graph is None:
-        return call(**kwargs)
     position_ids = kwargs.get("position_ids")
     if cache.config.positions == "slot" or position_ids is None:
         position_ids = plan.entries if cache.config.positions == "slot" else plan.places
-    output = graph.step(cache, input_ids, position_ids)
+    try:
+        if graph is None or not graph.fits(cache):
+            _graphs.pop(cache, None)  # its memory is free before the next one takes some
+            graph = _graphs[cache] = StepGraph(model, cache, kwargs, RECORDERS[input_ids.device.type])
+        output = graph.step(cache, input_ids, position_ids)
+    except Exception as error:  # compilers, allocators and libraries raise what they like
+        _graphs[cache] = None
+        patch.can_record = False
+        patch.say_once(f"{type(model).__name__} decodes without a CUDA graph: {error}")
+        return call(**kwargs)
     cache.advance(plan, 1)
     if plan.ends_block:
         for index, (layer, head) in enumerate(zip(cache.layers, heads, strict=True)):
@@ -159,7 +231,7 @@ def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any])
         wanted <= ARGUMENTS
         and cache.num_steps >= STEPS_BEFORE_RECORDING
         and not cache.is_reading
-        and cache.config == decoder.lococo_patch.config
+        and cache.config.has_method_of(decoder.lococo_patch.config)
         and cache.batch_size == input_ids.shape[0]
         and (cache not in _graphs or _graphs[cache] is not None)
         and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
@@ -167,20 +239,21 @@ def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any])
         and not torch.is_grad_enabled()
         and not model.training
         and not torch.is_autocast_enabled(input_ids.device.type)
-        and not torch.compiler.is_compiling()
         and padded_columns(arguments.get("attention_mask"), input_ids.shape[0], 1, cache) is None
     )
 
 
-def _record(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> StepGraph | None:
-    """A recording, or None where there can be none: foreign hooks would not run, other devices would not be seen."""
-    if _has_foreign_hooks(model) or len({parameter.device for parameter in model.parameters()}) > 1:
-        return None
-    try:
-        return StepGraph(model, cache, arguments, RECORDERS[arguments["input_ids"].device.type])
-    except RuntimeError as error:
-        warnings.warn(f"{type(model).__name__} decodes without a CUDA graph: {error}", stacklevel=2)
-        return None
+def _can_record(model: nn.Module) -> bool:
+    """Whether there can be a recording: foreign hooks would not run in it, other devices not be seen.
+
+    Rotary embeddings that ask the host for the length of the text have hooks of their own, see ``whole_text``.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    return patched_decoder(model).lococo_patch.can_record and len(devices) == 1 and not _has_foreign_hooks(model)
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _has_foreign_hooks(model: nn.Module) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -33,12 +32,9 @@ class Memory:
     ----------
     entries : Entries
         ``num_slots + block_size`` of them, used from the first on.
-    keys, values : torch.Tensor
-        (batch, kv_heads, capacity, head_dim), what attention reads.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    entries: Entries
 
     def __init__(self, config: LoCoCoConfig, window: int | None = None) -> None:
         self.config = config
@@ -47,14 +43,36 @@ class Memory:
         self.is_in_graph = False
         self.version = 0  # counts changes by anything but steps
         self._rotated_from: int | None = None  # entries of which only the rotated keys have been written
-        self._due: Callable[[], None] | None = None  # compression of a complete block, with gradients
+        # What will compress a complete block, with gradients: a segment, the layer's head and its rotary table.
+        self._due: tuple[Segment, FusionHead | None, RotaryTable | None] | None = None
 
     def hold(self, entries: Entries) -> None:
         """Take these entries for its own."""
         self.version += 1
         self.entries = entries
-        self.keys = entries.keys if entries.rotated is None else entries.rotated
-        self.values = entries.values
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """(batch, kv_heads, capacity, head_dim), the keys that attention reads."""
+        return self.entries.keys if self.entries.rotated is None else self.entries.rotated
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(batch, kv_heads, capacity, head_dim)."""
+        return self.entries.values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy, or a pickle, goes on from: buffers of its own, outside of any graph, with nothing put off."""
+        state = {**vars(self), "_due": None, "is_in_graph": False}
+        if not self.is_initialized:
+            return state
+        twin = object.__new__(type(self))
+        vars(twin).update(state)
+        with torch.no_grad():
+            twin.hold(self.entries.map(lambda tensor: tensor.detach().clone()))
+            if self._due is not None:
+                twin._close(*self._due)
+        return vars(twin)
 
     def make_buffers(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Make the buffers for keys and values of (batch, kv_heads, tokens, head_dim)."""
@@ -140,7 +158,7 @@ class Memory:
         """Copy the buffers where a graph, or inference mode, forbids to write to them."""
         # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
         is_needed_by_graph = in_place and self.is_in_graph
-        if is_needed_by_graph or (not torch.compiler.is_compiling() and _is_locked(self.values)):
+        if is_needed_by_graph or _is_locked(self.values):
             self.map(lambda tensor: tensor.detach().clone())
 
     def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
@@ -174,11 +192,10 @@ class Memory:
 
         With gradients both are put off until something is written next.
         """
-        close = functools.partial(self._close, segment, head, rotary)
         if torch.is_grad_enabled():
-            self._due = close
+            self._due = (segment, head, rotary)
         else:
-            close()
+            self._close(segment, head, rotary)
 
     def _close(self, segment: Segment, head: FusionHead | None, rotary: RotaryTable | None) -> None:
         for compression in segment.compressions:
@@ -189,9 +206,9 @@ class Memory:
 
     def _catch_up(self) -> None:
         if self._due is not None:
-            close, self._due = self._due, None
+            due, self._due = self._due, None
             self.make_writable(in_place=not torch.is_grad_enabled())
-            close()
+            self._close(*due)
 
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer there is."""

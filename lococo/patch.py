@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lococo import whole_text
 from lococo.attention import NAME
 from lococo.cache import CROP_ERROR
 from lococo.config import LoCoCoConfig
-from lococo.forward import after_forward, ask_for_last_logits, before_forward
+from lococo.forward import after_forward, ask_for_last_logits, before_forward, prepare_cache
 from lococo.fusion import FusionHead
 from lococo.graphs import call_model
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import attention_layers, base_shape, find_decoder, layer_head_dim
 from lococo.models.chatglm import bridges, is_remote_chatglm, refuse_generate
+from lococo.models.config_view import config_view, view_around
 from lococo.positions import execution_device, rotary_tables
 from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
@@ -57,7 +59,8 @@ def patch_model(
     """
     if is_patched(model):
         raise ValueError(
-            f"{type(model).__name__} is already patched with {lococo_config(model)}; call lococo.unpatch_model first"
+            f"{type(model).__name__} is already patched (num_slots={lococo_config(model).num_slots}); call "
+            "lococo.unpatch_model first"
         )
     if config is None and heads is not None:
         config = read_heads_config(heads)
@@ -67,7 +70,7 @@ def patch_model(
     _check_slots_per_head(config, base_shape(model))
     if config.positions == "slot":
         rotary_tables(decoder, config, torch.device("cpu"))  # a rope type that cannot be used says so here
-    patch = Patch(config, decoder.config._attn_implementation)
+    patch = Patch(config, attention_layers(decoder))
     decoder.lococo_patch = patch
     try:
         _apply(patch, model, decoder)
@@ -92,6 +95,11 @@ def _check_slots_per_head(config: LoCoCoConfig, shape: dict[str, int]) -> None:
 
 def _refuse_distributed(model: nn.Module) -> None:
     # Heads put in after wrapping would be trained by every process on its own.
+    if getattr(model, "tp_size", None) or getattr(model, "_tp_size", None):
+        raise ValueError(
+            f"{type(model).__name__} is split over processes by tensor parallelism, which is not supported: load it "
+            "without tp_plan (device_map spreads its layers over devices instead)"
+        )
     replicated = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
     if replicated or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError(
@@ -105,14 +113,15 @@ def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
         for module, name, value in bridges(decoder):
             patch.set(module, name, value)
     else:
-        decoder.config._attn_implementation = NAME
-    for index, layer in attention_layers(decoder).items():
+        _view_configs(patch, model, decoder)
+        whole_text.add_hooks(patch, decoder)
+    for index, layer in patch.layers.items():
         largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
         if largest.num_fused:
             head = FusionHead(largest, layer_head_dim(layer), device=execution_device(layer), dtype=decoder.dtype)
             setattr(layer, HEAD, head.train(layer.training))
     patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
-    patch.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True))
+    patch.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True))
     for holder in _holders(model, decoder):
         if hasattr(holder, "_get_candidate_generator"):
             patch.set(holder, "_get_candidate_generator", refuse_assisted_decoding)
@@ -120,10 +129,24 @@ def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
             patch.set(holder, "generate", refuse_generate)
         if not is_remote and hasattr(holder, "generate"):
             patch.set(holder, "__call__", functools.partial(call_model, holder))
+            patch.set(holder, "_prepare_cache_for_generation", functools.partial(prepare_cache, holder))
         names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
         patch.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:
             patch.hooks.append(holder.register_forward_pre_hook(ask_for_last_logits, with_kwargs=True))
+
+
+def _view_configs(patch: Patch, model: nn.Module, decoder: Any) -> None:
+    """Let the decoder find our attention in its config, and no other model that shares the config."""
+    config, views = decoder.config, {}
+    for module in (decoder, *patch.layers.values()):
+        if id(module.config) not in views:
+            views[id(module.config)] = config_view(module.config, NAME)
+        patch.view_config(module, views[id(module.config)])
+    for holder in _holders(model, decoder):
+        around = None if holder.config is config else view_around(holder.config, config, views[id(config)])
+        if around is not None and holder is not decoder:
+            patch.view_config(holder, around)
 
 
 def refuse_assisted_decoding(*args, **kwargs) -> NoReturn:
@@ -175,9 +198,10 @@ def suspended(model: nn.Module) -> Iterator[nn.Module]:
     """
     decoder = patched_decoder(model)
     patch: Patch = decoder.lococo_patch
-    before = patch.is_suspended, decoder.config._attn_implementation
-    patch.is_suspended, decoder.config._attn_implementation = True, patch.attention
+    was_suspended, patch.is_suspended = patch.is_suspended, True
+    patch.show_configs(through_views=False)
     try:
         yield model
     finally:
-        patch.is_suspended, decoder.config._attn_implementation = before
+        patch.is_suspended = was_suspended
+        patch.show_configs(through_views=not was_suspended)

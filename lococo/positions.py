@@ -82,4 +82,6 @@ def execution_device(layer: nn.Module) -> torch.device:
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    return next(layer.parameters()).device
+    weights = [*layer.parameters(), *layer.buffers()]
+    # Quantised layers keep their weights elsewhere than in parameters; what they compute on then is what there is.
+    return weights[0].device if weights else torch.device("cpu")

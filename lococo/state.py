@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,22 +19,50 @@ HEAD = "lococo_head"
 
 @dataclasses.dataclass
 class Patch:
-    """What ``unpatch_model`` needs to put a decoder back; kept on it as ``lococo_patch``."""
+    """What ``unpatch_model`` needs to put a decoder back; kept on it as ``lococo_patch``.
+
+    Attributes
+    ----------
+    layers : dict
+        Attention layers by index.
+    configs : list
+        Modules whose config is seen through a view, with the config and the view.
+    """
 
     config: LoCoCoConfig
-    attention: str | None
+    layers: dict[int, Any]
     is_suspended: bool = False
+    can_record: bool = True  # until a recorded step has failed
     request: Any = None  # a ``lococo.forward.Request`` for the next calls
+    last_position: torch.Tensor | None = None  # of the text that is being read in pieces, see ``lococo.whole_text``
+    said: set[str] = dataclasses.field(default_factory=set)
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
     attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
+    configs: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute and remember whether the instance had one of its own."""
         self.attributes.append((module, name, name in vars(module), vars(module).get(name)))
         setattr(module, name, value)
 
+    def view_config(self, module: Any, view: Any) -> None:
+        """Let a module see its config through a view."""
+        self.configs.append((module, module.config, view))
+        module.config = view
+
+    def show_configs(self, through_views: bool) -> None:
+        """Let modules see their configs through their views, or as they are."""
+        for module, config, view in self.configs:
+            module.config = view if through_views else config
+
+    def say_once(self, text: str) -> None:
+        """Warn, the first time."""
+        if text not in self.said:
+            self.said.add(text)
+            warnings.warn(text, stacklevel=2)
+
     def undo(self, decoder: Any) -> None:
-        """Take hooks, attributes and heads out."""
+        """Take hooks, attributes, views and heads out."""
         for hook in self.hooks:
             hook.remove()
         for module, name, had_own, value in reversed(self.attributes):
@@ -40,8 +70,8 @@ class Patch:
                 setattr(module, name, value)
             else:
                 delattr(module, name)
-        decoder.config._attn_implementation = self.attention
-        for layer in attention_layers(decoder).values():
+        self.show_configs(through_views=False)
+        for layer in self.layers.values():
             if hasattr(layer, HEAD):
                 delattr(layer, HEAD)
         del decoder.lococo_patch

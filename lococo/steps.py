@@ -64,7 +64,10 @@ class StepBuffers:
         self._at = torch.zeros(rows, num_queries, dtype=torch.long, device=self.keys.device)
         written = self._at[:, :: self._queries_per_key, None]
         self._written = written.expand(*written.shape[:2], self.keys.shape[-1])
-        self._scored_until: torch.Tensor | None = None
+        # Written, never replaced: a recorded step reads them where they are.
+        self._place_ahead = self._at.new_zeros(rows, 1)
+        has_delay = any(memory.config.score_delay for memory in memories)
+        self._scored_until = self._at.new_zeros(rows, num_entries) if has_delay else None
 
     def _lay_out_heads(self) -> None:
         """First entry of every KV head, and of every entry its head and that head's delay of scores."""
@@ -115,10 +118,10 @@ class StepBuffers:
         if self.entries.born is not None:
             births = (places + self._index - at).to(self.entries.born.dtype)
             self.entries.born.copy_(torch.where(is_new, births, self.entries.born))
-        self._place_ahead = places - first_at
-        delay = self._delay if self.is_split else self.groups[0][0].config.score_delay
-        if any(memory.config.score_delay for memory, _ in self.groups):
-            self._scored_until = self._index - at + first_at + delay
+        self._place_ahead.copy_(places - first_at)
+        if self._scored_until is not None:
+            delay = self._delay if self.is_split else self.groups[0][0].config.score_delay
+            self._scored_until.copy_(self._index - at + first_at + delay)
 
     def _place_next(self, plans: Sequence[Plan]) -> None:
         if not self.is_split:

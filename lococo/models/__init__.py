@@ -7,6 +7,7 @@ from lococo.models.base import (
     base_shape,
     find_decoder,
     layer_head_dim,
+    length_dependent_rotaries,
     rotary_embedding,
     uses_rotary,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "base_shape",
     "find_decoder",
     "layer_head_dim",
+    "length_dependent_rotaries",
     "rotary_embedding",
     "uses_rotary",
 ]

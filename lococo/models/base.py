@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import sys
 import textwrap
@@ -83,6 +84,21 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
             f"{name} is not supported: {len(layers)} of its {config.num_hidden_layers} layers are softmax attention, "
             "the others keep a state of their own"
         )
+    _check_attention(name, decoder, layers)
+    return decoder
+
+
+def _check_attention(name: str, decoder: Any, layers: dict[int, Any]) -> None:
+    """Refuse attention that is not softmax attention with rotary keys of one shape through Transformers' interface."""
+    if not all("ALL_ATTENTION_FUNCTIONS" in _names_in_forward(layer) for layer in layers.values()):
+        raise ValueError(
+            f"{name} is not supported: {type(layers[0]).__name__} attends in its own code, not through Transformers' "
+            "attention interface"
+        )
+    if not all(_hands_keywords_on(decoder, layer) for layer in layers.values()):
+        raise ValueError(
+            f"{name} is not supported: its decoder layers keep keyword arguments from {type(layers[0]).__name__}"
+        )
     if any(hasattr(layer, "sinks") for layer in layers.values()):
         raise ValueError(f"{name} is not supported: its attention has learned sinks (s_aux)")
     if any(hasattr(layer, "kv_lora_rank") for layer in layers.values()):
@@ -91,7 +107,44 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"{name} is not supported: its layers take the difference of two attentions")
     if not hasattr(sys.modules[type(layers[0]).__module__], "apply_rotary_pos_emb"):
         raise ValueError(f"{name} is not supported: its positions are not rotary")
-    return decoder
+    if _is_multimodal_rotary(decoder, layers[0]):
+        raise ValueError(
+            f"{name} is not supported: its rotary positions have three parts, of time, height and width (mrope)"
+        )
+    if any(getattr(layer, "is_kv_shared_layer", False) for layer in layers.values()):
+        raise ValueError(f"{name} is not supported: some of its layers read the keys and values of others")
+    sizes = {(layer.head_dim, layer.num_key_value_groups) for layer in layers.values()}
+    if len(sizes) > 1:
+        found = ", ".join(f"{head_dim} ({groups} query heads per KV head)" for head_dim, groups in sorted(sizes))
+        raise ValueError(f"{name} is not supported: its layers differ in the size of their heads: {found}")
+    (head_dim, groups), shape = sizes.pop(), base_shape(decoder)
+    queries = decoder.config.get_text_config().num_attention_heads
+    if (head_dim, groups * shape["num_kv_heads"]) != (shape["head_dim"], queries):
+        raise ValueError(
+            f"{name} is not supported: its config says {queries} query heads, {shape['num_kv_heads']} KV heads and "
+            f"head_dim={shape['head_dim']}, its layers have head_dim={head_dim} and {groups} query heads per KV head"
+        )
+
+
+def _hands_keywords_on(decoder: nn.Module, attention: nn.Module) -> bool:
+    """Whether the module around an attention layer calls something with keyword arguments that it does not know."""
+    around = [module for module in decoder.modules() if any(child is attention for child in module.children())]
+    codes = [getattr(inspect.unwrap(type(module).forward), "__code__", None) for module in around]
+    return all(
+        code is None or any(step.opname == "CALL_FUNCTION_EX" for step in dis.get_instructions(code)) for code in codes
+    )
+
+
+def _names_in_forward(layer: nn.Module) -> tuple[str, ...]:
+    """Names that the forward of a layer's class looks up."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _is_multimodal_rotary(decoder: Any, attention: Any) -> bool:
+    rope = getattr(decoder.config, "rope_parameters", None) or getattr(decoder.config, "rope_scaling", None) or {}
+    has_sections = "mrope_section" in rope or any(hasattr(module, "mrope_section") for module in decoder.modules())
+    return has_sections or "apply_multimodal_rotary_pos_emb" in _names_in_forward(attention)
 
 
 def attention_layers(decoder: nn.Module) -> dict[int, Any]:
@@ -158,6 +211,16 @@ def base_config(model: nn.Module) -> Any:
         if isinstance(module, PreTrainedModel):
             return module.config
     raise ValueError(f"{type(model).__name__} must be, or hold, a Transformers model")
+
+
+def length_dependent_rotaries(decoder: nn.Module) -> list[nn.Module]:
+    """The rotary embeddings of a decoder whose tables depend on the longest position of a call."""
+    return [module for module in decoder.modules() if _depends_on_length(getattr(module, "rope_type", None))]
+
+
+def _depends_on_length(rope_type: str | dict[str, str] | None) -> bool:
+    types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any(each in LENGTH_DEPENDENT_ROPE for each in types)
 
 
 def uses_rotary(attention: Any) -> bool:

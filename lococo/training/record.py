@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lococo import kernels
-from lococo.attention import padding_mask, read_layer
+from lococo.attention import read_layer
+from lococo.masks import padding_mask
 from lococo.cache import LayerCache
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.config import LoCoCoConfig

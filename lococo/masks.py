@@ -1,0 +1,128 @@
+"""What a model's own mask asks for beyond causality, padding and windows, which a compressed cache cannot honour."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lococo.compat import masking_utils
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddingMask:
+    """What a patched decoder hands its layers in the place of a mask.
+
+    Attributes
+    ----------
+    tokens : torch.Tensor, optional
+        (batch, tokens), 0 for padding, as the model was given it.
+    window : int, optional
+        Tokens that a query sees, where the mask limits them.
+    """
+
+    tokens: torch.Tensor | None
+    window: int | None
+
+
+@torch.compiler.disable
+def padding_mask(
+    *args,
+    attention_mask: torch.Tensor | None = None,
+    mask_function: Callable | None = None,
+    local_size: int | None = None,
+    **kwargs,
+) -> PaddingMask:
+    """Mask function of patched models, registered as ``"lococo"``: nothing of (tokens x tokens) is ever made.
+
+    Raises
+    ------
+    ValueError
+        If the model wants anything but what is causal, in a window, and no padding.
+    """
+    strange = sorted(set(_strange_parts(mask_function)))
+    if strange and not _is_causal(mask_function, local_size, kwargs):  # images that are not there, for one
+        raise ValueError(
+            f"the model masks its attention by {', '.join(strange)}: a patched model reads causally, with padding and "
+            "sliding windows, but not in two directions (images, prefixes) nor in chunks; unpatch it for this input"
+        )
+    return PaddingMask(attention_mask, local_size)
+
+
+def window_of(mask: Any, window: int | None, name: str) -> int | None:
+    """Tokens that a query of an attention layer sees, None if all.
+
+    Parameters
+    ----------
+    mask : PaddingMask or tensor, optional
+        As the layer got it. Where the model made it, it is what counts: some layers ask for a window that their mask
+        does not have, or the other way round.
+    window : int, optional
+        What the layer asks for.
+    name : str
+        Of the layer's class.
+
+    Raises
+    ------
+    ValueError
+        If the mask is a matrix.
+    """
+    if isinstance(mask, torch.Tensor) and mask.dim() > 2:
+        raise ValueError(
+            f"{name} was given a mask of shape {tuple(mask.shape)}: a patched model takes 2-D masks (batch, tokens)"
+        )
+    return mask.window if isinstance(mask, PaddingMask) else window
+
+
+@functools.cache
+def _known_parts() -> set[Any]:
+    """Code of the functions that Transformers makes causal masks, windows and padding of."""
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    causal = masking_utils.causal_mask_function
+    makers: dict[str, tuple] = {
+        "and_masks": (causal,),
+        "sliding_window_overlay": (1,),
+        "padding_mask_function": (nothing,),
+        "packed_sequence_mask_function": (nothing,),  # packed sequences are refused where they are given
+        "remap_positions_for_packed_sequence": (causal, nothing),
+        "add_offsets_to_mask_function": (causal, 0, 0),
+    }
+    known = [getattr(masking_utils, name)(*given) for name, given in makers.items() if hasattr(masking_utils, name)]
+    return {function.__code__ for function in (causal, *known)}
+
+
+def _strange_parts(function: Callable | None) -> Iterator[str]:
+    """Names of the functions in a composed mask function that are not known."""
+    if function is None:
+        return
+    code = getattr(function, "__code__", None)
+    if code not in _known_parts():
+        yield getattr(function, "__qualname__", repr(function)).split(".")[0]
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        for part in held if isinstance(held, tuple) else (held,):
+            if callable(part):
+                yield from _strange_parts(part)
+
+
+def _is_causal(function: Any, window: int | None, call: dict[str, Any]) -> bool:
+    """Whether a mask function shows every query itself, what its window begins with, and nothing that comes next."""
+    queries = call.get("cache_position")
+    if queries is None:
+        queries = torch.arange(call["q_length"], device=call.get("device")) + call.get("q_offset", 0)
+    rows = torch.arange(call["batch_size"], device=queries.device)[:, None]
+    first = torch.zeros_like(queries) if window is None else (queries - window + 1).clamp_min(0)
+    entries = [first, queries, queries + 1, first - 1]
+    expected = [True, True, False, False]
+    for entry, is_seen in zip(entries, expected, strict=True):
+        is_there = (entry >= 0) & (entry < call["kv_length"])
+        try:
+            seen = function(rows, torch.zeros_like(rows), queries[None], entry.clamp(0, call["kv_length"] - 1)[None])
+        except Exception:  # a function for single numbers
+            return False
+        if ((seen != is_seen) & is_there).any():
+            return False
+    return True

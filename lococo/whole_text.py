@@ -1,0 +1,57 @@
+"""Rotary tables that depend on the length of a text, while the text is read in pieces.
+
+"longrope" rotates texts beyond the original window with other factors, "dynamic" with a base that grows with the longest
+position. Transformers looks at the positions of a call; a call that is read in pieces is shown its last one every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lococo.models import length_dependent_rotaries
+from lococo.state import Patch, patched_decoder
+
+
+def add_hooks(patch: Patch, decoder: nn.Module) -> None:
+    """Make a decoder's rotary embeddings look at ``patch.last_position``, where their tables depend on it."""
+    for rotary in length_dependent_rotaries(decoder):
+        show, hide = functools.partial(_show_last_position, patch), functools.partial(_hide_last_position, patch)
+        patch.hooks.append(rotary.register_forward_pre_hook(show, with_kwargs=True))
+        patch.hooks.append(rotary.register_forward_hook(hide))
+
+
+@contextlib.contextmanager
+def reading_pieces(model: nn.Module, last_position: int) -> Iterator[None]:
+    """Calls of a patched model inside a ``with`` block are pieces of one text whose last token is at a position.
+
+    Raises
+    ------
+    ValueError
+        If the model is not patched.
+    """
+    patch: Patch = patched_decoder(model).lococo_patch
+    before, patch.last_position = patch.last_position, torch.tensor(last_position)
+    try:
+        yield
+    finally:
+        patch.last_position = before
+
+
+def _show_last_position(patch: Patch, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if patch.last_position is None:
+        return None
+    is_named = "position_ids" in kwargs
+    positions = kwargs["position_ids"] if is_named else args[1]
+    last = patch.last_position.to(positions).expand(positions.shape[0], 1)
+    longer = torch.cat([positions, last], dim=1)
+    return (args, {**kwargs, "position_ids": longer}) if is_named else ((args[0], longer, *args[2:]), kwargs)
+
+
+def _hide_last_position(patch: Patch, rotary: nn.Module, args: tuple, output: tuple) -> Any:
+    return None if patch.last_position is None else tuple(table[:, :-1] for table in output)
