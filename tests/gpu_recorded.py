@@ -129,6 +129,7 @@ def compare(got, expected, found):
 
 
 def recorded_equals_launched(found, device, steps, name, is_padded):
+    gc.collect()  # where a graph is freed, others of its stream may be recorded anew
     config, ids = CONFIGS[name], text(device, steps)
     model, mask = model_on(device, config), padded_mask(ids) if is_padded else None
     with recorders(device, None):
@@ -138,8 +139,8 @@ def recorded_equals_launched(found, device, steps, name, is_padded):
         got = Steps(model, ids, mask).take(steps, lambda: poison(device))
     compare(got, expected, found)
     # Rows of unequal length whose positions move apart from the slots are never recorded.
-    wanted = 0 if is_padded and config.positions == "slot" else 1
-    assert recorder.recordings == wanted, f"{recorder.recordings} recordings in place of {wanted}"
+    is_recorded = not (is_padded and config.positions == "slot")
+    assert bool(recorder.recordings) == is_recorded, f"{recorder.recordings} recordings"
 
 
 def outlives_another(found, device, steps):
