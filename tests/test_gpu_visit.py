@@ -151,9 +151,9 @@ def test_what_is_slow_does_not(tmp_path, monkeypatch):
 
 def test_time_that_is_over_ends_all_that_a_stage_started_and_keeps_what_it_wrote(tmp_path, monkeypatch):
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # its child, too
     tell = f"open({str(tmp_path / 'child')!r}, 'w').write(str(p.pid)); "
-    commands = {"kernels": "WRITE; " + child + tell + deaf + "time.sleep(60)", "decode": "WRITE"}
+    commands = {"kernels": "WRITE; " + deaf + child + tell + "time.sleep(60)", "decode": "WRITE"}
     start = time.monotonic()
     assert not visit(tmp_path, commands, monkeypatch, kernels=4)
     assert time.monotonic() - start < 40
