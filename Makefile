@@ -73,8 +73,8 @@ perplexity tasks agreement long ablate extend bench-extend side-by-side: export 
 
 .DEFAULT_GOAL := help
 .PHONY: help test lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity tasks \
-	agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-dry gpu-long \
-	gpu-perplexity gpu-tasks gpu-documents gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm clean
+	agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity \
+	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm clean
 .SECONDARY:
 
 help: ## list the targets
@@ -244,6 +244,8 @@ ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of s
 
 gpu: $(addsuffix /.installed,$(VENV)) ## 12 minutes on a GPU: right first, then fast; STAGES of them -> docs/results/gpu
 	PYTHONPATH=$(CURDIR) $(GPU_VISIT) --device $(DEVICE) --results $(RESULTS)
+
+.PHONY: gpu-dry gpu-documents
 
 # Packages that are missing there are hidden.
 gpu-dry: $(addsuffix /.installed,$(VENV)) ## the same on this CPU, tiny, without packages that may be missing there
