@@ -39,7 +39,15 @@ EXTENSION_FACTOR ?= 16
 EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
 EXTENDED := lococo lococo-slot h2o streaming full longlora
 EXTENSION_TEXTS := books math_latex code
-# On a GPU a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
+# A visit to a GPU: the choice of stages, and the seconds each may take where they are not those of tests/gpu_visit.py
+# (SECONDS_decode=100). With VENV empty it runs in PYTHON as it is: torch, Transformers, Triton and pytest are enough.
+STAGES ?= a b c d e
+TIMED := recorded tests kernels decode prefill score
+GPU_SECONDS = $(foreach stage,$(TIMED),$(addprefix $(stage)=,$(SECONDS_$(stage))))
+GPU_VISIT = $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) tests/gpu_visit.py --stages $(STAGES) \
+	$(addprefix --seconds ,$(GPU_SECONDS))
+
+# In gpu-long a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
 GPU_MINUTES ?= 28
 ifndef END
@@ -239,11 +247,18 @@ ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of s
 .demo/stories260k/config.json: | $(VENV)/.installed
 	$(VENV)/bin/python examples/stories260k.py $(STORIES) --output $(@D)
 
-gpu: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: its tests, speed, calibration and perplexity -> RESULTS
-	$(VENV)/bin/pytest -q -m gpu
-	$(VENV)/bin/pytest -q tests/test_triton.py
+gpu: $(addsuffix /.installed,$(VENV)) ## 12 minutes on a GPU: right first, then fast; STAGES of them -> docs/results/gpu
+	PYTHONPATH=$(CURDIR) $(GPU_VISIT) --device $(DEVICE) --results $(RESULTS)
+
+.PHONY: gpu-dry gpu-documents
+
+# Packages that are missing there are hidden.
+gpu-dry: $(addsuffix /.installed,$(VENV)) ## the same on this CPU, tiny, without packages that may be missing there
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/bare $(GPU_VISIT) --device cpu --results .demo/gpu-dry
+
+gpu-long: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: all speeds, calibration, perplexity, tasks -> RESULTS
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
-	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate
+	$(MAKE) $(GPU_HEADS) gpu-perplexity gpu-tasks gpu-documents gpu-extend gpu-ablate
 	$(MAKE) bench-cuda
 	$(MAKE) targets
 
@@ -283,7 +298,7 @@ gpu-tasks: $(MODEL)/$(GGUF)
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/tasks_$(DEVICE) || test $$? -eq 124
 
-gpu-long: $(MODEL)/$(GGUF)
+gpu-documents: $(MODEL)/$(GGUF)
 	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
 	timeout $$left $(LOCOCO) eval long $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) \
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 \

@@ -1,6 +1,8 @@
 """The grids of ``lococo bench``: order, ratios, resuming, limits, and the command. No absolute times."""
 
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import lococo
 from lococo.bench import grid as grid_module
 from lococo.bench import meter as meter_module
 from lococo.bench.counts import Work
+from lococo.bench.decode import Decode
 from lococo.bench.grid import Grid, Subject
 from lococo.bench.limits import Limits
 from lococo.bench.methods import plan_bench
@@ -238,6 +241,74 @@ def test_command_stops_in_time_and_goes_on(tmp_path, capsys):
     assert bench("prefill", output, *ARGUMENTS["prefill"], "--methods", "full,h2o") == 0
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 8
     assert not (tmp_path / "bench.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("turn", [0, 2])
+def test_a_cell_that_fails_takes_no_other_with_it(model, tmp_path, turn, capsys):
+    class Broken(Scripted):
+        def take(self, model, cell, meter):
+            found = super().take(model, cell, meter)
+            if self.measured[-1] == ("h2o", 64) and self.measured.count(("h2o", 64)) == turn + 1:
+                raise ValueError("shapes cannot be multiplied\nat length 64")
+            return found
+
+    grid = make_grid(model, topic := Broken(), tmp_path / "j", lengths=[64, 32])
+    message = rf"1 of 6 cells failed, first h2o M={M} length=64 batch=2: ValueError: shapes cannot be multiplied$"
+    with pytest.raises(RuntimeError, match=message):
+        grid.run()
+    assert topic.measured.count(("h2o", 64)) == turn + 1 and not lococo.is_patched(model)
+    measured = [(row["method"], row["length"]) for row in rows_of(grid)]
+    assert measured == [("full", 64), ("streaming", 64), ("full", 32), ("streaming", 32), ("h2o", 32)]
+    assert "at length 64" in capsys.readouterr().err  # the traceback
+    # It is no finding: the same command tries again.
+    assert make_grid(model, topic := Scripted(), tmp_path / "j", lengths=[64, 32]).run() == []
+    assert set(topic.measured) == {("h2o", 64)}
+
+
+def test_what_the_device_can_do_is_measured_before_anything_fails(model, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(grid_module, "measure_limits", lambda device, dtype: order.append("limits") or LIMITS)
+
+    class Noted(Scripted):
+        def take(self, *args):
+            order.append("cell")
+            return super().take(*args)
+
+    make_grid(model, Noted(), tmp_path / "j").run()
+    assert order[:2] == ["limits", "cell"] and order.count("limits") == 1
+
+
+def test_counting_can_be_left_out(model, tmp_path):
+    grid = make_grid(model, topic := Scripted(), tmp_path / "j", counts=False)
+    assert grid.run() == [] and topic.counted == []
+    assert all("operations" not in row and row["cache_bytes"] == 7 for row in rows_of(grid))
+    # Its journal does not stand in for one with counts.
+    grid = make_grid(model, Scripted(), tmp_path / "j", repeats=4)
+    assert grid.run() == [] and [row["operations"] for row in rows_of(grid)] == 3 * [32] + 3 * [64]
+
+
+def test_what_was_measured_before_an_interrupt_is_written(tmp_path, monkeypatch):
+    def interrupted(self, model, cell, meter, take=Decode.take):
+        if cell.length == 32:
+            raise KeyboardInterrupt
+        return take(self, model, cell, meter)
+
+    monkeypatch.setattr(Decode, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench("decode", tmp_path / "bench", *ARGUMENTS["decode"], "--methods", "full,h2o", "--no-counts")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["method"], row["length"]) for row in rows] == [("full", 16), ("h2o", 16)]
+    assert (tmp_path / "bench.partial.jsonl").exists()
+    assert all("ops_per_step" not in row or row["ops_per_step"] is None for row in rows)
+
+
+def test_without_matplotlib_there_is_no_picture_and_a_word(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert bench("prefill", tmp_path / "bench", "--lengths", "16", "--methods", "full") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
+    assert "no picture, matplotlib is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

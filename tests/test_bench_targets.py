@@ -77,6 +77,16 @@ def test_prefill_is_judged_by_method_at_its_worst_length(tmp_path):
     assert {(row["device"], row["commit"]) for row in measured} == {(CARD, "abc")}
 
 
+def test_a_short_visit_stands_in_for_the_long_grid(tmp_path):
+    what = "decoding, 8B shape, batch 1: tokens per second"
+    write(tmp_path, "gpu_decode", [cell(PRESET, 4096, tokens_per_second=250.0)])
+    (row,) = [row for row in target_rows(tmp_path) if (row["what"], row["method"]) == (what, PRESET)]
+    assert (row["measured"], row["outcome"], row["source"]) == (250, "met", "gpu_decode.json")
+    write(tmp_path, targets_module.DECODE_8B, [cell(PRESET, 4096, tokens_per_second=150.0)])
+    (row,) = [row for row in target_rows(tmp_path) if (row["what"], row["method"]) == (what, PRESET)]
+    assert (row["measured"], row["outcome"], row["source"]) == (150, "missed", f"{targets_module.DECODE_8B}.json")
+
+
 ROWS = [
     *(cell("full", length, median=0.1 * length, tokens_per_second=1.0) for length in (8, 64)),
     *(cell(PRESET, length, median=0.4, tokens_per_second=1000 / length, cache_bytes=5) for length in (8, 64)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def _add_grid(topic: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="(default: 1)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each cell (default: %(default)s)")
     parser.add_argument("--time-limit", type=float, help="seconds after which no measurement begins")
+    parser.add_argument("--no-counts", action="store_true", help="times and memory alone, nothing counted apart")
     parser.add_argument("--output", type=Path, help=f"(default: docs/results/bench_{topic}_DEVICE)")
     parser.set_defaults(run=_grid, topic=topic)
 
@@ -122,20 +124,30 @@ def _grid(options: argparse.Namespace) -> None:
         for cell in group:
             topic.check(cell)
     journal = Journal(beside(output, ".partial.jsonl"))
-    grid = Grid(_subject(options), topic, groups, options.repeats, journal, options.time_limit)
-    remaining = grid.run()
-    rows = rows_of(grid)
-    if rows:
-        shown = columns(topic.name, rows)
-        limits = dataclasses.asdict(grid.limits())
-        write_result(output, options.command_line, device, rows, shown, limits=limits)
-        plot(topic.name, rows, beside(output, ".png"))
-        print(markdown_table([{name: row[name] for name in shown} for row in rows]))
+    counts = not options.no_counts
+    grid = Grid(_subject(options), topic, groups, options.repeats, journal, options.time_limit, counts)
+    try:
+        remaining = grid.run()
+    finally:  # what was measured before an error or an interrupt is a result, too
+        _write(grid, output, options.command_line)
     if remaining:
         print(f"{output}: the time limit left {len(remaining)} cells; the same command goes on with", file=sys.stderr)
         print(*(f"  {cell}" for cell in remaining), sep="\n", file=sys.stderr)
     else:
         journal.finish()
+
+
+def _write(grid: Grid, output: Path, command: str) -> None:
+    rows = rows_of(grid)
+    if not rows:
+        return
+    shown = columns(grid.topic.name, rows)
+    write_result(output, command, grid.device, rows, shown, limits=dataclasses.asdict(grid.limits()))
+    print(markdown_table([{name: row[name] for name in shown} for row in rows]))
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{output}: no picture, matplotlib is not installed", file=sys.stderr)
+    else:
+        plot(grid.topic.name, rows, beside(output, ".png"))
 
 
 def _subject(options: argparse.Namespace) -> Subject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,7 +43,8 @@ class Grid:
 
     The cells of a group are compared with each other: each is measured once to warm up, which also tells its peak of
     memory, then all of them in turn, ``repeats`` times, so that what changes on the machine meets all alike. Every
-    single measurement is journaled. A cell that is too large for the device is left out with the reason.
+    single measurement is journaled. A cell that is too large for the device is left out with the reason. One that
+    fails is given up, and the others are measured.
 
     Parameters
     ----------
@@ -55,6 +57,8 @@ class Grid:
     journal : Journal
     time_limit : float, optional
         Seconds after which no measurement begins.
+    counts : bool
+        Whether topics count what they count apart from any time. It takes as long as several measurements.
     """
 
     def __init__(
@@ -65,11 +69,13 @@ class Grid:
         repeats: int,
         journal: Journal,
         time_limit: float | None = None,
+        counts: bool = True,
     ) -> None:
         if repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {repeats}")
         self.subject, self.topic, self.groups = subject, topic, groups
-        self.repeats, self.journal = repeats, journal
+        self.repeats, self.journal, self.counts = repeats, journal, counts
+        self._failed: dict[Cell, str] = {}
         self.sizes = Sizes.of(subject.model)
         self._identity = subject.identity
         self._runs = {cell.run: cell.run.identity() for cell in self.cells}
@@ -86,8 +92,16 @@ class Grid:
         return self.subject.model.device
 
     def run(self) -> list[Cell]:
-        """Measure what has not been measured. Returns the cells for which there was no time."""
+        """Measure what has not been measured. Returns the cells for which there was no time.
+
+        Raises
+        ------
+        RuntimeError
+            At the end, if cells failed.
+        """
         try:
+            self._deadline.check()
+            self.limits()  # now: there are errors after which a GPU does nothing more
             with tqdm(total=len(self.cells) * self.repeats, desc=self.topic.name, disable=None) as bar:
                 for group in self.groups:
                     for cell in self._measurements(group):
@@ -95,6 +109,9 @@ class Grid:
                         bar.update()
         except OutOfTime:
             pass
+        if self._failed:
+            cell, reason = next(iter(self._failed.items()))
+            raise RuntimeError(f"{len(self._failed)} of {len(self.cells)} cells failed, first {cell}: {reason}")
         return [cell for cell in self.cells if not self.is_done(cell)]
 
     def limits(self) -> Limits:
@@ -114,12 +131,15 @@ class Grid:
 
     def memory(self, cell: Cell) -> dict[str, Any]:
         """What was held in memory while a cell was measured, and what its topic counts."""
-        return self.journal.recall(self._key(cell, "memory")) or {}
+        return self.journal.recall(self._memory_key(cell)) or {}
 
     def turns(self, cell: Cell) -> list[dict[str, Any]]:
         """What a cell's measurements found so far."""
         found = (self.journal.recall(self._key(cell, turn)) for turn in range(self.repeats))
         return [turn for turn in found if turn is not None]
+
+    def _memory_key(self, cell: Cell) -> list[Any]:
+        return self._key(cell, "memory" if self.counts else "memory alone")
 
     def _key(self, cell: Cell, what: str | int) -> list[Any]:
         of_cell = [cell.run.name, self._runs[cell.run], cell.length, cell.batch, cell.objective]
@@ -132,7 +152,8 @@ class Grid:
                 self._warm_up(cell)
         for turn in range(self.repeats):
             for cell in group:
-                if self.skipped(cell) is None and self.journal.recall(self._key(cell, turn)) is None:
+                is_measurable = self.skipped(cell) is None and cell not in self._failed
+                if is_measurable and self.journal.recall(self._key(cell, turn)) is None:
                     self._measure(cell, turn)
                 yield cell
 
@@ -146,9 +167,9 @@ class Grid:
         if found is None:
             return
         held = {"peak_bytes": meter.peak(), **{name: found[name] for name in self.topic.held}}
-        counts = self._attempt(cell, meter, lambda model: self.topic.count(model, cell))
+        counts = self._attempt(cell, meter, lambda model: self.topic.count(model, cell) if self.counts else {})
         if counts is not None:
-            self.journal.measure(self._key(cell, "memory"), lambda: {**held, **counts})
+            self.journal.measure(self._memory_key(cell), lambda: {**held, **counts})
 
     def _measure(self, cell: Cell, turn: int) -> None:
         meter = Meter(self.device)
@@ -159,18 +180,21 @@ class Grid:
     def _attempt(
         self, cell: Cell, meter: Meter, action: Callable[[PreTrainedModel], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """Act with a cell's method in force. None if the device has no room for it; that is then journaled."""
+        """Act with a cell's method in force. None if that fails; that the device has no room is journaled."""
         self._deadline.check()
         run = cell.run
         try:
             with as_method(self.subject.model, run.config, run.heads):
                 return action(self.subject.model)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
+        except Exception as error:
+            reason, is_too_large = str(error).partition("\n")[0], is_out_of_memory(error)
+            if not is_too_large:
+                traceback.print_exc()
+                self._failed[cell] = f"{type(error).__name__}: {reason}"
         # Here the error, and what its traceback held, is gone.
-        self._skip(cell, f"out of memory: {reason}", max(self.topic.least_memory(self.sizes, cell), meter.peak() or 0))
+        if is_too_large:
+            needed = max(self.topic.least_memory(self.sizes, cell), meter.peak() or 0)
+            self._skip(cell, f"out of memory: {reason}", needed)
         release_memory(self.device)
         return None
 

@@ -25,6 +25,8 @@ PREFILL_8B, PREFILL_7B = "bench_prefill_cuda_llama-3.1-8b", "bench_prefill_cuda_
 DECODE_8B, TRAIN_8B, EXTEND_8B, SCORE_8B = (
     f"bench_{topic}_cuda_llama-3.1-8b" for topic in ("decode", "train", "extend", "score")
 )
+# Where the long grid has not been measured, that of a short visit to a GPU stands in.
+STAND_INS = {PREFILL_8B: "gpu_prefill", DECODE_8B: "gpu_decode", SCORE_8B: "gpu_score"}
 DECODE_CPU, EXTEND_CPU, SCORE_CPU = "bench_decode_cpu", "bench_extend_cpu", "bench_score_cpu"
 
 
@@ -55,11 +57,14 @@ class Target:
 
     def rows(self, results: Path) -> list[Row]:
         """What a folder of results says, method by method."""
-        path = results / f"{self.source}.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
-        return [self._row(method, content) for method in self.methods]
+        for source in filter(None, (self.source, STAND_INS.get(self.source))):
+            path = results / f"{source}.json"
+            if path.is_file():
+                content = json.loads(path.read_text(encoding="utf-8"))
+                return [self._row(method, content, source) for method in self.methods]
+        return [self._row(method, {"rows": []}, self.source) for method in self.methods]
 
-    def _row(self, method: str | None, content: dict) -> Row:
+    def _row(self, method: str | None, content: dict, source: str) -> Row:
         measured = self.figure(content, [row for row in content["rows"] if row.get("method") == method])
         return {
             "what": self.what,
@@ -69,7 +74,7 @@ class Target:
             "outcome": "not measured" if measured is None else "met" if self.is_met(measured) else "missed",
             "device": None if measured is None else content["device"],
             "commit": None if measured is None else content["commit"],
-            "source": f"{self.source}.json",
+            "source": f"{source}.json",
         }
 
 
