@@ -11,14 +11,13 @@ The project's recorders are in ``lococo.graphs.RECORDERS``; ``TapeRecorder()`` i
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Operations whose result, or its shape, the host has to know.
 WAITING = {
@@ -35,6 +34,24 @@ class FreedMemory(RuntimeError):
 
 def not_permitted(reason: str) -> RuntimeError:
     return RuntimeError(f"not permitted while recording: {reason}, at {library_line()}")
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an operation's arguments or results."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """An operation's arguments or results with a function of everything in them."""
+    if isinstance(value, dict):
+        return {name: mapped(function, item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)([mapped(function, item) for item in value])
+    return function(value)
 
 
 def operation_name(function: Any) -> str:
@@ -64,7 +81,7 @@ def written_arguments(function: Any, args: tuple, kwargs: dict[str, Any]) -> lis
     schema = function._schema.arguments
     given = [*zip(schema, args, strict=False), *((each, kwargs[each.name]) for each in schema if each.name in kwargs)]
     written = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
-    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, torch.Tensor)]
+    return list(tensors_in(written))
 
 
 def library_line() -> str:
@@ -118,8 +135,8 @@ class Operation:
     results: list[torch.Tensor | None]
 
     def repeat(self) -> None:
-        args, kwargs = tree_map(_there, (self.args, self.kwargs))
-        again = [leaf for leaf in tree_leaves(self.function(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        args, kwargs = mapped(_there, (self.args, self.kwargs))
+        again = tensors_in(self.function(*args, **kwargs))
         for result, new in zip(self.results, again, strict=True):
             if result is not None and result.data_ptr() != new.data_ptr():
                 result.copy_(new)
@@ -145,14 +162,13 @@ class Tape(TorchDispatchMode):
         written = written_arguments(function, args, kwargs)
         for tensor in written:
             self._remember(tensor)
-        frozen = tree_map(self._freeze, (args, kwargs))
-        given = {address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        frozen = mapped(self._freeze, (args, kwargs))
+        given = set(map(address, tensors_in((args, kwargs))))
         output = function(*args, **kwargs)
-        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        new = [leaf if address(leaf) not in given else None for leaf in results]
-        self._made.update({address(leaf): leaf for leaf in new if leaf is not None})
+        new = [result if address(result) not in given else None for result in tensors_in(output)]
+        self._made.update({address(result): result for result in new if result is not None})
         # A view needs no repetition: it is taken anew wherever it is used.
-        if written or any(leaf is not None for leaf in new):
+        if written or any(result is not None for result in new):
             self._operations.append(Operation(function, *frozen, new))
         return output
 
