@@ -217,6 +217,7 @@ def growth(model, num_tokens):
     return most - start
 
 
+@pytest.mark.slow
 def test_the_process_does_not_grow_while_a_hundred_thousand_tokens_pass():
     model = patch(tiny_llama(**WIDE), OPEN, num_slots=64, block_size=128)
     assert growth(model, 49 * 2048) < MEGABYTES

@@ -287,6 +287,7 @@ STOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -488,6 +489,7 @@ def calibrate_tiny(folder, windows_per_step=2):
     return calibrate(model, word_tokenizer(), config, texts, recipe, folder / "heads", dtype=None, **places)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_heads_of_one(tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:

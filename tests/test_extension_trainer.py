@@ -185,6 +185,7 @@ def most_saved(method, length, folder, depth=2):
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lococo", "h2o", "streaming"])
 def test_memory_does_not_grow_with_the_window(method, tmp_path):
     short, long = (most_saved(method, length, tmp_path) for length in (97, 385))
@@ -197,6 +198,7 @@ def test_memory_does_not_grow_with_the_window(method, tmp_path):
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     command = [sys.executable, str(Path(extension_worker.__file__))]
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]

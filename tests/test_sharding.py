@@ -38,6 +38,7 @@ def found(folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_model_learns_what_a_whole_one_does(found, case):
     atol = 1e-4 if CASES[case][2] == torch.float32 else 1e-3  # a loss rounded to bfloat16 is 1e-2 off
@@ -51,6 +52,7 @@ def test_sharded_model_learns_what_a_whole_one_does(found, case):
     torch.testing.assert_close(found[0]["fsdp", case]["learned"], found[1]["fsdp", case]["learned"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_equals_uninterrupted(found, case):
     for of_process in found:
@@ -59,6 +61,7 @@ def test_resumed_equals_uninterrupted(found, case):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_each_process_keeps_its_part_alone(found, case):
     shares = [of_process["fsdp", case]["share"] for of_process in found]
@@ -70,6 +73,7 @@ def test_each_process_keeps_its_part_alone(found, case):
         assert not of_process["ddp", case]["whole_weight_is_gone"]
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_an_extension(folder):
     assert not (folder / "work").exists()
     model = lococo.load_extended(tiny_llama(), folder / "extended")

@@ -397,6 +397,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", training_worker.TASKS)
 def test_two_processes_train_like_one(task, two_processes, tmp_path):
     start = heads(patched_tiny())
@@ -408,6 +409,7 @@ def test_two_processes_train_like_one(task, two_processes, tmp_path):
         assert result[task]["exchanges"] == 3  # one each step, whatever the chunks and batches in it
 
 
+@pytest.mark.slow
 def test_suspension_reaches_into_ddp(two_processes):
     expected = logits(tiny_llama().double(), tiny_ids(1, 64))
     assert all(torch.equal(result["suspended"], expected) for result in two_processes)

@@ -442,6 +442,7 @@ def two_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate_init", distributed_worker.GATES)
 @pytest.mark.parametrize("strategy", distributed_worker.STRATEGIES)
 def test_two_processes_train_like_one(strategy, gate_init, two_processes):
