@@ -230,8 +230,8 @@ CROP_ERROR = (
 class LoCoCoCache(Cache):
     """The cache of a patched model: M slots and an open block per layer, whatever the length read.
 
-    Made by the model's forward and by ``generate``; pass one back in to go on reading. A copy, also by way of pickle or
-    of ``save`` and ``load``, goes on as the original would.
+    Made by the model's forward and by ``generate``; pass one back in to go on reading. A copy, also by pickle or by
+    ``save`` and ``load``, goes on as the original would.
 
     Parameters
     ----------
