@@ -1,8 +1,16 @@
 """Figures in the README are those of the result files."""
 
+import functools
 import json
 import re
 from pathlib import Path
+from unittest import mock
+
+import torch
+from tiny import tiny_ids, tiny_llama
+from transformers import AutoModelForCausalLM, BatchEncoding, GenerationMixin, LlamaForCausalLM
+
+import lococo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,6 +22,27 @@ def test_quoted_table_stands_in_the_result_file():
     measured = (ROOT / file).read_text(encoding="utf-8").splitlines()
     assert len(rows) > 4
     assert not [row for row in rows if row not in measured]
+
+
+def test_the_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    """Block after block, as a reader would, with a tiny model, and its words, in the place of a large one."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    book = tiny_ids(1, 90)
+    tokenizer = mock.Mock(return_value=BatchEncoding({"input_ids": book, "attention_mask": torch.ones_like(book)}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
+    monkeypatch.setattr(LlamaForCausalLM, "generate", functools.partialmethod(_answer, book))
+    monkeypatch.chdir(tmp_path)
+    lococo.save_heads(lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8)), "folder-or-hub-id")
+    names = {"tokenizer": tokenizer, "book": "", "question": ""}
+    ran = [block for block in blocks if "load_extended" not in block]
+    assert len(ran) == 3
+    for block in ran:
+        exec(block, names)
+    assert Path("book.safetensors").is_file()
+
+
+def _answer(model, book, *args, **kwargs):
+    return GenerationMixin.generate(model, **{"input_ids": book, **kwargs, "max_new_tokens": 2})
 
 
 def test_every_link_and_picture_exists():

@@ -342,8 +342,69 @@ UNSUPPORTED = {
         first_k_dense_replace=2,
     ),
     "difference-of-attentions": lambda: causal_lm("DiffLlama"),
+    "keywords-kept": lambda: causal_lm("Nemotron"),
+    "keywords-kept-in-one-layer": lambda: with_attention_of_its_own("keeps"),
+    "own-attention": lambda: with_attention_of_its_own("attends"),
+    "multimodal-rotary": lambda: vision_language("Qwen2_5_VL", rope_scaling=SECTIONS),
+    "multimodal-rotary-interleaved": lambda: vision_language("Qwen3VL", head_dim=8, rope_scaling=SECTIONS),
+    "two-head-sizes": lambda: with_head_dims(8, 16),
+    "head-size-of-no-config": lambda: with_head_dims(16, 16),
+    "more-kv-heads-than-the-config-says": lambda: causal_lm("JetMoe", kv_channels=8, num_local_experts=4),
+    "shared-keys": lambda: transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**GEMMA3N)),
+    "tensor-parallel": lambda: with_tensor_parallelism(),
     "no-model": lambda: nn.Linear(4, 4),
 }
+
+
+SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+GEMMA3N = {
+    **SIZES,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "intermediate_size": [48] * 4,
+}
+
+
+def vision_language(name, **features):
+    vision = dict(
+        depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[]
+    )
+    config = getattr(transformers, f"{name}Config")(text_config={**SIZES, **features}, vision_config=vision)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+
+
+def with_attention_of_its_own(kind):
+    """A Llama in whose last layer somebody has put code of their own, a class with the same name."""
+    model = tiny_llama()
+    layer = model.model.layers[1]
+    owner = layer if kind == "keeps" else layer.self_attn
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        if kind == "attends":
+            return torch.nn.functional.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states), None
+        return self.self_attn(hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings)
+
+    owner.__class__ = type(type(owner).__name__, (type(owner),), {"forward": forward})
+    return model
+
+
+def with_head_dims(*head_dims):
+    model = tiny_llama()
+    for layer, head_dim in zip(model.model.layers, head_dims, strict=True):
+        layer.self_attn.head_dim = head_dim
+    return model
+
+
+def with_tensor_parallelism():
+    model = tiny_llama()
+    model._tp_size = 2
+    return model
 
 
 def causal_lm(name, **features):
@@ -360,7 +421,38 @@ def conditional(name, **features):
 def test_unsupported_models_are_refused_by_name_and_left_alone(kind):
     model = UNSUPPORTED[kind]()
     before, weights = anatomy(model), [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match=f"{type(model).__name__} is not supported: "):
+    is_split = kind == "tensor-parallel"
+    reason = "is split over processes by tensor parallelism" if is_split else "is not supported: "
+    with pytest.raises(ValueError, match=f"{type(model).__name__} {reason}"):
         lococo.patch_model(model, SMALL)
     assert anatomy(model) == before and not lococo.is_patched(model)
     assert all(map(torch.equal, weights, model.parameters()))
+
+
+@pytest.mark.parametrize(("name", "features"), [("Phimoe", dict(num_local_experts=2)), ("Olmoe", dict(num_experts=2))])
+def test_the_window_of_the_mask_is_that_of_the_layer(name, features):
+    """PhiMoE's attention is not told of the window in its mask, OLMoE's of one that its mask does not have."""
+    model, ids = causal_lm(name, sliding_window=WINDOW, num_experts_per_tok=1, **features), tiny_ids(2, LENGTH)
+    full = read(model, ids)
+    patch(model, LARGE)
+    assert_close(read(model, ids), full)
+    assert_close(read(model, ids, SPLITS["mixed"]), full)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own quantisation is on its way out
+@pytest.mark.parametrize("positions", ["absolute", "slot"])
+def test_linear_layers_in_dynamic_int8(positions):
+    def model():
+        return torch.ao.quantization.quantize_dynamic(tiny_llama(), {nn.Linear})
+
+    ids = tiny_ids(2, LENGTH)
+    full = read(model(), ids)
+    assert_close(read(patch(model(), LARGE, positions=positions), ids), full)
+    options = dict(max_new_tokens=9, do_sample=False)
+    assert torch.equal(
+        patch(model(), LARGE, positions=positions).generate(ids, **options), model().generate(ids, **options)
+    )
+    small = patch(model(), SMALL, positions=positions)
+    assert gap(read(small, ids), full) > 1e-2
+    assert small.generate(ids, **options).shape == (2, LENGTH + 9)
+    assert_close(read(lococo.unpatch_model(small), ids), full)

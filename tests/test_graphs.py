@@ -1,6 +1,7 @@
 """Recorded steps: the same bits as steps that are not, whatever ``generate`` does; with a recorder for the CPU."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -149,16 +150,132 @@ def test_nothing_is_recorded_where_it_would_not_be_the_same(recorder):
     assert recorder.recordings == 1
 
 
-def test_a_recording_that_fails_is_told_once_and_done_without(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, OSError, ValueError, torch.OutOfMemoryError])
+def test_a_recording_that_fails_is_told_once_and_never_tried_again(error, monkeypatch, recwarn):
+    """Whatever it raises; nothing of it is tried again for another cache of the same patch."""
+    tries = []
+
     def fail(function):
-        raise RuntimeError("capture is not permitted here")
+        tries.append(function)
+        raise error("capture is not permitted here")
 
     model = patched_llama(CONFIGS["open"])
     expected = answer(model).sequences
     monkeypatch.setitem(graphs.RECORDERS, "cpu", fail)
-    with pytest.warns(UserWarning, match="decodes without a CUDA graph: capture is not permitted here") as warned:
+    for _ in range(3):
         assert torch.equal(answer(model).sequences, expected)
-    assert len(warned) == 1
+    told = [str(warning.message) for warning in recwarn if "CUDA graph" in str(warning.message)]
+    assert told == ["LlamaForCausalLM decodes without a CUDA graph: capture is not permitted here"]
+    assert len(tries) == 1
+    lococo.unpatch_model(model)
+    torch.manual_seed(0)
+    lococo.patch_model(model, CONFIGS["open"])
+    answer(model)
+    assert len(tries) == 2
+
+
+def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(monkeypatch):
+    """The function has run to the second layer: on a GPU nothing would have been computed."""
+    model, ids = patched_llama(CONFIGS["open"]), tiny_ids(1, 60)
+
+    def fail(function):
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+        cache = next(iter(caches))
+        kept = [tensor.clone() for layer in cache.layers for tensor in layer.buffers()]
+        at = [layer.steps._at.clone() for layer in cache.layers]
+        try:
+            function()
+        finally:
+            handle.remove()
+            for tensor, value in zip([t for layer in cache.layers for t in layer.buffers()], kept, strict=True):
+                tensor.copy_(value)
+            for layer, value in zip(cache.layers, at, strict=True):
+                layer.steps._at.copy_(value)
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", fail)
+    with torch.no_grad(), pytest.warns(UserWarning, match="without a CUDA graph: division by zero"):
+        cache, logits = model(ids[:, :21], use_cache=True).past_key_values, []
+        caches = [cache]
+        for part in ids[:, 21:].split(1, dim=1):
+            logits.append(model.__call__(input_ids=part, past_key_values=cache).logits)
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 21:], rtol=0, atol=1e-5)
+    assert not cache.is_open and not cache.is_reading and model.model.lococo_patch.request is None
+
+
+def test_an_empty_recording_is_found_out_before_it_counts(monkeypatch):
+    """As when it was made on the stream of another device: nothing is ever written."""
+    model = patched_llama(CONFIGS["open"])
+    expected = answer(model)
+
+    def record_nothing(function):
+        return lambda: None, CausalLMOutputWithPast(logits=torch.zeros(1, 1, 64))
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", record_nothing)
+    with pytest.warns(UserWarning, match="without a CUDA graph: the recording is empty"):
+        got = answer(model)
+    assert all(map(torch.equal, got.logits, expected.logits))
+
+
+def test_a_recording_that_lost_memory_to_another_is_made_anew(recorder, monkeypatch):
+    class Replay:
+        is_intact = True
+
+        def __init__(self, replay):
+            self.replay = replay
+
+        def __call__(self):
+            self.replay()
+
+    made = []
+
+    def record(function):
+        replay, output = recorder(function)
+        made.append(Replay(replay))
+        return made[-1], output
+
+    model = patched_llama(CONFIGS["open"])
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", record)
+    with torch.no_grad():
+        cache = model(PROMPT, use_cache=True).past_key_values
+        for step in range(20):
+            if step == 15:
+                made[-1].is_intact = False
+            model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
+    assert recorder.recordings == 2
+
+
+def test_streams_count_the_graphs_that_were_freed_on_them():
+    class Graph:
+        def replay(self):
+            """Nothing."""
+
+    graph, other, elsewhere = Graph(), Graph(), Graph()
+    replays = [graphs.CudaGraphReplay(each, stream) for each, stream in ((graph, 7), (other, 7), (elsewhere, 8))]
+    assert all(replay.is_intact for replay in replays)
+    replays[1]._graph = other = None
+    gc.collect()
+    assert [replay.is_intact for replay in replays] == [False, False, True]
+
+
+def test_a_buffer_that_moves_is_recorded_anew(recorder):
+    model = patched_llama(CONFIGS["open"])
+    with torch.no_grad():
+        cache = model(PROMPT, use_cache=True).past_key_values
+        for step in range(20):
+            if step == 15:
+                model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+            model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
+    assert recorder.recordings == 2
+
+
+def test_what_is_patched_in_inference_mode_works_in_and_out_of_it(recorder):
+    expected = answer(patched_llama(CONFIGS["open"]))
+    with torch.inference_mode():
+        model = patched_llama(CONFIGS["open"])
+        inside = answer(model)
+    outside = answer(model)
+    for got in (inside, outside):
+        assert all(map(torch.equal, got.logits, expected.logits))
 
 
 def test_unpatching_leaves_nothing_and_copies_stay_patched(recorder):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from tiny import SIZES, tiny_ids, tiny_llama
+from training_worker import head_trainer
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import lococo
 from lococo import LoCoCoConfig
 from lococo.generation import read_and_answer, read_tokens
 from lococo.models import length_dependent_rotaries
+from lococo.training.objectives import Distill, NextToken
 from lococo.whole_text import reading_pieces
 
 BOUNDARY = 32
@@ -158,3 +160,22 @@ def test_a_forward_that_fails_leaves_nothing_behind(name):
     handle.remove()
     assert model.model.lococo_patch.last_position is None
     assert_close(model(tiny_ids(1, 20)).logits, build(name)(tiny_ids(1, 20)).logits)
+
+
+@every_model
+@pytest.mark.parametrize(
+    "objective", [NextToken(backprop_tokens=9), Distill(backprop_tokens=20, next_token_weight=1.0)]
+)
+def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
+    """The model with its full cache beside it, too: with enough slots there is nothing to learn."""
+    model = lococo.patch_model(build(name), large())
+    trainer = head_trainer(model, tmp_path, objective)
+    with torch.enable_grad():
+        loss = trainer.training_step(trainer.model, {"input_ids": tiny_ids(1, 64)})
+    ids = tiny_ids(1, 64)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(build(name)(ids).logits[0, :-1], ids[0, 1:])
+    if isinstance(objective, Distill):  # nothing to learn from the full cache
+        expected = torch.zeros_like(expected)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=2e-5)
+    assert model.model.lococo_patch.last_position is None
