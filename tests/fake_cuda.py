@@ -202,7 +202,7 @@ class _StandIns(TorchFunctionMode):
             (torch.cuda, "device", contextlib.nullcontext),
             (torch.backends.cuda, "SDPAParams", lambda *args: None),
             (torch.backends.cuda, "can_use_flash_attention", lambda *args: False),
-            (lococo.backends, "_triton_runs", lambda *args: False),
+            (lococo.backends, "_has_triton", lambda device: False),
         ):
             self._stack.enter_context(mock.patch.object(owner, name, value))
         self._stack.enter_context(
