@@ -1,5 +1,6 @@
 PYTHON ?= python3
 TORCH ?= torch
+CUDA_TORCH ?= torch
 VENV ?= .venv
 VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
 DEMO_ARGS ?=
@@ -69,14 +70,15 @@ LENGTHS ?= 4096 8192 16384 32768 65536 131072
 BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
-test test-all test-versions test-chatglm: export HF_HUB_OFFLINE = 1
-test test-all test-versions test-chatglm bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
+test test-all test-versions test-chatglm test-cuda-build: export HF_HUB_OFFLINE = 1
+test test-all test-versions test-chatglm test-cuda-build bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
 perplexity tasks agreement long ablate extend bench-extend side-by-side: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity \
 	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity \
-	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm clean
+	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm \
+	test-cuda-build clean
 .SECONDARY:
 
 help: ## list the targets
@@ -332,6 +334,18 @@ test-chatglm: .venvs/4.41.2/.installed-chatglm ## generate with ChatGLM's own co
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install "$(TORCH)"
 	$(@D)/bin/pip install "transformers==4.41.2" -e . sentencepiece protobuf pytest pytest-timeout setuptools
+	touch $@
+
+# Devices are simulated in tensors of the type that only such a build of torch has.
+test-cuda-build: .venvs/cuda-build/.installed ## decode on simulated GPUs, on the build of torch for CUDA in CUDA_TORCH
+	$(<D)/bin/python -c "import sys, torch; sys.exit(None if torch.version.cuda else f'torch {torch.__version__} is no \
+	build for CUDA: name one that is in CUDA_TORCH, and remove $(<D) first')"
+	$(<D)/bin/pytest -q -m cuda_build tests/test_fake_cuda.py
+
+.venvs/cuda-build/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install "$(CUDA_TORCH)"
+	$(@D)/bin/pip install -e . hypothesis pytest pytest-timeout
 	touch $@
 
 clean: ## remove virtual environments, build products and caches

@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lococo.backends
-import lococo.trials
 
 CPU = torch.device("cpu")
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
@@ -203,7 +202,7 @@ class _StandIns(TorchFunctionMode):
             (torch.cuda, "device", contextlib.nullcontext),
             (torch.backends.cuda, "SDPAParams", lambda *args: None),
             (torch.backends.cuda, "can_use_flash_attention", lambda *args: False),
-            (lococo.trials.TRITON, "is_on", False),
+            (lococo.backends, "_has_triton", lambda device: False),
         ):
             self._stack.enter_context(mock.patch.object(owner, name, value))
         self._stack.enter_context(

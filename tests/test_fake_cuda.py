@@ -138,7 +138,9 @@ def test_decoding_on_one_device(name, is_padded):
 @pytest.mark.parametrize("name", FEW)
 def test_recorded_decoding(name, is_padded):
     with recorded():
-        assert_decodes_as_on_the_cpu(patched_llama(CONFIGS[name]), is_padded)
+        expected, logits, waits = decode_on_both(patched_llama(CONFIGS[name]), *text(is_padded))
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    assert len(waits) <= 1  # a new recording may be looked at once
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
@@ -294,4 +296,5 @@ def test_nothing_is_left_changed():
         assert torch.cuda.get_device_capability() == (9, 0)
         torch.ones(2, device="cuda")
     assert [dict(vars(owner)) for owner in owners] == before
-    assert not isinstance(torch.ones(2) + 1, type(before)) and (torch.ones(2) + 1).device.type == "cpu"
+    with pytest.raises(Exception, match="NVIDIA|CUDA"):
+        torch.ones(2, device="cuda")

@@ -70,6 +70,14 @@ def test_generate(name, dtype):
     assert_recorded_as_launched(patched_llama(CONFIGS[name]).to(dtype))
 
 
+@pytest.mark.parametrize("name", ["default", "open-slot", "slots-per-head"])
+@pytest.mark.parametrize("is_made_there", [False, True], ids=["model-from-outside", "model-made-there"])
+def test_inference_mode(is_made_there, name):
+    model = None if is_made_there else patched_llama(CONFIGS[name])
+    with torch.inference_mode():
+        assert_recorded_as_launched(model or patched_llama(CONFIGS[name]))
+
+
 @pytest.mark.parametrize("name", ["default", "open", "slots-per-head", "h2o", "mean"])
 def test_padded_rows(name):
     ids, mask = padded()

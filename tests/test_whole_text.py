@@ -164,7 +164,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(name):
 
 @every_model
 @pytest.mark.parametrize(
-    "objective", [NextToken(backprop_tokens=9), Distill(backprop_tokens=20, next_token_weight=1.0)]
+    "objective", [NextToken(backprop_tokens=9), Distill(backprop_tokens=20)]
 )
 def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
     """The model with its full cache beside it, too: with enough slots there is nothing to learn."""
