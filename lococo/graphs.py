@@ -94,6 +94,10 @@ RECORDERS: dict[str, Recorder] = {"cuda": record_cuda_graph}
 _graphs: weakref.WeakKeyDictionary[LoCoCoCache, StepGraph | None] = weakref.WeakKeyDictionary()
 
 
+class EmptyRecordingError(RuntimeError):
+    """Operations went elsewhere while they were recorded."""
+
+
 class StepGraph:
     """The forward of one token of every row with one cache, for replays with other tokens.
 
@@ -155,7 +159,7 @@ class StepGraph:
 
         Raises
         ------
-        RuntimeError
+        EmptyRecordingError
             If the first replay writes nothing. Nothing has been read then.
         """
         self.input_ids.copy_(input_ids)
@@ -166,7 +170,7 @@ class StepGraph:
         with _on_device(self.input_ids.device):
             self._replay()
         if not self._is_tried and bool((self._logits == nothing).all()):
-            raise RuntimeError("the recording is empty")
+            raise EmptyRecordingError("the recording is empty")
         self._is_tried = True
         return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
 
@@ -196,19 +200,26 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     heads = fusion_heads(model) if graph is None else graph.heads
     for layer, head in zip(cache.layers, heads, strict=True):
         layer.open_steps(plan_for, head, decoder.config.num_attention_heads)
-    position_ids = kwargs.get("position_ids")
-    if cache.config.positions == "slot" or position_ids is None:
-        position_ids = plan.entries if cache.config.positions == "slot" else plan.places
-    try:
-        if graph is None or not graph.fits(cache):
-            _graphs.pop(cache, None)  # its memory is free before the next one takes some
-            graph = _graphs[cache] = StepGraph(model, cache, kwargs, RECORDERS[input_ids.device.type])
-        output = graph.step(cache, input_ids, position_ids)
-    except Exception as error:  # compilers, allocators and libraries raise what they like
+
+    def without_graph(error: Exception) -> Any:
         _graphs[cache] = None
         patch.can_record = False
         patch.say_once(f"{type(model).__name__} decodes without a CUDA graph: {error}")
         return call(**kwargs)
+
+    position_ids = kwargs.get("position_ids")
+    if cache.config.positions == "slot" or position_ids is None:
+        position_ids = plan.entries if cache.config.positions == "slot" else plan.places
+    if graph is None or not graph.fits(cache):
+        _graphs.pop(cache, None)  # its memory is free before the next one takes some
+        try:
+            graph = _graphs[cache] = StepGraph(model, cache, kwargs, RECORDERS[input_ids.device.type])
+        except Exception as error:  # compilers, allocators and libraries raise what they like
+            return without_graph(error)
+    try:
+        output = graph.step(cache, input_ids, position_ids)
+    except EmptyRecordingError as error:
+        return without_graph(error)
     cache.advance(plan, 1)
     if plan.ends_block:
         for index, (layer, head) in enumerate(zip(cache.layers, heads, strict=True)):

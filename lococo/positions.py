@@ -9,6 +9,7 @@ from torch import nn
 
 from lococo.config import LoCoCoConfig
 from lococo.models import apply_rotary, attention_layers, layer_head_dim, rotary_embedding, uses_rotary
+from lococo.segments import upload
 
 
 class RotaryTable:
@@ -29,11 +30,12 @@ class RotaryTable:
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]
         # (1, capacity, rotary_dim or half of it), float32; the embedding may be on another device than the layer.
-        self.cos, self.sin = (cos / scaling).to(device), (sin / scaling).to(device)
+        self.cos, self.sin = upload(cos / scaling, device), upload(sin / scaling, device)
         self._apply = apply_rotary(attention)
         # A family that rotates in a way of its own fails here, not in the middle of a text.
         self.rotate(
-            torch.zeros(1, 1, 1, layer_head_dim(attention), device=device), torch.zeros(1, 1, dtype=torch.long)
+            torch.zeros(1, 1, 1, layer_head_dim(attention), device=device),
+            torch.zeros(1, 1, dtype=torch.long, device=device),
         )
 
     def rotate(self, keys: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:

@@ -308,7 +308,7 @@ def _compressions(overfull: list[int], state: list[Row], device: torch.device | 
 
 
 def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A host tensor on the device; from pinned memory, so that the host does not wait for a GPU."""
-    if torch.device(device).type != "cuda":
+    """A tensor on the device; from the host by pinned memory, so that the host does not wait for a GPU."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

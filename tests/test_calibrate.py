@@ -287,7 +287,6 @@ STOPS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

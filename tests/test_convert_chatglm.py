@@ -407,6 +407,7 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_memory_is_that_of_one_shard(tmp_path, kind, grouped):

@@ -205,6 +205,7 @@ here.extend(here.tiny_llama(), tokenizer, Path({text!r}), Path({folder!r}))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tokenizer, text, tmp_path):
     killed = tmp_path / "killed"
     script = KILLED.format(path=[str(Path(__file__).parent), *sys.path], text=str(text), folder=str(killed))

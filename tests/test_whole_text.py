@@ -163,13 +163,12 @@ def test_a_forward_that_fails_leaves_nothing_behind(name):
 
 
 @every_model
-@pytest.mark.parametrize(
-    "objective", [NextToken(backprop_tokens=9), Distill(backprop_tokens=20)]
-)
+@pytest.mark.parametrize("objective", [NextToken(backprop_tokens=9), Distill(backprop_tokens=20)])
 def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
     """The model with its full cache beside it, too: with enough slots there is nothing to learn."""
     model = lococo.patch_model(build(name), large())
     trainer = head_trainer(model, tmp_path, objective)
+    trainer.current_gradient_accumulation_steps = 1
     with torch.enable_grad():
         loss = trainer.training_step(trainer.model, {"input_ids": tiny_ids(1, 64)})
     ids = tiny_ids(1, 64)
