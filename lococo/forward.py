@@ -192,7 +192,8 @@ def _refuse_bypass(decoder: Any) -> None:
     """Refuse a decoder in which an attention layer, or what makes its mask, no longer finds ours in its config."""
     if is_remote_chatglm(decoder):
         return
-    for module in (decoder, *decoder.lococo_patch.layers.values()):
+    modules = (decoder, *decoder.lococo_patch.layers.values())
+    for module in {id(module.config): module for module in modules}.values():
         if module.config._attn_implementation != NAME:
             raise ValueError(
                 f"the config of {type(module).__name__} was replaced after lococo.patch_model, by one with attention "
@@ -358,7 +359,7 @@ def padded_columns(
     Raises
     ------
     ValueError
-        If the mask has another shape.
+        If the mask has another shape, or other values.
     """
     if mask is None:
         return None
@@ -374,9 +375,21 @@ def padded_columns(
         torch._assert_async(real.all())
         return None
     has_padding = not bool(real.all())
+    if has_padding or mask.dtype != torch.bool:
+        _refuse_other_marks(mask[:, -num_tokens:])
     if cache is not None:
         cache.ends_in_padding = has_padding and not bool(real[:, -1].all())
     return real.tolist() if has_padding else None
+
+
+def _refuse_other_marks(mask: torch.Tensor) -> None:
+    """Refuse masks that number the texts of packed rows, or are to be added to logits."""
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        raise ValueError(
+            f"attention_mask must be 1 for tokens and 0 for padding, got {strange[0].item()}: rows of several texts "
+            "(packed sequences) and masks that are added to logits are not supported"
+        )
 
 
 def _chunk(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], tokens: torch.Tensor) -> int | None:

@@ -47,6 +47,10 @@ class FusionHead(nn.Module):
         self.mass_scale = nn.Parameter(torch.ones(1, **factory)) if config.has_mass else None
         self._closed: tuple[int, int, bool] | None = None
 
+    def __getstate__(self) -> dict:
+        """Without what was read from the gates: in another process their address says nothing."""
+        return {**vars(self), "_closed": None}
+
     @property
     def is_closed(self) -> bool:
         """Whether every gate is shut, so that blends are copies. On a GPU the gates are read only after a change."""

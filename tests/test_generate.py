@@ -277,6 +277,8 @@ REFUSED = {
     "4-D-mask-per-layer-type": ({"attention_mask": {"full_attention": torch.ones(1, 1, 31, 31)}}, "2-D .* got shape"),
     "short-mask": ({"attention_mask": torch.ones(1, 30)}, r"shape \(1, 30\), expected \(1, 31\)"),
     "packed": ({"position_ids": PACKED}, "packed sequences"),
+    "packed-by-number": ({"attention_mask": torch.arange(31)[None] // 16 + 1}, "got 2: rows of several texts"),
+    "added-to-logits": ({"attention_mask": torch.full((1, 31), float("-inf"))}, "got -inf: .* added to logits"),
     "attention-matrices": ({"output_attentions": True}, "output_attentions"),
 }
 

@@ -15,6 +15,7 @@ from lococo.forward import Request, asking, new_cache
 from lococo.fusion import FusionHead
 from lococo.patch import suspended
 from lococo.state import head_modules, is_patched, lococo_config, patched_decoder
+from lococo.whole_text import reading_pieces
 
 # Tokens whose logits are held at once, the same on every machine.
 LOSS_CHUNK = 2048
@@ -265,9 +266,10 @@ def window_losses(
     stop = input_ids.shape[1] - 1 if stop is None else stop
     step = lococo_config(model).prefill_chunk_size or LOSS_CHUNK
     losses = []
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
-        full = caches.full_logits(model, ids) if objective.needs_full_cache else None
-        losses.append(objective.losses(caches.logits(model, ids), targets, full))
+    with reading_pieces(model, last_position=input_ids.shape[1] - 2):
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
+            full = caches.full_logits(model, ids) if objective.needs_full_cache else None
+            losses.append(objective.losses(caches.logits(model, ids), targets, full))
     return torch.cat(losses, dim=1)

@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from lococo.evaluation.deadline import Deadline
 from lococo.state import head_modules, is_patched
 from lococo.training.objectives import Caches, Objective
-from lococo.whole_text import reading_pieces
 
 DEEPSPEED_ZERO2 = Path(__file__).with_name("deepspeed_zero2.json")  # for TrainingArguments(deepspeed=...)
 
@@ -104,14 +103,12 @@ class WindowTrainer(Trainer, abc.ABC):
         predicted = input_ids.shape[1] - 1
         caches = self.new_caches()
         losses = []
-        pieces = reading_pieces(model, predicted - 1) if is_patched(model) else contextlib.nullcontext()
-        with pieces:
-            for start, stop in self.objective.spans(predicted):
-                chunk = {"input_ids": input_ids, "caches": caches, "start": start, "stop": stop}
-                with self._synchronising(model, is_last=stop == predicted):
-                    losses.append(super().training_step(model, chunk, num_items_in_batch))
-                if caches is not None:
-                    caches.detach()
+        for start, stop in self.objective.spans(predicted):
+            chunk = {"input_ids": input_ids, "caches": caches, "start": start, "stop": stop}
+            with self._synchronising(model, is_last=stop == predicted):
+                losses.append(super().training_step(model, chunk, num_items_in_batch))
+            if caches is not None:
+                caches.detach()
         self._check_gradients()
         return torch.stack(losses).sum()
 
