@@ -119,8 +119,8 @@ def lococo_attention(
     if lococo is None:
         raise ValueError(
             f"{type(module).__name__} was called outside the forward of the model that lococo.patch_model patched: a "
-            f"model that asks for attention {NAME!r}, or was made from the config of a patched decoder, must be patched "
-            "itself, or be given another attn_implementation"
+            f"model that asks for attention {NAME!r}, or was made from the config of a patched decoder, must be "
+            "patched itself, or be given another attn_implementation"
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
