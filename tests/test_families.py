@@ -350,6 +350,7 @@ UNSUPPORTED = {
     "two-head-sizes": lambda: with_head_dims(8, 16),
     "head-size-of-no-config": lambda: with_head_dims(16, 16),
     "more-kv-heads-than-the-config-says": lambda: causal_lm("JetMoe", kv_channels=8, num_local_experts=4),
+    "cross-attention": lambda: transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**MLLAMA)),
     "shared-keys": lambda: transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**GEMMA3N)),
     "tensor-parallel": lambda: with_tensor_parallelism(),
     "no-model": lambda: nn.Linear(4, 4),
@@ -357,6 +358,7 @@ UNSUPPORTED = {
 
 
 SECTIONS = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+MLLAMA = {**SIZES, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}}
 GEMMA3N = {
     **SIZES,
     "num_hidden_layers": 4,

@@ -101,6 +101,8 @@ def _check_attention(name: str, decoder: Any, layers: dict[int, Any]) -> None:
         )
     if any(hasattr(layer, "sinks") for layer in layers.values()):
         raise ValueError(f"{name} is not supported: its attention has learned sinks (s_aux)")
+    if hasattr(decoder.config, "cross_attention_layers"):
+        raise ValueError(f"{name} is not supported: its cross-attention keeps keys and values of images in the cache")
     if any(hasattr(layer, "kv_lora_rank") for layer in layers.values()):
         raise ValueError(f"{name} is not supported: it caches latent vectors (multi-head latent attention)")
     if any(hasattr(layer, "lambda_q1") for layer in layers.values()):
