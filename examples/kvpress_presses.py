@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from lococo.compat import OUTPUT_CACHE, with_cache
+
 DENSE, BLOCK, READING = "dense, then compressed", "dense, selected by blocks", "in blocks"
 
 
@@ -107,7 +109,7 @@ def compressing(model: PreTrainedModel, rows: Sequence[PressRow]) -> Iterator[di
     caches = {row.name: DynamicCache() for row in rows}
 
     def compress(module: Any, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = kwargs[OUTPUT_CACHE].layers[module.layer_idx]
         for row in rows:
             attentions = output[1] if row.needs_attentions else None
             pair = row.press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, attentions, kwargs)
@@ -216,7 +218,7 @@ def next_block_nlls(
         together.update(torch.cat([each.keys for each in layers]), torch.cat([each.values for each in layers]), index)
     places = torch.arange(start, ids.shape[1] - 1, device=ids.device)[None]
     block = ids[:, start:-1].expand(len(caches), -1)
-    logits = model(block, past_key_values=together, position_ids=places.expand_as(block)).logits
+    logits = model(block, position_ids=places.expand_as(block), **with_cache(model, together)).logits
     wanted = ids[:, start + 1 :].expand(len(caches), -1)
     return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
 
@@ -238,7 +240,7 @@ def nlls_after_prefill(
     with kvzip(model) if kvzip else contextlib.nullcontext():
         eager = any(row.needs_attentions for row in rows)
         with attention(model, "eager" if eager else "sdpa"), compressing(model, rows) as caches:
-            model.model(input_ids=prompt, past_key_values=cache)
+            model.model(input_ids=prompt, **with_cache(model, cache))
     nlls = {}
     if kvzip:
         check_kept("kvpress-kvzip", cache, start)
@@ -267,7 +269,7 @@ def nlls_while_reading(
         for start in range(0, ids.shape[1] - 1, block_size):
             stop = min(start + block_size, ids.shape[1] - 1)
             places = torch.arange(start, stop, device=ids.device)[None]
-            logits = model(ids[:, start:stop], past_key_values=cache, position_ids=places).logits
+            logits = model(ids[:, start:stop], position_ids=places, **with_cache(model, cache)).logits
             nlls.append(F.cross_entropy(logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
             check_kept(row.name, cache, min(stop, num_slots))
     return torch.cat(nlls)

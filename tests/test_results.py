@@ -63,6 +63,8 @@ def test_a_package_beside_a_checkout_or_not_in_git_has_none(tmp_path):
     build = tmp_path / "own" / "build" / "lococo"
     build.mkdir(parents=True)
     assert own_commit(build) is None, "not the package that is tracked"
+    repository(tmp_path / "old", {**OWN, "old/lococo/__init__.py": ""})
+    assert own_commit(tmp_path / "old" / "old" / "lococo") is None, "not at the top"
     (tmp_path / "alone" / "lococo").mkdir(parents=True)
     assert own_commit(tmp_path / "alone" / "lococo") is None
     untracked = {name: content for name, content in OWN.items() if not name.startswith("lococo")}

@@ -16,9 +16,12 @@ from tiny import tiny_ids, tiny_llama
 
 import lococo
 from lococo.cli import main
+from lococo.compat import RELEASE
 from lococo.training.data import DataConfig
 from lococo.training.extend import extend_context
-from lococo.training.sharding import check_sharding
+from lococo.training.sharding import check_sharding, keep_precision
+
+can_shard = pytest.mark.skipif(RELEASE < (5, 0), reason="FSDP needs Transformers 5 and is refused before")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,7 @@ def found(folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@can_shard
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_model_learns_what_a_whole_one_does(found, case):
@@ -52,6 +56,7 @@ def test_sharded_model_learns_what_a_whole_one_does(found, case):
     torch.testing.assert_close(found[0]["fsdp", case]["learned"], found[1]["fsdp", case]["learned"], rtol=0, atol=0)
 
 
+@can_shard
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_equals_uninterrupted(found, case):
@@ -61,6 +66,7 @@ def test_resumed_equals_uninterrupted(found, case):
         )
 
 
+@can_shard
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_each_process_keeps_its_part_alone(found, case):
@@ -73,6 +79,7 @@ def test_each_process_keeps_its_part_alone(found, case):
         assert not of_process["ddp", case]["whole_weight_is_gone"]
 
 
+@can_shard
 @pytest.mark.slow
 def test_what_it_writes_is_an_extension(folder):
     assert not (folder / "work").exists()
@@ -83,6 +90,12 @@ def test_what_it_writes_is_an_extension(folder):
 
 
 # Failures
+
+
+def test_releases_that_cannot_be_told_the_precision_are_refused():
+    args = SimpleNamespace(fsdp=True)  # without what Transformers 5 calls fsdp_plugin_args
+    with pytest.raises(ValueError, match=r"FSDP needs Transformers 5, \d+\.\d+.* is installed"):
+        keep_precision(args)
 
 
 def test_other_kinds_of_sharding_are_refused(tmp_path, monkeypatch, capsys):

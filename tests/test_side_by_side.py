@@ -13,6 +13,7 @@ from tiny import tiny_ids, tiny_llama
 from transformers import DynamicCache
 
 from lococo import LoCoCoConfig
+from lococo.compat import OUTPUT_CACHE
 from lococo.evaluation.likelihood import token_nlls
 from lococo.evaluation.methods import Run
 from lococo.evaluation.results import Journal
@@ -57,7 +58,7 @@ class WhileReading(KeepEnds):
     @contextlib.contextmanager
     def __call__(self, model):
         def hook(module, args, kwargs, output):
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            layer = kwargs[OUTPUT_CACHE].layers[module.layer_idx]
             places = self.places(layer.keys.shape[2])
             layer.keys, layer.values = layer.keys[:, :, places], layer.values[:, :, places]
 
