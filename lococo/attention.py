@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -134,20 +133,12 @@ def lococo_attention(
     plan_for = functools.partial(lococo.plan_for, device=query.device)
     dtype, kernel = query.dtype, lococo.config.attention
     query, key, value = _of_one_kind(layer, query, key, value)
-    with _without_autocast(query.device.type):
+    # Under autocast places in the text, scores and weights of blends would be rounded to half precision.
+    with kernels.without_autocast(query.device.type):
         output = read_layer(layer, plan_for, query, key, value, scale, fusing, rotary, dropout, softcap, kernel)
         if head is not None and torch.is_grad_enabled():
             output = _with_zero_gradients(output, head)
     return output.to(dtype).transpose(1, 2).contiguous(), None
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Autocast off: places in the text, scores and weights of blends would be rounded to half precision."""
-    return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else contextlib.nullcontext()
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]:
@@ -161,7 +152,7 @@ def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]
             layer.to(device)
         return [tensor.to(held.dtype) for tensor in states]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in states))
-    if _is_autocast(device.type) and dtype != torch.float64:
+    if kernels.is_autocast(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     return [tensor.to(dtype) for tensor in states]
 

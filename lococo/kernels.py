@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+import contextlib
+
 import torch
 
 from lococo.backends import BACKENDS, Visibility, lower_right, triton_takes, wide
@@ -12,6 +14,16 @@ from lococo.trials import TRITON, MassTrial
 __all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
 
 SCORE_TILE = 64
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of devices; some have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Context in which autocast is off for a type of devices."""
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
 
 
 def attend(
@@ -119,7 +131,7 @@ def attention_mass(
         mass = _mass_in_triton(query, key, scale, lse, visibility.bias, delay, squared)
         if mass is not None:
             return mass
-    with torch.autocast(query.device.type, enabled=False):  # exponentials of rounded logits are far off
+    with without_autocast(query.device.type):  # exponentials of rounded logits are far off
         return _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay)
 
 
