@@ -88,9 +88,10 @@ class LayerCache(CacheLayerMixin):
 
     @torch.no_grad()
     def renew_steps(self) -> None:
-        """Make the buffers of steps anew, if there are buffers at all."""
-        if self.num_heads:
-            self.steps, self._stepped = StepBuffers(self.groups, self.num_heads), None
+        """Make the buffers of steps anew, if there are buffers, and no graph that reaches into them."""
+        self.steps, self._stepped = None, None
+        if self.num_heads and not any(memory.is_in_graph for memory, _ in self.groups):
+            self.steps = StepBuffers(self.groups, self.num_heads)
 
     @property
     def held(self) -> torch.Tensor | None:

@@ -94,7 +94,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     request = kwargs.pop("lococo", None) or patch.request or Request()
     if request.call is not None:
         return (), {**kwargs, "lococo": _begun(request.call)}
-    _refuse_bypass(decoder)
+    _refuse_other_configs(decoder)
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
@@ -172,7 +172,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         decoder.lococo_patch.last_position = None
     if output is None or call.is_recorded:
         return output
-    _refuse_bypassed(decoder.lococo_patch, call)
+    _refuse_unread_layers(decoder.lococo_patch, call)
     if call.cache is not None:
         call.cache.advance(call.plan, call.plan.places.shape[1])
         call.cache.is_reading = False
@@ -188,7 +188,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     return output
 
 
-def _refuse_bypass(decoder: Any) -> None:
+def _refuse_other_configs(decoder: Any) -> None:
     """Refuse a decoder in which an attention layer, or what makes its mask, no longer finds ours in its config."""
     if is_remote_chatglm(decoder):
         return
@@ -201,7 +201,7 @@ def _refuse_bypass(decoder: Any) -> None:
             )
 
 
-def _refuse_bypassed(patch: Patch, call: Call) -> None:
+def _refuse_unread_layers(patch: Patch, call: Call) -> None:
     """Refuse a forward in which attention layers were not read by ours: their output is not what was asked for."""
     missed = sorted(set(patch.layers) - call.read)
     if missed:
