@@ -12,6 +12,8 @@ import torch
 
 from lococo.compat import masking_utils
 
+FAR_PLACES = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class PaddingMask:
@@ -123,20 +125,23 @@ def _known_codes() -> set[Any]:
 
 
 def _is_causal(function: Any, window: int | None, call: dict[str, Any]) -> bool:
-    """Whether a mask function shows every query itself, what its window begins with, and nothing that comes next."""
-    queries = call.get("cache_position")
+    """Whether a mask function shows every query what comes in its window before it, and nothing else.
+
+    Looked at where masks differ, around a query and the beginning of its window, and at places in between.
+    """
+    queries, length = call.get("cache_position"), call["kv_length"]
     if queries is None:
         queries = torch.arange(call["q_length"], device=call.get("device")) + call.get("q_offset", 0)
     rows = torch.arange(call["batch_size"], device=queries.device)[:, None]
-    first = torch.zeros_like(queries) if window is None else (queries - window + 1).clamp_min(0)
-    entries = [first, queries, queries + 1, first - 1]
-    expected = [True, True, False, False]
-    for entry, is_seen in zip(entries, expected, strict=True):
-        is_there = (entry >= 0) & (entry < call["kv_length"])
+    first = torch.zeros_like(queries) if window is None else queries - window + 1
+    near = [first - 1, first, *(queries + step for step in (-1, 0, 1, 2))]
+    far = [torch.full_like(queries, length * part // FAR_PLACES) for part in range(FAR_PLACES)]
+    for entry in (*near, *far):
+        is_there = (entry >= 0) & (entry < length)
         try:
-            seen = function(rows, torch.zeros_like(rows), queries[None], entry.clamp(0, call["kv_length"] - 1)[None])
+            seen = function(rows, torch.zeros_like(rows), queries[None], entry.clamp(0, length - 1)[None])
         except Exception:  # a function for single numbers
             return False
-        if ((seen != is_seen) & is_there).any():
+        if ((seen != ((entry >= first) & (entry <= queries))) & is_there).any():
             return False
     return True

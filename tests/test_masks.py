@@ -60,6 +60,9 @@ REFUSED = {
     "everything": lambda batch, head, query, entry: (query >= 0) & (entry >= 0),
     "one-number-at-a-time": lambda batch, head, query, entry: bool(entry <= query) and bool(query < 3),
     "not-itself": lambda batch, head, query, entry: entry < query,
+    "every-second-token": masks.and_masks(
+        masks.causal_mask_function, lambda b, h, query, entry: (entry % 2 == query % 2) | (query - entry < 2)
+    ),
     "wider-window": masks.and_masks(masks.causal_mask_function, lambda b, h, query, entry: entry > query - 4),
 }
 
