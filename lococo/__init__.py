@@ -9,12 +9,14 @@ from lococo.evaluation.likelihood import perplexity
 from lococo.extension import load_extended, merge_extended
 from lococo.heads import load_heads, push_heads, save_heads
 from lococo.patch import patch_model, patched, unpatch_model
+from lococo.scores import Score, register_score
 from lococo.state import is_patched
 from lococo.version import __version__
 
 __all__ = [
     "LoCoCoCache",
     "LoCoCoConfig",
+    "Score",
     "__version__",
     "calibrate",
     "extend_context",
@@ -26,6 +28,7 @@ __all__ = [
     "patched",
     "perplexity",
     "push_heads",
+    "register_score",
     "save_heads",
     "unpatch_model",
 ]

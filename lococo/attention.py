@@ -262,7 +262,7 @@ class _Reader:
         output, lse = kernels.attend_and_lse(query, keys, values, self.scale, visibility, self.kernel, self.dropout)
         with torch.no_grad():
             counts, delay = self._counts(segment)
-            squared = self.config.score == "distant"
+            squared = self.config.score_power == 2
             received = kernels.attention_mass(query, keys, self.scale, visibility, counts, squared, lse, delay)
             self.memory.entries.scores[:, :, : segment.stop] += received
         return output

@@ -133,7 +133,7 @@ class LayerCache(CacheLayerMixin):
         window = self.window
         if window is not None and max(row.seen for row in plan_for(self.config).rows) <= window:
             window = None
-        return steps.read(query, key, value, scale, self.config.score == "distant", window)
+        return steps.read(query, key, value, scale, self.config.score_power == 2, window)
 
     def open_steps(
         self, plan_for: Callable[[LoCoCoConfig], Plan], head: FusionHead | None, num_heads: int

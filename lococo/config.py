@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lococo.files import write_whole
+from lococo.scores import get_score
 
 CONFIG_NAME = "lococo_config.json"
 
 NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
-SCORES = ("distant", "mean", "sum", "last")
-# What is left of a distant score's old part while as many tokens are read as there are slots.
-DISTANT_FADE = 0.8
-
 ATTENTIONS = ("auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4")
 # What a cache may have been filled with otherwise than the model that reads it on is patched with.
 RUNTIME_FIELDS = ("attention", "prefill_chunk_size")
@@ -59,10 +56,11 @@ class LoCoCoConfig:
         Give a slot blended from n tokens the attention mass of n tokens: a bias of a learned scale times log n.
     positions : {"absolute", "slot"}
         Rotary positions of the text, or of the place in the cache (no position past ``num_slots + block_size``).
-    score : {"distant", "mean", "sum", "last"}
-        Ranking of heavy hitters. "distant": mean square of the attention from queries at least ``num_recent`` entries
-        later, when the token is a recent no more, older queries fading; "mean": attention per query that could see
-        the token; "sum": in total (H2O); "last": from the current block alone.
+    score : {"distant", "mean", "sum", "last"} or str
+        Ranking of heavy hitters, of these or of a name given to ``lococo.register_score``. "distant": mean square of
+        the attention from queries at least ``num_recent`` entries later, when the token is a recent no more, older
+        queries fading; "mean": attention per query that could see the token; "sum": in total (H2O); "last": from the
+        current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     prefill_chunk_size : int, optional
@@ -91,7 +89,7 @@ class LoCoCoConfig:
     init_std: float | None = None
     mass_bias: bool = True
     positions: Literal["absolute", "slot"] = "absolute"
-    score: Literal["distant", "mean", "sum", "last"] = "distant"
+    score: str = "distant"
     decode_block_size: int | None = None
     prefill_chunk_size: int | None = None
     attention: Literal["auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
@@ -114,11 +112,11 @@ class LoCoCoConfig:
             ("normalization", NORMALIZATIONS),
             ("residual", RESIDUALS),
             ("positions", POSITIONS),
-            ("score", SCORES),
             ("attention", ATTENTIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        get_score(self.score)
         if not 0.0 <= self.gate_init <= 1.0:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
         if self.init_std is not None and not self.init_std > 0:
@@ -173,14 +171,17 @@ class LoCoCoConfig:
     @property
     def score_delay(self) -> int:
         """Entries that must lie between a token and a query whose attention counts for its score."""
-        return self.num_recent if self.score == "distant" else 0  # type: ignore[return-value]
+        return get_score(self.score).delay(self)
 
     @property
     def score_fade(self) -> float:
-        """Factor by which a score fades per token read; 1: not at all, 0: only the current block counts."""
-        if self.score == "distant":
-            return DISTANT_FADE ** (1 / self.num_slots)
-        return 0.0 if self.score == "last" else 1.0
+        """Factor by which summed attention fades per token read; 1: not at all, 0: only the current block counts."""
+        return get_score(self.score).fade(self)
+
+    @property
+    def score_power(self) -> int:
+        """Power of the attention that is summed for scores."""
+        return get_score(self.score).power
 
     def with_slots(self, num_slots: int) -> LoCoCoConfig:
         """The same method for heads with another number of slots, shared out in the same proportions."""

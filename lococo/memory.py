@@ -11,6 +11,7 @@ import torch
 from lococo.config import LoCoCoConfig
 from lococo.fusion import FusionHead
 from lococo.positions import RotaryTable
+from lococo.scores import get_score
 from lococo.segments import AlignedSegment, Compression, Plan, Segment
 from lococo.slots import Budget, Entries, compress
 
@@ -83,13 +84,13 @@ class Memory:
         def numbers(wanted: bool) -> torch.Tensor | None:
             return torch.zeros(shape, dtype=wide, device=key.device) if wanted else None
 
-        ranked = budget.heavy > 0 or (budget.fused > 0 and config.residual != "none")
+        needs = get_score(config.score).needs if budget.is_ranked(config) else frozenset()
         keys = key.new_zeros(*shape, key.shape[-1])
         entries = Entries(
             keys=keys,
             values=value.new_zeros(*shape, value.shape[-1]),
-            scores=numbers(ranked),
-            born=numbers(self.window is not None or (ranked and config.score in ("mean", "distant"))),
+            scores=numbers("attention" in needs),
+            born=numbers(self.window is not None or "position" in needs),
             log_mass=numbers(config.has_mass and budget.fused > 0),
             rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
         )

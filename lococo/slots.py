@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +12,10 @@ import torch
 from lococo.backends import triton_takes
 from lococo.config import LoCoCoConfig
 from lococo.fusion import ROW_SUM_EPS, FusionHead
+from lococo.scores import get_score
 from lococo.trials import TRITON, BlendTrial
 
 SMALLEST_WEIGHT = 1e-9
-
-# Queries that a new token is credited with, so that the attention of one or two does not decide.
-SCORE_PRIOR = 8
 
 
 @dataclasses.dataclass
@@ -80,6 +77,10 @@ class Budget(NamedTuple):
             sinks, heavy, fused = 0, config.num_slots - recent, 0  # type: ignore[operator]
         return cls(sinks, heavy, recent, fused)  # type: ignore[arg-type]
 
+    def is_ranked(self, config: LoCoCoConfig) -> bool:
+        """Whether any slot is chosen by score."""
+        return self.heavy > 0 or (self.fused > 0 and config.residual != "none")
+
 
 class Choice(NamedTuple):
     """Entries chosen for the slots, in time order."""
@@ -100,22 +101,11 @@ def rank(
     window : int, optional
         Tokens a query of this layer sees; entries out of sight of the next query rank last.
     """
-    if entries.scores is None:
+    if not Budget.of(config, window).is_ranked(config):
         return None
-    score: torch.Tensor = entries.scores
     age: Any = None if entries.born is None else now - entries.born
-    if config.score == "mean":
-        score = score / age
-    elif config.score == "distant":
-        score = score / (_faded_count((age - config.score_delay).clamp_min(0), config.score_fade) + SCORE_PRIOR)
-    if window is not None:
-        score = score.masked_fill(age >= window, float("-inf"))
-    return score
-
-
-def _faded_count(queries: torch.Tensor, fade: float) -> torch.Tensor:
-    """Sum of ``fade ** i`` over so many queries."""
-    return torch.expm1(queries * math.log(fade)) / (fade - 1)
+    ranking = get_score(config.score).rank(entries, age, config)
+    return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
 
 
 def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like: torch.Tensor) -> Choice:

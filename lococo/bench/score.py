@@ -109,7 +109,7 @@ def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[]
     with torch.no_grad():
         lse = kernels.attend_and_lse(query, keys, memory.values, scale, visibility, config.attention)[1]
     mass = functools.partial(kernels.attention_mass, query, keys, scale, visibility, lse=lse)
-    return functools.partial(mass, squared=config.score == "distant", delay=config.score_delay)
+    return functools.partial(mass, squared=config.score_power == 2, delay=config.score_delay)
 
 
 def query_heads_per_kv_head(model: PreTrainedModel) -> int:
