@@ -1,9 +1,9 @@
-"""A score of one's own: keep the tokens whose keys are smallest, and compare it with the others.
+"""A score and a compressor of one's own, compared with the library's on a model with random weights.
 
 python examples/own_method.py
 
-Small keys tend to receive much attention (Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV
-Cache Compression"). A score says what it needs; reading, decoding and recorded steps do the rest.
+The score keeps tokens whose keys are small: they tend to receive much attention (Devoto et al. 2024). The compressor
+fills a fused slot with the mean of its token and of those that are dropped between it and the next kept one.
 """
 
 import torch
@@ -14,12 +14,24 @@ import lococo
 
 @lococo.register_score("key-norm")
 class KeyNormScore(lococo.Score):
-    """Entries with small keys rank high."""
-
     needs = frozenset({"keys"})  # no attention is summed for it
 
     def rank(self, entries, age, config):
         return -entries.keys.norm(dim=-1)  # (batch, kv_heads, entries)
+
+
+@lococo.register_compressor("nearest-mean")
+class NearestMean(lococo.Compressor):
+    def __init__(self, config, head_dim, device=None, dtype=None):
+        super().__init__()  # nothing to learn
+
+    def weights(self, entries, choice):
+        anchors, rest = choice.blendable(len(entries))  # (batch, kv_heads, fused), (batch, kv_heads, entries)
+        place = torch.arange(len(entries), device=rest.device)
+        slot = torch.searchsorted(choice.anchors.contiguous(), place.expand(rest.shape).contiguous(), right=True) - 1
+        owner = choice.anchors.gather(-1, slot.clamp_min(0))  # the kept entry before each
+        mine = (owner[:, :, None] == anchors[..., None]) & (rest[:, :, None] | (place == anchors[..., None]))
+        return mine.float() / mine.sum(-1, keepdim=True)
 
 
 def main():
@@ -31,12 +43,12 @@ def main():
     text = torch.randint(3, 128, (1, 300))
     with torch.no_grad():
         full = model(text).logits.log_softmax(-1)
-        for score in ("key-norm", "distant", "mean", "sum"):
-            with lococo.patched(model, lococo.LoCoCoConfig(num_slots=32, block_size=16, score=score)):
-                output = model(text, use_cache=True)
-            cache, logits = output.past_key_values, output.logits.log_softmax(-1)
+        for score, compressor in (("key-norm", "conv"), ("key-norm", "nearest-mean"), ("distant", "conv")):
+            config = lococo.LoCoCoConfig(num_slots=32, block_size=16, score=score, compressor=compressor)
+            with lococo.patched(model, config):
+                logits = model(text).logits.log_softmax(-1)
             divergence = (full.exp() * (full - logits)).sum(-1).mean()
-            print(f"{score:10} {cache.nbytes / 1024:6.1f} KiB, KL to the full cache {divergence:.3f} nats per token")
+            print(f"{score:10} {compressor:14} KL to the full cache {divergence:.3f} nats per token")
 
 
 if __name__ == "__main__":

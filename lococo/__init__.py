@@ -4,9 +4,11 @@ import importlib
 from typing import Any
 
 from lococo.cache import LoCoCoCache
+from lococo.compressors import Compressor, register_compressor
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.likelihood import perplexity
 from lococo.extension import load_extended, merge_extended
+from lococo.fusion import FusionHead as _FusionHead  # noqa: F401, registers the compressor "conv"
 from lococo.heads import load_heads, push_heads, save_heads
 from lococo.patch import patch_model, patched, unpatch_model
 from lococo.scores import Score, register_score
@@ -14,6 +16,7 @@ from lococo.state import is_patched
 from lococo.version import __version__
 
 __all__ = [
+    "Compressor",
     "LoCoCoCache",
     "LoCoCoConfig",
     "Score",
@@ -28,6 +31,7 @@ __all__ = [
     "patched",
     "perplexity",
     "push_heads",
+    "register_compressor",
     "register_score",
     "save_heads",
     "unpatch_model",

@@ -12,8 +12,8 @@ import torch
 from lococo import kernels
 from lococo.cache import LayerCache, LoCoCoCache
 from lococo.compat import AttentionInterface, AttentionMaskInterface
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
 from lococo.masks import padding_mask, window_of
 from lococo.memory import Memory
 from lococo.positions import RotaryTable
@@ -164,7 +164,7 @@ def read_layer(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    head: FusionHead | None = None,
+    head: Compressor | None = None,
     rotary: RotaryTable | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -220,7 +220,7 @@ def _of_heads(parts: Sequence[torch.Tensor], heads: Sequence[int]) -> torch.Tens
     return parts[heads[0]] if len(heads) == 1 else torch.cat([parts[head] for head in heads], dim=1)
 
 
-def _with_zero_gradients(output: torch.Tensor, head: FusionHead) -> torch.Tensor:
+def _with_zero_gradients(output: torch.Tensor, head: Compressor) -> torch.Tensor:
     """Distributed training wants a gradient for every parameter, also where a text or a layer had nothing to fuse."""
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad and not parameter.is_meta]
     if not trained:
@@ -235,7 +235,7 @@ class _Reader:
     config: LoCoCoConfig
     plan: Plan
     memory: Memory
-    head: FusionHead | None
+    head: Compressor | None
     rotary: RotaryTable | None
     scale: float
     dropout: float
@@ -244,7 +244,7 @@ class _Reader:
 
     def read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) attention output of a call; the memory holds its tokens afterwards."""
-        tokens = self.memory.tokens(key, value, self.plan, self.rotary)
+        tokens = self.memory.tokens(query, key, value, self.plan, self.rotary)
         parts = []
         for segment in self.plan.segments:
             self.memory.append(segment, tokens)

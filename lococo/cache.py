@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lococo.compat import Cache, CacheLayerMixin
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
 from lococo.memory import Memory
 from lococo.positions import RotaryTable
 from lococo.segments import Plan, Row
@@ -82,7 +82,7 @@ class LayerCache(CacheLayerMixin):
         """Make all buffers there will be, for tensors as those of ``read_step``."""
         for memory, heads in self.groups:
             held = slice(len(heads) if self.is_split else None)
-            memory.make_buffers(key[:, held], value[:, held])
+            memory.make_buffers(key[:, held], value[:, held], query.shape[1] // key.shape[1] * query.shape[3])
         self.num_heads = query.shape[1]
         self.renew_steps()
 
@@ -110,7 +110,7 @@ class LayerCache(CacheLayerMixin):
         key: torch.Tensor,
         value: torch.Tensor,
         plan_for: Callable[[LoCoCoConfig], Plan],
-        head: FusionHead | None,
+        head: Compressor | None,
         scale: float,
     ) -> torch.Tensor:
         """Attention of one token of every row, which the layer holds afterwards; without gradients.
@@ -136,7 +136,7 @@ class LayerCache(CacheLayerMixin):
         return steps.read(query, key, value, scale, self.config.score_power == 2, window)
 
     def open_steps(
-        self, plan_for: Callable[[LoCoCoConfig], Plan], head: FusionHead | None, num_heads: int
+        self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None, num_heads: int
     ) -> StepBuffers:
         """The buffers for steps, in line with all that was written. ``num_heads`` counts query heads."""
         if self.steps is None or self._stepped != self._versions():
@@ -155,7 +155,7 @@ class LayerCache(CacheLayerMixin):
         return self._stepped is not None
 
     def close(
-        self, plan_for: Callable[[LoCoCoConfig], Plan], head: FusionHead | None, rotary: RotaryTable | None
+        self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None, rotary: RotaryTable | None
     ) -> None:
         """Compress after a step that ends a block. Arguments as in ``read_step``."""
         for memory, _ in self.groups:

@@ -14,10 +14,10 @@ from safetensors.torch import save as safetensors_bytes
 
 from lococo.cache import LoCoCoCache
 from lococo.config import LoCoCoConfig
+from lococo.entries import Entries
 from lococo.files import write_whole
 from lococo.memory import Memory
 from lococo.segments import Row
-from lococo.slots import Entries
 
 KEY = "lococo_cache"
 FORMAT_VERSION = 1

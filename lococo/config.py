@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from lococo.compressors import get_compressor
 from lococo.files import write_whole
 from lococo.scores import get_score
 
@@ -74,6 +75,8 @@ class LoCoCoConfig:
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
+    compressor : {"conv"} or str
+        What blends entries into fused slots: the convolution, or a name given to ``lococo.register_compressor``.
     """
 
     num_slots: int = 512
@@ -94,6 +97,7 @@ class LoCoCoConfig:
     prefill_chunk_size: int | None = None
     attention: Literal["auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
+    compressor: str = "conv"
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "block_size", "kernel_size"):
@@ -117,6 +121,7 @@ class LoCoCoConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         get_score(self.score)
+        get_compressor(self.compressor)
         if not 0.0 <= self.gate_init <= 1.0:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
         if self.init_std is not None and not self.init_std > 0:

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lococo.backends import triton_takes
+from lococo.compressors import SMALLEST_WEIGHT, Compressor, register_compressor
 from lococo.config import LoCoCoConfig
+from lococo.entries import Choice, Entries
+from lococo.trials import TRITON, BlendTrial
 
 ROW_SUM_EPS = 1e-6
 
@@ -17,7 +21,8 @@ ROW_SUM_EPS = 1e-6
 NARROW = 32
 
 
-class FusionHead(nn.Module):
+@register_compressor("conv")
+class FusionHead(Compressor):
     """Weights that blend a layer's entries into its fused slots (Cai et al. 2024, Eq. 6-7).
 
     One convolution over the entries, shared by all KV heads of the layer, sees the key and value of each entry side
@@ -64,6 +69,26 @@ class FusionHead(nn.Module):
         if self._closed is None or self._closed[:2] != state or not self.gate.is_cuda:
             self._closed = (*state, bool((self.gate <= 0).all()))
         return self._closed[2]
+
+    def weights(self, entries: Entries, choice: Choice) -> torch.Tensor:
+        """See ``Compressor.weights``; those of ``forward``."""
+        return self(entries.keys, entries.values, *choice.blendable(len(entries)))
+
+    def blend(self, entries: Entries, choice: Choice) -> Entries:
+        """See ``Compressor.blend``; in one kernel on GPUs, without gradients."""
+        if self.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
+            blend = blend_in_triton(entries, *choice.blendable(len(entries)), self)
+            if blend is not None:
+                return blend
+        return super().blend(entries, choice)
+
+    def after_step(self) -> list[nn.Parameter]:
+        """Move gates that left [0, 1] back: steps beyond would have to be taken back first."""
+        if self.gate is None:
+            return []
+        with torch.no_grad():
+            self.gate.clamp_(0, 1)
+        return [self.gate]
 
     def mass_bias(self, log_mass: torch.Tensor) -> torch.Tensor:
         """Bias on the logits of entries, ``mass_scale`` times their log-mass."""
@@ -133,6 +158,34 @@ class FusionHead(nn.Module):
         # A row of zeros, common after ReLU, becomes the mean of the rest instead of a division by zero.
         weights = (logits + ROW_SUM_EPS) * rest
         return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor, head: FusionHead) -> Entries | None:
+    """Blends of a head that divides its weights by their sum, in one kernel; None where Triton does not run.
+
+    Parameters
+    ----------
+    anchors, rest
+        As in ``FusionHead.forward``.
+    """
+    keys, carried = entries.keys, entries.log_mass
+    logits, gates = head.logits_and_gates(keys, entries.values, anchors.shape[-1])
+    averaged = [tensor for tensor in (entries.scores, entries.born) if tensor is not None]
+    trial = BlendTrial(
+        *(keys.device, keys.dtype, keys.shape[-1], logits.dtype, len(averaged)),
+        has_mass=carried is not None,
+        has_gates=gates is not None,
+    )
+    blend = TRITON.run(
+        trial,
+        *(keys, entries.values, averaged, carried, logits, gates, anchors, rest, ROW_SUM_EPS, SMALLEST_WEIGHT),
+    )
+    if blend is None:
+        return None
+    keys, values, averages = blend
+    log_mass = None if carried is None else averages.pop()
+    born = None if entries.born is None else averages.pop()
+    return Entries(keys, values, averages.pop() if averages else None, born, log_mass)
 
 
 class _Opening(torch.autograd.Function):

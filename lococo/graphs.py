@@ -15,8 +15,8 @@ from torch import nn
 from lococo.attention import Call
 from lococo.cache import LoCoCoCache
 from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
+from lococo.compressors import Compressor
 from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
-from lococo.fusion import FusionHead
 from lococo.models import base_shape
 from lococo.segments import Plan, plan_call
 from lococo.state import Patch, head_modules, patched_decoder
@@ -227,7 +227,7 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     return output
 
 
-def fusion_heads(model: nn.Module) -> list[FusionHead | None]:
+def fusion_heads(model: nn.Module) -> list[Compressor | None]:
     """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
     heads = head_modules(model)
     return [heads.get(index) for index in range(base_shape(model)["num_layers"])]

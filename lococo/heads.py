@@ -30,7 +30,7 @@ CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
 ATTACHMENTS = ("calibration.json", "calibration.png")
 FORMAT_VERSION = 1
-HEAD_FIELDS = ("num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
+HEAD_FIELDS = ("compressor", "num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
 
 
 def save_heads(

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 
+from lococo.compressors import Compressor, get_compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
+from lococo.entries import Entries, by_group
 from lococo.positions import RotaryTable
 from lococo.scores import get_score
 from lococo.segments import AlignedSegment, Compression, Plan, Segment
-from lococo.slots import Budget, Entries, compress
+from lococo.slots import Budget, compress
 
 
 class Memory:
@@ -45,7 +46,7 @@ class Memory:
         self.version = 0  # counts changes by anything but steps
         self._rotated_from: int | None = None  # entries of which only the rotated keys have been written
         # What will compress a complete block, with gradients: a segment, the layer's head and its rotary table.
-        self._due: tuple[Segment, FusionHead | None, RotaryTable | None] | None = None
+        self._due: tuple[Segment, Compressor | None, RotaryTable | None] | None = None
 
     def hold(self, entries: Entries) -> None:
         """Take these entries for its own."""
@@ -75,8 +76,14 @@ class Memory:
                 twin._close(*self._due)
         return vars(twin)
 
-    def make_buffers(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Make the buffers for keys and values of (batch, kv_heads, tokens, head_dim)."""
+    def make_buffers(self, key: torch.Tensor, value: torch.Tensor, query_size: int = 0) -> None:
+        """Make the buffers for keys and values of (batch, kv_heads, tokens, head_dim).
+
+        Parameters
+        ----------
+        query_size : int
+            Numbers in the queries of a KV head's group.
+        """
         config, budget = self.config, Budget.of(self.config, self.window)
         shape = (*key.shape[:2], config.capacity)
         wide = torch.promote_types(key.dtype, torch.float32)
@@ -93,22 +100,33 @@ class Memory:
             born=numbers(self.window is not None or "position" in needs),
             log_mass=numbers(config.has_mass and budget.fused > 0),
             rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
+            queries=keys.new_zeros(*shape, query_size) if self.needs_queries else None,
         )
         self.hold(entries)
         self.is_initialized = True
 
-    def tokens(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None) -> Entries:
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the queries of tokens are kept for the compressor."""
+        is_blended = Budget.of(self.config, self.window).fused > 0
+        return is_blended and get_compressor(self.config.compressor).needs_queries
+
+    def tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None
+    ) -> Entries:
         """The tokens of a call as entries.
 
         Parameters
         ----------
+        query : torch.Tensor
+            (batch, heads, tokens, head_dim), rotated.
         key, value : torch.Tensor
             (batch, kv_heads, tokens, head_dim), keys rotated.
         rotary : RotaryTable, optional
             None where keys are not rotated, or stay as they came (``positions="absolute"``).
         """
         if not self.is_initialized:
-            self.make_buffers(key, value)
+            self.make_buffers(key, value, query.shape[1] // key.shape[1] * query.shape[3])
         self._settle(rotary)
         shape = (*key.shape[:2], plan.places.shape[1])
         return Entries(
@@ -118,6 +136,7 @@ class Memory:
             born=plan.places[:, None].expand(shape),
             log_mass=key.new_zeros(()).expand(shape),
             rotated=key,
+            queries=by_group(query, key.shape[1]) if self.needs_queries else None,
         )
 
     def append(self, segment: Segment, tokens: Entries) -> None:
@@ -148,7 +167,7 @@ class Memory:
             keys = rotary.rotate(keys, places, inverse=True)
         self.entries.keys[:, :, late] = keys
 
-    def mass_bias(self, head: FusionHead | None, stop: int | None = None) -> torch.Tensor | None:
+    def mass_bias(self, head: Compressor | None, stop: int | None = None) -> torch.Tensor | None:
         """(batch, kv_heads, entries up to ``stop``) bias on the logits by what entries stand for; None: no bias."""
         log_mass = self.entries.log_mass
         if log_mass is None or head is None or head.is_closed:
@@ -162,7 +181,7 @@ class Memory:
         if is_needed_by_graph or _is_locked(self.values):
             self.map(lambda tensor: tensor.detach().clone())
 
-    def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
+    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
         """Replace the first entries of some rows by their M slots."""
         self._settle(rotary)
         rows, num_slots = compression.rows, self.config.num_slots
@@ -188,7 +207,7 @@ class Memory:
             slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, places)
         self.hold(self.entries.combine(slots, replace))
 
-    def close(self, segment: Segment, head: FusionHead | None, rotary: RotaryTable | None) -> None:
+    def close(self, segment: Segment, head: Compressor | None, rotary: RotaryTable | None) -> None:
         """Compress what a segment has completed, and let attention of the past count less from then on.
 
         With gradients both are put off until something is written next.
@@ -198,7 +217,7 @@ class Memory:
         else:
             self._close(segment, head, rotary)
 
-    def _close(self, segment: Segment, head: FusionHead | None, rotary: RotaryTable | None) -> None:
+    def _close(self, segment: Segment, head: Compressor | None, rotary: RotaryTable | None) -> None:
         for compression in segment.compressions:
             self.compress(compression, head, rotary)
         scores, per_token = self.entries.scores, self.config.score_fade

@@ -17,9 +17,9 @@ from lococo import whole_text
 from lococo.attention import NAME
 from lococo.cache import CROP_ERROR
 from lococo.compat import warn_if_untested
+from lococo.compressors import get_compressor
 from lococo.config import LoCoCoConfig
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, prepare_cache, prepare_inputs
-from lococo.fusion import FusionHead
 from lococo.graphs import call_model
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import attention_layers, base_shape, find_decoder, layer_head_dim
@@ -120,7 +120,9 @@ def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
     for index, layer in patch.layers.items():
         largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
         if largest.num_fused:
-            head = FusionHead(largest, layer_head_dim(layer), device=execution_device(layer), dtype=decoder.dtype)
+            head = get_compressor(largest.compressor)(
+                largest, layer_head_dim(layer), device=execution_device(layer), dtype=decoder.dtype
+            )
             setattr(layer, HEAD, head.train(layer.training))
     patch.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
     patch.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True))

@@ -21,7 +21,7 @@ import torch
 
 if TYPE_CHECKING:
     from lococo.config import LoCoCoConfig
-    from lococo.slots import Entries
+    from lococo.entries import Entries
 
 # What is left of a distant score's old part while as many tokens are read as there are slots.
 DISTANT_FADE = 0.8

@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from lococo.backends import triton_takes
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import ROW_SUM_EPS, FusionHead
+from lococo.entries import Choice, Entries
 from lococo.scores import get_score
-from lococo.trials import TRITON, BlendTrial
-
-SMALLEST_WEIGHT = 1e-9
-
-
-@dataclasses.dataclass
-class Entries:
-    """What a layer remembers of the text, in time order.
-
-    Attributes
-    ----------
-    keys, values : torch.Tensor
-        (batch, kv_heads, entries, head_dim).
-    scores : torch.Tensor, optional
-        (batch, kv_heads, entries), attention received so far, summed over queries and the query heads of a group.
-    born : torch.Tensor, optional
-        (batch, kv_heads, entries), place in the text, in tokens; a blend's is the mean of its tokens'.
-    log_mass : torch.Tensor, optional
-        (batch, kv_heads, entries), log of the number of tokens an entry stands for.
-    rotated : torch.Tensor, optional
-        (batch, kv_heads, entries, head_dim), keys at their place in the cache, with ``positions="slot"``. ``keys`` are
-        un-rotated then, so that a key which stays for thousands of segments is rounded once, not at every move.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor | None = None
-    born: torch.Tensor | None = None
-    log_mass: torch.Tensor | None = None
-    rotated: torch.Tensor | None = None
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Entries:
-        """The same function on every tensor that is there."""
-        return self.combine(self, lambda tensor, _: function(tensor))
-
-    def combine(self, other: Entries, function: Callable[[torch.Tensor, Any], torch.Tensor]) -> Entries:
-        """A function of two entries' tensors, field by field, where this one has the field."""
-        pairs = zip(self.tensors(), other.tensors(), strict=True)
-        return Entries(*(mine if mine is None else function(mine, theirs) for mine, theirs in pairs))  # type: ignore
-
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The fields in order, None where a configuration has no use for one."""
-        return self.keys, self.values, self.scores, self.born, self.log_mass, self.rotated
-
-    def __len__(self) -> int:
-        return self.keys.shape[2]
 
 
 class Budget(NamedTuple):
@@ -80,13 +32,6 @@ class Budget(NamedTuple):
     def is_ranked(self, config: LoCoCoConfig) -> bool:
         """Whether any slot is chosen by score."""
         return self.heavy > 0 or (self.fused > 0 and config.residual != "none")
-
-
-class Choice(NamedTuple):
-    """Entries chosen for the slots, in time order."""
-
-    anchors: torch.Tensor  # (batch, kv_heads, num_slots), entry each slot copies or starts from
-    fused: torch.Tensor  # (batch, kv_heads, num_fused), slots that are blended
 
 
 def rank(
@@ -136,7 +81,7 @@ def compress(
     entries: Entries,
     now: int | torch.Tensor,
     config: LoCoCoConfig,
-    head: FusionHead | None,
+    head: Compressor | None,
     window: int | None = None,
 ) -> Entries:
     """M slots from more than M entries (Algorithm 2's compressor).
@@ -150,7 +95,7 @@ def compress(
         More than ``num_slots`` of them.
     now : int or torch.Tensor
         Tokens read so far; (batch, 1, 1) where rows differ.
-    head : FusionHead, optional
+    head : Compressor, optional
         None where nothing is fused.
     window : int, optional
         Size of the layer's sliding window.
@@ -165,15 +110,14 @@ def compress(
     slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
-    blend = _blend(entries, choice, head)
-    return slots.combine(blend, functools.partial(_scatter, choice.fused))
+    return slots.combine(head.blend(entries, choice), functools.partial(_scatter, choice.fused))
 
 
 def mixing(
     entries: Entries,
     now: int | torch.Tensor,
     config: LoCoCoConfig,
-    head: FusionHead | None,
+    head: Compressor | None,
     window: int | None = None,
 ) -> tuple[Choice, torch.Tensor]:
     """The compression of ``compress`` as one matrix: (batch, kv_heads, num_slots, entries), each row sums to 1."""
@@ -183,82 +127,7 @@ def mixing(
     weights = weights.scatter(-1, choice.anchors[..., None], 1.0)
     if budget.fused == 0 or head is None or head.is_closed:
         return choice, weights
-    blend = head(entries.keys, entries.values, *_blendable(entries, choice))
-    return choice, _scatter(choice.fused, weights, blend)
-
-
-def _blendable(entries: Entries, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
-    """The entry each fused slot starts from, and which entries may be blended."""
-    anchors = choice.anchors.gather(-1, choice.fused)
-    rest = torch.ones(entries.keys.shape[:3], dtype=torch.bool, device=entries.keys.device)
-    return anchors, rest.scatter(-1, choice.anchors, False).scatter(-1, anchors, True)
-
-
-def _blend(entries: Entries, choice: Choice, head: FusionHead) -> Entries:
-    fused_anchors, rest = _blendable(entries, choice)
-    if head.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
-        blend = blend_in_triton(entries, fused_anchors, rest, head)
-        if blend is not None:
-            return blend
-    weights = head(entries.keys, entries.values, fused_anchors, rest)
-    mix = weights.to(entries.keys.dtype)
-    fixed = weights.detach()
-    return Entries(
-        keys=mix @ entries.keys,
-        values=mix @ entries.values,
-        scores=_average(fixed, entries.scores),
-        born=_average(fixed, entries.born),
-        log_mass=None if entries.log_mass is None else log_mass(weights, entries.log_mass),
-    )
-
-
-def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor, head: FusionHead) -> Entries | None:
-    """Blends of a head that divides its weights by their sum, in one kernel; None where Triton does not run.
-
-    Parameters
-    ----------
-    anchors, rest
-        As in ``FusionHead.forward``.
-    """
-    keys, carried = entries.keys, entries.log_mass
-    logits, gates = head.logits_and_gates(keys, entries.values, anchors.shape[-1])
-    averaged = [tensor for tensor in (entries.scores, entries.born) if tensor is not None]
-    trial = BlendTrial(
-        *(keys.device, keys.dtype, keys.shape[-1], logits.dtype, len(averaged)),
-        has_mass=carried is not None,
-        has_gates=gates is not None,
-    )
-    blend = TRITON.run(
-        trial,
-        *(keys, entries.values, averaged, carried, logits, gates, anchors, rest, ROW_SUM_EPS, SMALLEST_WEIGHT),
-    )
-    if blend is None:
-        return None
-    keys, values, averages = blend
-    log_mass = None if carried is None else averages.pop()
-    born = None if entries.born is None else averages.pop()
-    return Entries(keys, values, averages.pop() if averages else None, born, log_mass)
-
-
-def log_mass(weights: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-    """Log of the number of tokens a blend stands for: entropy of its weights plus the log-mass it inherits.
-
-    A copy keeps its mass; the even blend of n tokens has mass n.
-
-    Parameters
-    ----------
-    weights : torch.Tensor
-        (batch, kv_heads, num_fused, entries), rows sum to 1.
-    carried : torch.Tensor
-        (batch, kv_heads, entries).
-    """
-    # The entropy's slope at 0 is infinite, so weights that are (almost) nothing count as nothing.
-    entropy = torch.special.entr(torch.where(weights > SMALLEST_WEIGHT, weights, 1.0)).sum(dim=-1)
-    return entropy + _average(weights, carried)
-
-
-def _average(weights: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else (weights @ values[..., None]).squeeze(-1)
+    return choice, _scatter(choice.fused, weights, head.weights(entries, choice))
 
 
 def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

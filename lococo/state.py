@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
 from lococo.models import attention_layers
 
 HEAD = "lococo_head"
@@ -93,7 +93,7 @@ def lococo_config(model: nn.Module) -> LoCoCoConfig:
     return patched_decoder(model).lococo_patch.config
 
 
-def head_modules(model: nn.Module) -> dict[int, FusionHead]:
+def head_modules(model: nn.Module) -> dict[int, Compressor]:
     """Fusion heads of a patched model by layer index; empty if its preset fuses nothing.
 
     Raises

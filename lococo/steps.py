@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
+from lococo.entries import Entries, by_group
 from lococo.segments import Plan, upload
-from lococo.slots import Entries
 
 if TYPE_CHECKING:
     from lococo.memory import Memory
@@ -91,14 +91,14 @@ class StepBuffers:
             for mine, theirs in zip(held, memory.entries.tensors(), strict=True)
         )
 
-    def open(self, plan_for: Callable[[LoCoCoConfig], Plan], head: FusionHead | None) -> None:
+    def open(self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None) -> None:
         """Take up what was written since, and prepare for steps from the next token on.
 
         Parameters
         ----------
         plan_for : callable
             The plan of the next token, a step, for heads with a config.
-        head : FusionHead, optional
+        head : Compressor, optional
             Gives the bias of blends.
         """
         plans = [plan_for(memory.config) for memory, _ in self.groups]
@@ -183,6 +183,8 @@ class StepBuffers:
         shape = (self._at.shape[0], -1, query.shape[-1])
         self.keys.scatter_(1, self._written, key.to(self.keys.dtype).reshape(shape))
         self.values.scatter_(1, self._written, value.to(self.values.dtype).reshape(shape))
+        if self.entries.queries is not None:
+            self._write_queries(self.entries.queries, query, key.shape[1])
         self.bias.scatter_(2, self._at[..., None], 0.0)
         bias, grouped = self._seen(window), query.reshape(shape)
         is_exact, scores = query.dtype in (torch.float32, torch.float64), self.entries.scores
@@ -198,6 +200,10 @@ class StepBuffers:
             self._score(scores, probabilities.square_() if squared else probabilities)
         self._at += 1
         return output.view(query.shape)
+
+    def _write_queries(self, queries: torch.Tensor, query: torch.Tensor, kv_heads: int) -> None:
+        at = self._written[..., :1].expand(-1, -1, queries.shape[-1])
+        queries.scatter_(1, at, by_group(query, kv_heads).to(queries.dtype).reshape(at.shape))
 
     def _score(self, scores: torch.Tensor, received: torch.Tensor) -> None:
         received = received.sum(dim=1)

@@ -6,7 +6,7 @@ import sys
 import torch
 from gpu_report import SKIPPED, Report, stage_options
 
-from lococo import LoCoCoConfig, kernels, slots, triton_kernels
+from lococo import LoCoCoConfig, compressors, fusion, kernels, slots, triton_kernels
 from lococo.backends import Visibility
 from lococo.evaluation.deadline import Deadline, OutOfTime
 from lococo.fusion import FusionHead
@@ -87,7 +87,7 @@ def check_blend(found, device, dtype, dim, num_slots, fields):
     rest = torch.ones(shape, dtype=torch.bool, device=device)
     rest = rest.scatter(-1, choice.anchors, False).scatter(-1, anchors, True)
     with torch.no_grad():
-        got = slots.blend_in_triton(everything, anchors, rest, head)
+        got = fusion.blend_in_triton(everything, anchors, rest, head)
         weights = head(everything.keys, everything.values, anchors, rest).double()
     expected = {"keys": weights @ everything.keys.double(), "values": weights @ everything.values.double()}
     errors = {name: relative_error(getattr(got, name), tensor) for name, tensor in expected.items()}
@@ -95,7 +95,7 @@ def check_blend(found, device, dtype, dim, num_slots, fields):
     numbers = {"scores": everything.scores, "born": everything.born}
     expected = {name: (weights @ tensor.double()[..., None])[..., 0] for name, tensor in numbers.items()}
     if config.has_mass:
-        expected["log_mass"] = slots.log_mass(weights, everything.log_mass.double())
+        expected["log_mass"] = compressors.log_mass(weights, everything.log_mass.double())
     for name, tensor in expected.items():
         error = relative_error(getattr(got, name), tensor)
         assert error < EXACT, f"{name} are off by {error:.2e}"

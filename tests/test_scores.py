@@ -1,9 +1,6 @@
 """Scores of one's own: one class each, obeyed by reading, decoding, recorded steps, budgets per head and padding."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -198,11 +195,3 @@ def test_heads_of_a_score_that_is_not_here_say_so(tmp_path):
         lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
     key_norm()
     lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
-
-
-def test_the_example_runs():
-    script = Path(__file__).parents[1] / "examples" / "own_method.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) < 60
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "key-norm" in result.stdout and "distant" in result.stdout

@@ -10,7 +10,18 @@ import triton.language as tl
 from tiny import tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
 
-from lococo import LoCoCoConfig, backends, kernels, patched, slots, trials, triton_blend, triton_kernels
+from lococo import (
+    LoCoCoConfig,
+    backends,
+    compressors,
+    fusion,
+    kernels,
+    patched,
+    slots,
+    trials,
+    triton_blend,
+    triton_kernels,
+)
 from lococo.backends import Visibility
 from lococo.fusion import FusionHead
 
@@ -130,7 +141,7 @@ def test_blend(values, dim, dtype):
     rest = torch.ones(shape, dtype=torch.bool, device=DEVICE)
     rest = rest.scatter(-1, choice.anchors, False).scatter(-1, anchors, True)
     with torch.no_grad():
-        got = slots.blend_in_triton(everything, anchors, rest, head)
+        got = fusion.blend_in_triton(everything, anchors, rest, head)
         weights = head(everything.keys, everything.values, anchors, rest).double()
     wide = everything.map(lambda tensor: tensor.double())
     expected = slots.Entries(
@@ -138,7 +149,7 @@ def test_blend(values, dim, dtype):
         values=weights @ wide.values,
         scores=None if wide.scores is None else (weights @ wide.scores[..., None])[..., 0],
         born=(weights @ wide.born[..., None])[..., 0],
-        log_mass=None if wide.log_mass is None else slots.log_mass(weights, wide.log_mass),
+        log_mass=None if wide.log_mass is None else compressors.log_mass(weights, wide.log_mass),
     )
     for name in ("keys", "values", "scores", "born", "log_mass"):
         mine, theirs = getattr(got, name), getattr(expected, name)
@@ -175,7 +186,7 @@ def test_backend_leaves_wide_types_to_torch(dtype, monkeypatch):
 def test_mixed_types_reach_no_kernel(calls, monkeypatch):
     """One of them is wide, so all are; two narrow ones together are wide too."""
     monkeypatch.setattr(backends, "TRITON_DTYPES", backends.HALF_TYPES)
-    for module in (kernels, slots):
+    for module in (kernels, fusion):
         monkeypatch.setattr(module, "triton_takes", lambda tensor: tensor.dtype in backends.HALF_TYPES)
     query, key, value, bias = tensors(SHAPES["grouped"], torch.bfloat16)
     lse = triton_kernels.attend(query, key, value, 0.2, bias)[1]
@@ -254,7 +265,7 @@ def test_random_blends(seed):
     for mine, mixed in zip(got[:2], (keys, values), strict=True):
         assert relative_error(mine, weights @ mixed.double()) < 1.5 * TOLERANCES[dtype]
     expected = [(weights @ column.double()[..., None])[..., 0] for column in averaged]
-    expected += [] if carried is None else [slots.log_mass(weights, carried.double())]
+    expected += [] if carried is None else [compressors.log_mass(weights, carried.double())]
     for mine, theirs in zip(got[2], expected, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=5e-5, atol=5e-5)
 
@@ -300,7 +311,7 @@ def calls(in_every_type, monkeypatch):
 def in_every_type(monkeypatch):
     """What is left to torch on a CPU and in float32, here in Triton."""
     monkeypatch.setattr(backends, "TRITON_DTYPES", (*backends.HALF_TYPES, torch.float32))
-    for module in (kernels, slots):
+    for module in (kernels, fusion):
         monkeypatch.setattr(module, "triton_takes", lambda tensor: True)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.forward import Request, asking, new_cache
-from lococo.fusion import FusionHead
 from lococo.memory import Memory
 from lococo.positions import RotaryTable
 from lococo.segments import Compression
@@ -56,7 +56,7 @@ class TracedMemory(Memory):
         self.weights: torch.Tensor | None = None
         self.fused: torch.Tensor | None = None
 
-    def compress(self, compression: Compression, head: FusionHead | None, rotary: RotaryTable | None) -> None:
+    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
         """See ``Memory.compress``."""
         self._settle(rotary)
         before = self.entries.map(lambda tensor: tensor[:, :, : compression.entries])

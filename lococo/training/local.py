@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.deadline import Deadline
 from lococo.files import write_whole
-from lococo.fusion import FusionHead
 from lococo.state import head_modules, lococo_config
 from lococo.training.frozen import only_heads_learn
 from lococo.training.record import LayerRecord, felt_error, read_record, record
@@ -161,7 +161,7 @@ def train_locally(
 
 
 def train_layer(
-    layer_idx: int, head: FusionHead, config: LoCoCoConfig, recordings: Recordings, settings: LocalConfig
+    layer_idx: int, head: Compressor, config: LoCoCoConfig, recordings: Recordings, settings: LocalConfig
 ) -> float:
     """Train the head of one layer. Returns its error, as in ``train_locally``, which has the details."""
     scalars = [parameter for parameter in head.parameters() if parameter.dim() == 1]
@@ -196,15 +196,13 @@ def train_layer(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if head.gate is not None:
-            with torch.no_grad():
-                head.gate.clamp_(0, 1)  # steps beyond would have to be taken back first
+        head.after_step()
     with torch.no_grad():
         errors = [relative_error(text).item() for text in range(learned, len(recordings.paths))]
     return sum(errors) / len(errors)
 
 
 def _summed_error(
-    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: FusionHead | None = None
+    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: Compressor | None = None
 ) -> torch.Tensor:
     return felt_error(read_record(entry, config, layer_idx, head), entry).sum()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lococo.compat import cache_of, with_cache
+from lococo.compressors import Compressor
 from lococo.forward import Request, asking, new_cache
-from lococo.fusion import FusionHead
 from lococo.patch import suspended
 from lococo.state import head_modules, is_patched, lococo_config, patched_decoder
 from lococo.whole_text import reading_pieces
@@ -187,7 +187,7 @@ class WindowLoss(nn.Module):
         if not heads:
             raise ValueError(f"the model has no heads to train: it is patched with {lococo_config(model)}")
         for head in heads.values():
-            if not isinstance(head, FusionHead):
+            if not isinstance(head, Compressor):
                 raise ValueError(
                     f"the heads are inside {type(head).__name__}: leave lococo_head out of PEFT's modules_to_save"
                 )

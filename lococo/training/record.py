@@ -17,8 +17,8 @@ from lococo import kernels
 from lococo.attention import read_layer
 from lococo.cache import LayerCache
 from lococo.compat import AttentionInterface, AttentionMaskInterface
+from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
 from lococo.masks import padding_mask
 from lococo.models import find_decoder
 from lococo.models.chatglm import bridges, end_call, is_remote_chatglm, remote_arguments
@@ -183,7 +183,7 @@ def full_attention(
 
 
 def read_record(
-    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int = 0, head: FusionHead | None = None
+    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int = 0, head: Compressor | None = None
 ) -> torch.Tensor:
     """Output of the recorded layer over a compressed cache, shaped like ``LayerRecord.output``; differentiable."""
 

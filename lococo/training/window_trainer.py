@@ -201,10 +201,9 @@ class GatesWithinReach(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """See ``TrainerCallback``."""
         for head in head_modules(self.model).values() if is_patched(self.model) else []:
-            if head.gate is not None:
-                head.gate.clamp_(0, 1)
-                if hasattr(head.gate, "_hp_mapping"):
-                    importlib.import_module("deepspeed.utils").safe_set_full_fp32_param(head.gate, head.gate)
+            for parameter in head.after_step():
+                if hasattr(parameter, "_hp_mapping"):
+                    importlib.import_module("deepspeed.utils").safe_set_full_fp32_param(parameter, parameter)
 
 
 class StopInTime(TrainerCallback):
