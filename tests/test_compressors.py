@@ -242,7 +242,7 @@ def test_it_learns_is_saved_loaded_and_kept_in_bounds(tmp_path):
 
 
 def test_gradients_are_those_of_the_weights():
-    """Float64, against a finite difference."""
+    """Against a finite difference, as fine as the model's norms allow, which compute in float32."""
     config = config_of(Learned)
     model = patched_llama(config).double()
     gate = head_modules(model)[0].gate
@@ -252,12 +252,12 @@ def test_gradients_are_those_of_the_weights():
 
     (slope,) = torch.autograd.grad(loss(), gate)
     values = []
-    for step in (1e-5, -1e-5):
+    for step in (1e-3, -1e-3):
         with torch.no_grad():
             gate += step
             values.append(loss())
             gate -= step
-    torch.testing.assert_close(slope.squeeze(), (values[0] - values[1]) / 2e-5, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(slope.squeeze(), (values[0] - values[1]) / 2e-3, rtol=1e-3, atol=0)
 
 
 def test_what_is_no_compressor_is_refused():
