@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -377,6 +377,8 @@ def padded_columns(
     has_padding = not bool(real.all())
     if has_padding or mask.dtype != torch.bool:
         _refuse_other_marks(mask[:, -num_tokens:])
+    if cache is not None and seen and mask.shape[1] > num_tokens:
+        _refuse_another_past(mask[:, :seen], cache.rows)
     if cache is not None:
         cache.ends_in_padding = has_padding and not bool(real[:, -1].all())
     return real.tolist() if has_padding else None
@@ -390,6 +392,18 @@ def _refuse_other_marks(mask: torch.Tensor) -> None:
             f"attention_mask must be 1 for tokens and 0 for padding, got {strange[0].item()}: rows of several texts "
             "(packed sequences) and masks that are added to logits are not supported"
         )
+
+
+def _refuse_another_past(mask: torch.Tensor, rows: Sequence[Row]) -> None:
+    """Refuse a mask in which tokens that were read are padding, or padding tokens: it would come too late."""
+    said = mask.bool().sum(dim=-1).tolist()
+    read = [row.seen for row in rows] * (len(said) // len(rows))
+    for index, (now, before) in enumerate(zip(said, read, strict=True)):
+        if now != before:
+            raise ValueError(
+                f"attention_mask names {now} tokens among the {mask.shape[1]} columns already read of row {index}, "
+                f"{before} were read: what has been read cannot be masked later"
+            )
 
 
 def _chunk(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], tokens: torch.Tensor) -> int | None:

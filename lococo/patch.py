@@ -189,7 +189,8 @@ def patched(
     try:
         yield model
     finally:
-        unpatch_model(model)
+        if is_patched(model):  # not taken out inside the block
+            unpatch_model(model)
 
 
 @contextlib.contextmanager
@@ -210,5 +211,6 @@ def suspended(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        patch.is_suspended = was_suspended
-        patch.show_configs(through_views=not was_suspended)
+        if vars(decoder).get("lococo_patch") is patch:  # not taken out inside the block
+            patch.is_suspended = was_suspended
+            patch.show_configs(through_views=not was_suspended)

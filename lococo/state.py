@@ -27,6 +27,8 @@ class Patch:
         Attention layers by index.
     configs : list
         Modules whose config is seen through a view, with the config and the view.
+    attentions : list
+        Configs whose attention reads otherwise through their view, with the view and what it was before.
     """
 
     config: LoCoCoConfig
@@ -39,6 +41,7 @@ class Patch:
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
     attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
     configs: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
+    attentions: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute and remember whether the instance had one of its own."""
@@ -48,6 +51,8 @@ class Patch:
     def view_config(self, module: Any, view: Any) -> None:
         """Let a module see its config through a view."""
         self.configs.append((module, module.config, view))
+        if view._attn_implementation != module.config._attn_implementation:
+            self.attentions.append((module.config, view, module.config._attn_implementation))
         module.config = view
 
     def show_configs(self, through_views: bool) -> None:
@@ -71,6 +76,9 @@ class Patch:
             else:
                 delattr(module, name)
         self.show_configs(through_views=False)
+        for config, view, attention in self.attentions:
+            if config._attn_implementation == view._attn_implementation:  # read from the view, and set again
+                config._attn_implementation = attention
         for layer in self.layers.values():
             if hasattr(layer, HEAD):
                 delattr(layer, HEAD)

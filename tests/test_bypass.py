@@ -70,6 +70,32 @@ def test_an_attention_chosen_later_counts_after_unpatching(change):
     assert torch.equal(model(IDS).logits, tiny_llama(attn_implementation="eager")(IDS).logits)
 
 
+def test_an_attention_read_from_the_view_and_set_again_is_forgotten():
+    """As libraries do that try another attention for a while."""
+    model = patch(tiny_llama(attn_implementation="sdpa"))
+    text, before = answer(model), model.model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation(before)
+    assert torch.equal(answer(model), text)
+    lococo.unpatch_model(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(IDS).logits, tiny_llama(attn_implementation="sdpa")(IDS).logits)
+
+
+def test_a_patch_may_be_taken_out_inside_a_block():
+    model = tiny_llama()
+    full = model(IDS).logits
+    with lococo.patched(model, CONFIG), lococo.patch.suspended(model):
+        lococo.unpatch_model(model)
+    assert torch.equal(model(IDS).logits, full)
+    patch(model)
+    with lococo.patch.suspended(model):
+        lococo.unpatch_model(model)
+        expected = patch(model, CONFIGS["h2o"])(IDS).logits
+    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(lococo.unpatch_model(model)(IDS).logits, full)
+
+
 def a_decoders_config(model):
     model.model.config = copy.deepcopy(model.config)
 
