@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from typing import Any
 
@@ -15,6 +16,16 @@ from lococo.fusion import FusionHead
 from lococo.models import attention_layers
 
 HEAD = "lococo_head"
+
+
+class _Thread(threading.local):
+    """What holds for the calls of one thread, by name and patch: a server's threads read with the same model."""
+
+    def __init__(self) -> None:
+        self.noted: dict[tuple[str, int], Any] = {}
+
+
+_THREAD = _Thread()
 
 
 @dataclasses.dataclass
@@ -35,13 +46,35 @@ class Patch:
     layers: dict[int, Any]
     is_suspended: bool = False
     can_record: bool = True  # until a recorded step has failed
-    request: Any = None  # a ``lococo.forward.Request`` for the next calls
-    last_position: torch.Tensor | None = None  # of the text that is being read in pieces, see ``lococo.whole_text``
     said: set[str] = dataclasses.field(default_factory=set)
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
     attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
     configs: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
     attentions: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def request(self) -> Any:
+        """A ``lococo.forward.Request`` for this thread's next calls, or None."""
+        return _THREAD.noted.get(("request", id(self)))
+
+    @request.setter
+    def request(self, request: Any) -> None:
+        self._note("request", request)
+
+    @property
+    def last_position(self) -> torch.Tensor | None:
+        """Of the text that this thread is reading in pieces, see ``lococo.whole_text``."""
+        return _THREAD.noted.get(("last_position", id(self)))
+
+    @last_position.setter
+    def last_position(self, position: torch.Tensor | None) -> None:
+        self._note("last_position", position)
+
+    def _note(self, name: str, value: Any) -> None:
+        if value is None:
+            _THREAD.noted.pop((name, id(self)), None)
+        else:
+            _THREAD.noted[name, id(self)] = value
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute and remember whether the instance had one of its own."""

@@ -1,5 +1,9 @@
 """Rotary tables that depend on the length of the whole text, whatever the pieces it is read in."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
 import pytest
 import torch
 from tiny import SIZES, tiny_ids, tiny_llama
@@ -178,3 +182,31 @@ def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
         expected = torch.zeros_like(expected)
     torch.testing.assert_close(loss, expected, rtol=0, atol=2e-5)
     assert model.model.lococo_patch.last_position is None
+
+
+@every_model
+def test_threads_read_texts_of_their_own(name):
+    """A server's: each with another length, in pieces, at once."""
+    model = lococo.patch_model(build(name), large(5))
+    texts = [tiny_ids(1, 20 + 6 * index, seed=index) for index in range(6)]
+    if name == "llama-dynamic":  # Transformers' own table is one for all threads there
+        texts = [tiny_ids(1, 40, seed=index) for index in range(6)]
+    expected = [model(ids).logits for ids in texts]
+
+    def read(index):
+        with torch.no_grad():
+            return [model(texts[index]).logits for _ in range(4)]
+
+    # Transformers writes longrope's table into one buffer: threads are kept apart while it is made and read.
+    with ThreadPoolExecutor(6) as pool, mock.patch.object(type(model.model.rotary_emb), "__call__", _one_at_a_time):
+        for logits, same in zip(pool.map(read, range(6)), expected, strict=True):
+            for each in logits:
+                assert_close(each, same)
+
+
+LOCK = threading.RLock()
+
+
+def _one_at_a_time(module, *args, **kwargs):
+    with LOCK:
+        return torch.nn.Module.__call__(module, *args, **kwargs)
