@@ -70,6 +70,25 @@ class Patch:
     def last_position(self, position: torch.Tensor | None) -> None:
         self._note("last_position", position)
 
+    @property
+    def open_call(self) -> Any:
+        """The ``lococo.attention.Call`` that this thread's forward reads, or None."""
+        return _THREAD.noted.get(("open_call", id(self)))
+
+    @open_call.setter
+    def open_call(self, call: Any) -> None:
+        self._note("open_call", call)
+
+    def close_call(self) -> None:
+        """Put back what this thread's call has opened, if one is open."""
+        call, self.open_call = self.open_call, None
+        if call is None:
+            return
+        if call.cache is not None:
+            call.cache.is_open = False
+        if call.ends_text:
+            self.last_position = None
+
     def _note(self, name: str, value: Any) -> None:
         if value is None:
             _THREAD.noted.pop((name, id(self)), None)
@@ -101,6 +120,7 @@ class Patch:
 
     def undo(self, decoder: Any) -> None:
         """Take hooks, attributes, views and heads out."""
+        self.close_call()
         for hook in self.hooks:
             hook.remove()
         for module, name, had_own, value in reversed(self.attributes):
