@@ -121,6 +121,8 @@ def lococo_attention(
             f"model that asks for attention {NAME!r}, or was made from the config of a patched decoder, must be "
             "patched itself, or be given another attn_implementation"
         )
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"{type(module).__name__} was called with is_causal=False: a patched model reads causally")
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
     window = window_of(attention_mask, sliding_window, type(module).__name__)

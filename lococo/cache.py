@@ -13,7 +13,7 @@ import torch
 from lococo.compat import Cache, CacheLayerMixin
 from lococo.compressors import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.memory import Memory
+from lococo.memory import Memory, is_locked
 from lococo.positions import RotaryTable
 from lococo.segments import Plan, Row
 from lococo.steps import StepBuffers
@@ -139,11 +139,11 @@ class LayerCache(CacheLayerMixin):
         self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None, num_heads: int
     ) -> StepBuffers:
         """The buffers for steps, in line with all that was written. ``num_heads`` counts query heads."""
-        if self.steps is None or self._stepped != self._versions():
+        if self.steps is None or self._stepped != self._versions() or is_locked(self.steps.bias):
             for memory, _ in self.groups:
                 memory.begin_steps(plan_for(memory.config))
             self.num_heads = num_heads
-            if self.steps is None or not self.steps.hold():
+            if self.steps is None or not self.steps.hold() or is_locked(self.steps.bias):
                 self.steps = StepBuffers(self.groups, num_heads)
             self.steps.open(plan_for, head)
             self._stepped = self._versions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,9 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     kwargs["attention_mask"] = _padding(kwargs.get("attention_mask"))
     request = kwargs.pop("lococo", None) or patch.request or Request()
     if request.call is not None:
-        return (), {**kwargs, "lococo": _begun(request.call)}
+        return (), {**kwargs, "lococo": _begun(patch, request.call)}
+    if not request.is_chunk:
+        patch.close_call()  # one that was interrupted
     _refuse_other_configs(decoder)
     _refuse_unsupported(decoder, kwargs)
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -108,6 +110,7 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
             patch.last_position = None
         raise
     call.ends_text = patch.last_position is not None and not was_in_pieces
+    _begun(patch, call)
     if is_remote_chatglm(decoder):
         return (), remote_arguments(decoder, kwargs, functools.partial(lococo_attention, lococo=call))
     return (), {**kwargs, "lococo": call}
@@ -125,7 +128,11 @@ def _prepare(decoder: Any, request: Request, kwargs: dict[str, Any], tokens: tor
             cache = new_cache(decoder)
         _show_last_position(decoder, cache, kwargs, tokens.shape[1])
         last = min(tokens.shape[1], max(request.keep or 0, tokens.shape[1] % chunk or chunk))
-        earlier = _read_up_to_last_chunk(decoder, chunk, last, cache, kwargs, tokens.shape[1], request.keep)
+        before = cache.seen_tokens
+        try:
+            earlier = _read_up_to_last_chunk(decoder, chunk, last, cache, kwargs, tokens.shape[1], request.keep)
+        finally:
+            cache.is_reading = cache.is_reading or cache.seen_tokens > before  # until the last piece has been read
         tokens = tokens[:, -last:]
     batch, num_tokens = tokens.shape[:2]
     real = padded_columns(
@@ -134,6 +141,7 @@ def _prepare(decoder: Any, request: Request, kwargs: dict[str, Any], tokens: tor
     rows = (Row(),) if cache is None else cache.rows
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
     if config.positions == "slot":
+        _say_positions_are_ours(decoder, kwargs.get("position_ids"), real)
         kwargs["position_ids"] = plan.entries
     elif kwargs.get("position_ids") is None:
         kwargs["position_ids"] = plan.places
@@ -141,12 +149,28 @@ def _prepare(decoder: Any, request: Request, kwargs: dict[str, Any], tokens: tor
     if is_remote_chatglm(decoder):
         check_length(decoder, config.capacity if config.positions == "slot" else max(row.seen for row in plan.rows))
     hands_out = request.cache is None and kwargs.get("use_cache") is not False
-    return _begun(Call(config, plan, cache, tables, rows, real, earlier, hands_out=hands_out))
+    return Call(config, plan, cache, tables, rows, real, earlier, hands_out=hands_out)
 
 
-def _begun(call: Call) -> Call:
+def _say_positions_are_ours(decoder: Any, given: torch.Tensor | None, real: Sequence[Sequence[bool]] | None) -> None:
+    """Tell of positions that are not one after another, which slot positions have no use for."""
+    if given is None or given.shape[1] < 2:
+        return
+    follows = given.diff(dim=1) == 1
+    if real is not None:
+        tokens = torch.tensor(real, device=given.device)
+        follows = follows | ~(tokens[:, 1:] & tokens[:, :-1])
+    if not follows.all():
+        decoder.lococo_patch.say_once(
+            "position_ids that are not one after another are not used: with positions='slot' tokens have the "
+            "positions of their places in the cache"
+        )
+
+
+def _begun(patch: Patch, call: Call) -> Call:
     if call.cache is not None:
         call.cache.is_open = True
+    patch.open_call = call
     return call
 
 
@@ -154,7 +178,7 @@ def _begun(call: Call) -> Call:
 def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the decoder: the cache has read the call; put the chunks' hidden states together.
 
-    It is called after a forward that failed, too, then without output.
+    It is called after a forward that failed, too, then without output; not after one that was interrupted.
 
     Raises
     ------
@@ -166,10 +190,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     call = attend.keywords["lococo"] if attend else kwargs.get("lococo")
     if not isinstance(call, Call):
         return output
-    if call.cache is not None:
-        call.cache.is_open = False
-    if call.ends_text:
-        decoder.lococo_patch.last_position = None
+    decoder.lococo_patch.close_call()
     if output is None or call.is_recorded:
         return output
     _refuse_unread_layers(decoder.lococo_patch, call)
@@ -226,19 +247,16 @@ def prepare_inputs(model: Any, *args, **kwargs) -> Any:
 
 def prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:
     """Stand in for the method by which ``generate`` makes its cache: a patched model gets its own from the start."""
-    decoder = patched_decoder(model)
-    name = cache_argument(model)
-    given = model_kwargs.get(name)
-    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
-    made = model_kwargs.get(name)
-    if given is None and made is not None and not decoder.lococo_patch.is_suspended:
-        wanted = generation_config.cache_implementation
+    decoder, name = patched_decoder(model), cache_argument(model)
+    is_ours = generation_config.use_cache is not False and not decoder.lococo_patch.is_suspended
+    if is_ours and model_kwargs.get(name) is None:
+        wanted, generation_config.cache_implementation = generation_config.cache_implementation, None
         if wanted is not None:
             decoder.lococo_patch.say_once(
                 f"cache_implementation={wanted!r} is not used: a patched model keeps its slots in a LoCoCoCache"
             )
         model_kwargs[name] = new_cache(decoder)
-    return result
+    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _with_cache(output: Any, cache: LoCoCoCache) -> Any:
@@ -274,6 +292,8 @@ def _refuse_unsupported(decoder: Any, kwargs: dict[str, Any]) -> None:
     ):
         raise ValueError("output_attentions=True: a patched model never makes attention matrices; unpatch it for them")
     mask = kwargs.get("attention_mask")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attention_mask must be a 2-D tensor (batch, tokens), got a {type(mask).__name__}")
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got shape "
@@ -377,6 +397,8 @@ def padded_columns(
     has_padding = not bool(real.all())
     if has_padding or mask.dtype != torch.bool:
         _refuse_other_marks(mask[:, -num_tokens:])
+    if cache is not None and seen and mask.shape[1] > num_tokens:
+        _refuse_another_past(mask[:, :seen], cache.rows)
     if cache is not None:
         cache.ends_in_padding = has_padding and not bool(real[:, -1].all())
     return real.tolist() if has_padding else None
@@ -392,11 +414,25 @@ def _refuse_other_marks(mask: torch.Tensor) -> None:
         )
 
 
+def _refuse_another_past(mask: torch.Tensor, rows: Sequence[Row]) -> None:
+    """Refuse a mask in which tokens that were read are padding, or padding tokens: it would come too late."""
+    said = mask.bool().sum(dim=-1).tolist()
+    read = [row.seen for row in rows] * (len(said) // len(rows))
+    for index, (now, before) in enumerate(zip(said, read, strict=True)):
+        if now != before:
+            raise ValueError(
+                f"attention_mask names {now} tokens among the {mask.shape[1]} columns already read of row {index}, "
+                f"{before} were read: what has been read cannot be masked later"
+            )
+
+
 def _chunk(decoder: Any, config: LoCoCoConfig, kwargs: dict[str, Any], tokens: torch.Tensor) -> int | None:
     """Tokens to read at once; None: all."""
-    wants_hidden = kwargs.get("output_hidden_states")
-    wants_hidden = decoder.config.output_hidden_states if wants_hidden is None else wants_hidden
-    if torch.is_grad_enabled() or wants_hidden:
+    # Outputs of every layer, hidden states or a router's logits, are wanted of the whole text.
+    outputs = {name for name in (*vars(decoder.config), *kwargs) if name.startswith("output_")}
+    wanted = {name: kwargs.get(name) for name in outputs}
+    wanted = {name: getattr(decoder.config, name, False) if value is None else value for name, value in wanted.items()}
+    if torch.is_grad_enabled() or any(wanted.values()):
         return None
     if config.prefill_chunk_size is None and tokens.shape[1] > config.block_size:
         return prefill_chunk(decoder, config.block_size, tokens)

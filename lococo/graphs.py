@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from lococo.compressors import Compressor
 from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
 from lococo.models import base_shape
 from lococo.segments import Plan, plan_call
-from lococo.state import Patch, head_modules, patched_decoder
+from lococo.state import HEAD, Patch, head_modules, patched_decoder
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -98,6 +99,42 @@ class EmptyRecordingError(RuntimeError):
     """Operations went elsewhere while they were recorded."""
 
 
+class Snapshot:
+    """All that Python would look at in the forward of a model, for a recording that no longer looks.
+
+    Parts, weights, hooks, flags and numbers of every module, and its config; adapters are switched by such flags. Not
+    the values of tensors, which a recording reads where they lie, and not the heads, which take no part in steps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [module for name, module in model.named_modules() if HEAD not in name.split(".")]
+        configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+        self._kept = [(vars(each), _copied(vars(each))) for each in (*modules, *configs.values())]
+        tensors = (
+            tensor
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        )
+        self._addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
+
+    def is_current(self) -> bool:
+        """Whether everything is as it was."""
+        try:
+            # Dictionaries compare what they hold by identity first, so that no tensor is looked into.
+            is_same = all(now == then for now, then in self._kept)
+        except RuntimeError:  # two tensors of several numbers have been compared: one has been replaced
+            return False
+        return is_same and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose containers are copies, too: what is added to the ones there are shows."""
+    containers = (dict, list, set)
+    return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
+
+
 class StepGraph:
     """The forward of one token of every row with one cache, for replays with other tokens.
 
@@ -118,13 +155,6 @@ class StepGraph:
 
     def __init__(self, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder) -> None:
         self.buffers = [layer.steps for layer in cache.layers]
-        self.weights = [
-            (tensors, name, tensor.data_ptr())
-            for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
         self.heads = fusion_heads(model)
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
@@ -142,17 +172,15 @@ class StepGraph:
         self._logits = output.logits
         self._output_type = type(output)
         self._is_tried = False
+        self._snapshot = Snapshot(model)
+
+    def is_current(self) -> bool:
+        """Whether the model is as it was, and nothing that the recording needs was freed."""
+        return getattr(self._replay, "is_intact", True) and self._snapshot.is_current()
 
     def fits(self, cache: LoCoCoCache) -> bool:
-        """Whether buffers and weights are where they were, and nothing that the recording needs was freed."""
-        return (
-            getattr(self._replay, "is_intact", True)
-            and all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True))
-            and all(
-                weight is not None and weight.data_ptr() == address
-                for weight, address in ((weights.get(name), address) for weights, name, address in self.weights)
-            )
-        )
+        """Whether the cache's buffers are where they were."""
+        return all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True))
 
     def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Read one token of every row, (batch, 1) each.
@@ -194,6 +222,9 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
     plan_for = functools.partial(step.plan_for, device=input_ids.device)
     graph = _graphs.get(cache)
+    if graph is not None and not graph.is_current():
+        graph = None
+        del _graphs[cache]
     if graph is None and not _can_record(model):
         _graphs[cache] = None
         return call(**kwargs)

@@ -15,6 +15,16 @@ from lococo.compat import masking_utils
 FAR_PLACES = 32
 
 
+class NoTensorError(ValueError, AttributeError):
+    """The mask of a patched model was used as a tensor."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__(
+            f"the mask of a patched model was used as a tensor ({use}): an attention layer was replaced after "
+            "lococo.patch_model; call lococo.unpatch_model first, and patch again"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class PaddingMask:
     """What a patched decoder hands its layers in the place of a mask.
@@ -32,11 +42,14 @@ class PaddingMask:
 
     @classmethod
     def __torch_function__(cls, function: Any, *args, **kwargs) -> Any:
-        """Refuse to be used as a mask, by an attention layer that is not read by ours."""
-        raise ValueError(
-            f"{getattr(function, '__name__', function)} was given the mask of a patched model: an attention layer was "
-            "replaced after lococo.patch_model; call lococo.unpatch_model first, and patch again"
-        )
+        """Refuse to be used as a tensor, by an attention layer that is not read by ours."""
+        raise NoTensorError(getattr(function, "__name__", str(function)))
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoTensorError(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NoTensorError("an index")
 
 
 @torch.compiler.disable

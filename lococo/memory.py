@@ -178,7 +178,7 @@ class Memory:
         """Copy the buffers where a graph, or inference mode, forbids to write to them."""
         # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
         is_needed_by_graph = in_place and self.is_in_graph
-        if is_needed_by_graph or _is_locked(self.values):
+        if is_needed_by_graph or is_locked(self.values):
             self.map(lambda tensor: tensor.detach().clone())
 
     def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
@@ -257,6 +257,6 @@ class Memory:
         self.is_in_graph = False
 
 
-def _is_locked(tensor: torch.Tensor) -> bool:
+def is_locked(tensor: torch.Tensor) -> bool:
     """Whether it was made in inference mode and may not be written to any more."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()

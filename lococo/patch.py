@@ -28,6 +28,9 @@ from lococo.models.config_view import config_view, view_around
 from lococo.positions import execution_device, rotary_tables
 from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
+# Methods by which ``generate`` begins continuous batching, in one release or another.
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
 
 def patch_model(
     model: nn.Module,
@@ -41,7 +44,7 @@ def patch_model(
     ----------
     model : torch.nn.Module
         A Transformers decoder (Llama, Mistral, Qwen, Gemma, Phi-3, GLM, ...) or ChatGLM in its own code, also inside
-        PEFT. Changed in place.
+        PEFT. Changed in place. The outermost one: around it, ``save_pretrained`` would write heads, too.
     config : LoCoCoConfig, optional
         The slot budget. None: that of ``heads``, or our default preset.
     heads : str or path, optional
@@ -129,6 +132,9 @@ def _apply(patch: Patch, model: nn.Module, decoder: Any) -> None:
     for holder in _holders(model, decoder):
         if hasattr(holder, "_get_candidate_generator"):
             patch.set(holder, "_get_candidate_generator", refuse_assisted_decoding)
+        for name in CONTINUOUS_BATCHING:
+            if hasattr(holder, name):
+                patch.set(holder, name, functools.partial(refuse_continuous_batching, holder, name))
         if is_remote and holder is not decoder and not hasattr(holder, "generate"):
             patch.set(holder, "generate", refuse_generate)
         if not is_remote and hasattr(holder, "generate"):
@@ -156,6 +162,19 @@ def _view_configs(patch: Patch, model: nn.Module, decoder: Any) -> None:
             around = view_around(holder.config, config, views[id(config)])
             if around is not None:
                 patch.view_config(holder, around)
+
+
+def refuse_continuous_batching(model: Any, name: str, *args, **kwargs) -> Any:
+    """Stand in for Transformers' continuous batching, which keeps pages of a full cache.
+
+    Raises
+    ------
+    ValueError
+        If the patch is not suspended.
+    """
+    if patched_decoder(model).lococo_patch.is_suspended:
+        return getattr(type(model), name)(model, *args, **kwargs)
+    raise ValueError(f"{name} keeps pages of a full cache, a patched model its slots: use lococo.unpatch_model(model)")
 
 
 def refuse_assisted_decoding(*args, **kwargs) -> NoReturn:
@@ -191,7 +210,8 @@ def patched(
     try:
         yield model
     finally:
-        unpatch_model(model)
+        if is_patched(model):  # not taken out inside the block
+            unpatch_model(model)
 
 
 @contextlib.contextmanager
@@ -207,10 +227,12 @@ def suspended(model: nn.Module) -> Iterator[nn.Module]:
     """
     decoder = patched_decoder(model)
     patch: Patch = decoder.lococo_patch
+    patch.close_call()
     was_suspended, patch.is_suspended = patch.is_suspended, True
     patch.show_configs(through_views=False)
     try:
         yield model
     finally:
-        patch.is_suspended = was_suspended
-        patch.show_configs(through_views=not was_suspended)
+        if vars(decoder).get("lococo_patch") is patch:  # not taken out inside the block
+            patch.is_suspended = was_suspended
+            patch.show_configs(through_views=not was_suspended)

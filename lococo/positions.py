@@ -26,7 +26,8 @@ class RotaryTable:
     """
 
     def __init__(self, decoder: Any, attention: Any, capacity: int, device: torch.device) -> None:
-        cos, sin = rotary_embedding(decoder, attention, torch.zeros(()), torch.arange(capacity)[None])
+        exact = torch.zeros((), dtype=torch.float32)
+        cos, sin = rotary_embedding(decoder, attention, exact, torch.arange(capacity)[None])
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]
         # (1, capacity, rotary_dim or half of it), float32; the embedding may be on another device than the layer.

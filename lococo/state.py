@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from typing import Any
 
@@ -17,6 +18,16 @@ from lococo.models import attention_layers
 HEAD = "lococo_head"
 
 
+class _Thread(threading.local):
+    """What holds for the calls of one thread, by name and patch: a server's threads read with the same model."""
+
+    def __init__(self) -> None:
+        self.noted: dict[tuple[str, int], Any] = {}
+
+
+_THREAD = _Thread()
+
+
 @dataclasses.dataclass
 class Patch:
     """What ``unpatch_model`` needs to put a decoder back; kept on it as ``lococo_patch``.
@@ -27,18 +38,62 @@ class Patch:
         Attention layers by index.
     configs : list
         Modules whose config is seen through a view, with the config and the view.
+    attentions : list
+        Configs whose attention reads otherwise through their view, with the view and what it was before.
     """
 
     config: LoCoCoConfig
     layers: dict[int, Any]
     is_suspended: bool = False
     can_record: bool = True  # until a recorded step has failed
-    request: Any = None  # a ``lococo.forward.Request`` for the next calls
-    last_position: torch.Tensor | None = None  # of the text that is being read in pieces, see ``lococo.whole_text``
     said: set[str] = dataclasses.field(default_factory=set)
     hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
     attributes: list[tuple[nn.Module, str, bool, Any]] = dataclasses.field(default_factory=list)
     configs: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
+    attentions: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def request(self) -> Any:
+        """A ``lococo.forward.Request`` for this thread's next calls, or None."""
+        return _THREAD.noted.get(("request", id(self)))
+
+    @request.setter
+    def request(self, request: Any) -> None:
+        self._note("request", request)
+
+    @property
+    def last_position(self) -> torch.Tensor | None:
+        """Of the text that this thread is reading in pieces, see ``lococo.whole_text``."""
+        return _THREAD.noted.get(("last_position", id(self)))
+
+    @last_position.setter
+    def last_position(self, position: torch.Tensor | None) -> None:
+        self._note("last_position", position)
+
+    @property
+    def open_call(self) -> Any:
+        """The ``lococo.attention.Call`` that this thread's forward reads, or None."""
+        return _THREAD.noted.get(("open_call", id(self)))
+
+    @open_call.setter
+    def open_call(self, call: Any) -> None:
+        self._note("open_call", call)
+
+    def close_call(self) -> None:
+        """Put back what this thread's call has opened, if one is open."""
+        call, self.open_call = self.open_call, None
+        if call is None:
+            return
+        if call.cache is not None:
+            call.cache.is_open = False
+        if call.ends_text:
+            self.last_position = None
+
+    def _note(self, name: str, value: Any) -> None:
+        if value is None:
+            _THREAD.noted.pop((name, id(self)), None)
+        else:
+            _THREAD.noted[name, id(self)] = value
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute and remember whether the instance had one of its own."""
@@ -48,6 +103,8 @@ class Patch:
     def view_config(self, module: Any, view: Any) -> None:
         """Let a module see its config through a view."""
         self.configs.append((module, module.config, view))
+        if view._attn_implementation != module.config._attn_implementation:
+            self.attentions.append((module.config, view, module.config._attn_implementation))
         module.config = view
 
     def show_configs(self, through_views: bool) -> None:
@@ -63,6 +120,7 @@ class Patch:
 
     def undo(self, decoder: Any) -> None:
         """Take hooks, attributes, views and heads out."""
+        self.close_call()
         for hook in self.hooks:
             hook.remove()
         for module, name, had_own, value in reversed(self.attributes):
@@ -71,6 +129,9 @@ class Patch:
             else:
                 delattr(module, name)
         self.show_configs(through_views=False)
+        for config, view, attention in self.attentions:
+            if config._attn_implementation == view._attn_implementation:  # read from the view, and set again
+                config._attn_implementation = attention
         for layer in self.layers.values():
             if hasattr(layer, HEAD):
                 delattr(layer, HEAD)

@@ -70,6 +70,32 @@ def test_an_attention_chosen_later_counts_after_unpatching(change):
     assert torch.equal(model(IDS).logits, tiny_llama(attn_implementation="eager")(IDS).logits)
 
 
+def test_an_attention_read_from_the_view_and_set_again_is_forgotten():
+    """As libraries do that try another attention for a while."""
+    model = patch(tiny_llama(attn_implementation="sdpa"))
+    text, before = answer(model), model.model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation(before)
+    assert torch.equal(answer(model), text)
+    lococo.unpatch_model(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(IDS).logits, tiny_llama(attn_implementation="sdpa")(IDS).logits)
+
+
+def test_a_patch_may_be_taken_out_inside_a_block():
+    model = tiny_llama()
+    full = model(IDS).logits
+    with lococo.patched(model, CONFIG), lococo.patch.suspended(model):
+        lococo.unpatch_model(model)
+    assert torch.equal(model(IDS).logits, full)
+    patch(model)
+    with lococo.patch.suspended(model):
+        lococo.unpatch_model(model)
+        expected = patch(model, CONFIGS["h2o"])(IDS).logits
+    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(lococo.unpatch_model(model)(IDS).logits, full)
+
+
 def a_decoders_config(model):
     model.model.config = copy.deepcopy(model.config)
 
@@ -103,7 +129,7 @@ def answer_of(model):
 def test_a_layer_replaced_or_left_out_is_told(attention):
     model = patch(tiny_llama())
     model.model.layers[1] = tiny_llama(attn_implementation=attention).model.layers[1]
-    with pytest.raises(ValueError, match="was given the mask of a patched model: an attention layer was replaced"):
+    with pytest.raises(ValueError, match="mask of a patched model was used as a tensor .* layer was replaced"):
         model(IDS)
     model.model.layers = model.model.layers[:1]
     with pytest.raises(ValueError, match="1 of 2 attention layers did not go through LoCoCo, LlamaAttention 1 first"):
@@ -348,3 +374,58 @@ def test_images_are_refused_by_name():
             call(ids, **image)
     types = torch.zeros_like(ids)
     assert model(IDS.clamp(max=62), token_type_ids=types).logits.isfinite().all()
+
+
+def test_continuous_batching_is_refused():
+    model = patch(tiny_llama())
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        if hasattr(model, name):
+            with pytest.raises(ValueError, match=f"{name} keeps pages of a full cache"):
+                getattr(model, name)([[1, 2, 3]])
+    assert hasattr(model, "generate_batch")
+    assert answer(model).shape == (2, 73)
+
+
+@pytest.mark.parametrize("mask", [[[1] * 61] * 2, torch.ones(2, 61).numpy()], ids=["list", "array"])
+def test_masks_that_are_no_tensors_are_refused(mask):
+    with pytest.raises(ValueError, match="attention_mask must be a 2-D tensor .* got a (list|ndarray)"):
+        patch(tiny_llama()).model(IDS, attention_mask=mask)
+
+
+def test_positions_that_slot_positions_have_no_use_for_are_told_of_once(recwarn):
+    model = patch(tiny_llama(), CONFIGS["open-slot"])
+    positions = torch.arange(61).expand(2, 61).clone()
+    mask = torch.ones_like(positions)
+    mask[0, :5] = 0
+    model(IDS, position_ids=positions)
+    model(IDS, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).masked_fill(mask == 0, 1))
+    answer(model, attention_mask=mask)
+    assert not [warning for warning in recwarn if "position_ids" in str(warning.message)]
+    positions[:, 30:] += 50
+    for _ in range(2):
+        model(IDS, position_ids=positions, attention_mask=torch.ones_like(positions))
+    told = [warning for warning in recwarn if "position_ids that are not one after another" in str(warning.message)]
+    assert len(told) == 1
+
+
+def test_attention_in_both_directions_is_refused():
+    model = patch(tiny_llama())
+    with pytest.raises(ValueError, match="is_causal=False|not in two directions"):
+        model(IDS, is_causal=False)
+
+
+@pytest.mark.parametrize("asked", ["argument", "config"])
+def test_logits_of_routers_are_those_of_the_whole_text(asked):
+    """A text that is read in pieces would have those of the last piece alone, and another loss."""
+    features = dict(num_local_experts=4, num_experts_per_tok=2)
+    config = LoCoCoConfig(128, block_size=16, prefill_chunk_size=7)
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = 0
+    outputs = []
+    for model in (family("Mixtral", **features), patch(family("Mixtral", **features), config)):
+        arguments = {"output_router_logits": True} if asked == "argument" else {}
+        model.config.output_router_logits = asked == "config"
+        outputs.append(model(IDS, labels=IDS, attention_mask=mask, **arguments))
+    full, ours = outputs
+    torch.testing.assert_close(ours.aux_loss, full.aux_loss, rtol=0, atol=1e-4)
+    assert [each.shape for each in ours.router_logits] == [each.shape for each in full.router_logits]

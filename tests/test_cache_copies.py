@@ -119,7 +119,7 @@ def test_copies_of_caches_in_a_graph_are_outside_of_it(name, way, tmp_path):
 def test_buffers_of_a_copy_are_its_own_and_no_larger():
     """Budgets per head lie in common buffers: a pickle of views would hold each of them whole."""
     model = patched_llama(CONFIGS["slots-per-head"])
-    cache = read(model, TEXT[:, :30])[1]
+    cache = read(model, TEXT[:, :30], attention_mask=MASK[:, :30])[1]
     steps(model, cache, 30, 2)
     twin = pickle.loads(pickle.dumps(cache))
     assert len(pickle.dumps(cache)) < 1.5 * cache.nbytes
@@ -271,3 +271,61 @@ def test_a_cache_follows_the_model_to_its_device_and_dtype(name, tmp_path):
     assert {tensor.dtype for tensor in buffers(cache)} == {torch.float32}
     exact = model(TEXT[:, :45]).logits[:, 30:]
     assert (logits - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@torch.no_grad()
+def test_a_prompt_that_fails_after_some_pieces_is_not_read_on(error):
+    config = LoCoCoConfig(16, block_size=8, prefill_chunk_size=8)
+    for piece in (1, 3, 4):  # of five
+        model = patched_llama(config)
+        cache, calls = read(model, TEXT[:1, :5])[1], []
+
+        def fail(module, args, calls=calls, piece=piece):
+            calls.append(module)
+            if len(calls) > piece:
+                raise error
+
+        handle = model.model.embed_tokens.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            read(model, TEXT[:1, 5:45], cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="the last forward with this LoCoCoCache did not finish"):
+            read(model, TEXT[:1, 5:45], cache)
+        cache.reset()
+        torch.testing.assert_close(
+            read(model, TEXT[:1, :45], cache)[0], model(TEXT[:1, :45]).logits, rtol=0, atol=1e-5
+        )
+
+
+@torch.no_grad()
+def test_an_interrupt_does_not_open_a_cache_to_other_models():
+    model = patched_llama(CONFIGS["open"])
+    cache = read(model, TEXT[:1, :30])[1]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(model, TEXT[:1, 30:40], cache)
+    handle.remove()
+    lococo.unpatch_model(model)
+    with pytest.raises(ValueError, match="a LoCoCoCache was given to a model that is not patched"):
+        read(model, TEXT[:1, 30:31], cache)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_go_on_in_another_mode(name):
+    """A loop in inference mode, then ``generate``, which is not; in the middle of a block."""
+    model = patched_llama(CONFIGS[name])
+    modes = [torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad]
+    with torch.no_grad():
+        expected = model(TEXT[:1, :42]).logits[:, 30:]
+    with torch.inference_mode():
+        cache, logits = read(model, TEXT[:1, :30])[1], []
+    for at, mode in zip(range(30, 42, 3), modes, strict=True):
+        with mode():
+            for step in range(at, at + 3):
+                logits.append(read(model, TEXT[:1, step : step + 1], cache)[0].clone())
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)

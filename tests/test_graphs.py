@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig
+from tape import TapeRecorder
 from test_laws import CONFIGS
 from tiny import tiny_ids, tiny_llama
 from torch import nn
@@ -257,15 +259,95 @@ def test_streams_count_the_graphs_that_were_freed_on_them():
     assert [replay.is_intact for replay in replays] == [False, False, True]
 
 
-def test_a_buffer_that_moves_is_recorded_anew(recorder):
-    model = patched_llama(CONFIGS["open"])
-    with torch.no_grad():
-        cache = model(PROMPT, use_cache=True).past_key_values
-        for step in range(20):
-            if step == 15:
-                model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
-            model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
-    assert recorder.recordings == 2
+def other_linear(model):
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 48, bias=False)
+
+
+def other_head(model):
+    model.lm_head = nn.Linear(32, 64, bias=False)
+
+
+def other_embedding(model):
+    model.set_input_embeddings(nn.Embedding(64, 32))
+
+
+def other_layer(model):
+    model.model.layers[1].mlp = tiny_llama(seed=5).model.layers[1].mlp
+
+
+def moved_buffer(model):
+    model.model.rotary_emb.inv_freq = 2 * model.model.rotary_emb.inv_freq
+
+
+def moved_data(model):
+    model.model.norm.weight.data = 3 * model.model.norm.weight.data
+
+
+def new_hook(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def new_pre_hook(model):
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+
+
+def wrapped_forward(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda states, forward=mlp.forward: 2 * forward(states)
+
+
+def other_number(model):
+    model.model.layers[0].self_attn.scaling = 2.0
+
+
+def other_function(model):
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+
+
+def new_adapter(model):
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), adapter_name="b")
+
+
+def disabled_adapter(model):
+    model.disable_adapters()
+
+
+def changed_weight(model):
+    model.lm_head.weight.data.mul_(2)
+
+
+CHANGES = [
+    *(other_linear, other_head, other_embedding, other_layer, moved_buffer, moved_data, new_hook, new_pre_hook),
+    *(wrapped_forward, other_number, other_function, new_adapter, disabled_adapter, changed_weight),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_changes_in_the_model_counts_from_the_next_step_on(change, monkeypatch):
+    """With the tape, which repeats operations and looks at no module again."""
+    recorder = TapeRecorder()
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
+    torch.manual_seed(0)
+    model = tiny_llama()
+    if change is disabled_adapter:
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = lococo.patch_model(model, CONFIGS["open"])
+    cache = model(PROMPT, use_cache=True).past_key_values
+    for _ in range(12):
+        model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
+    assert recorder.recordings == 1 and recorder.replays == 12 - graphs.STEPS_BEFORE_RECORDING
+    unchanged = model(tiny_ids(1, 1), past_key_values=copy.deepcopy(cache)).logits
+    torch.manual_seed(1)
+    change(model)
+    for _ in range(3):
+        expected = model(tiny_ids(1, 1), past_key_values=copy.deepcopy(cache)).logits
+        assert torch.equal(model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache).logits, expected)
+        assert (expected - unchanged).abs().max() > 1e-3
+    is_launched = change in (new_hook, new_pre_hook)
+    assert recorder.recordings == 1 + (change not in (new_hook, new_pre_hook, changed_weight))
+    assert recorder.replays == 12 - graphs.STEPS_BEFORE_RECORDING + (0 if is_launched else 3)
 
 
 def test_what_is_patched_in_inference_mode_works_in_and_out_of_it(recorder):

@@ -121,3 +121,23 @@ def test_with_and_without_gradients_agree(model, name):
     torch.manual_seed(0)
     with patched(model, CONFIGS[name]):
         torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_default_dtype_changes_nothing(model, name):
+    """Scripts set it while they load a model in half precision."""
+    ids = tiny_ids(2, LENGTH)
+    torch.manual_seed(0)
+    with patched(model, CONFIGS[name]), torch.no_grad():
+        expected = model(ids).logits
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert torch.equal(model(ids).logits, expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(read(model, ids, CONFIGS[name]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

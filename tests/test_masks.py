@@ -128,3 +128,19 @@ def test_a_model_with_a_mask_of_its_own_kind(monkeypatch):
         model(IDS)
     with pytest.raises(ValueError, match="prefix"):
         model.generate(IDS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_what_was_read_cannot_be_masked_later(tokens):
+    model = lococo.patch_model(tiny_llama(), LoCoCoConfig(16, block_size=8))
+    padded = torch.ones(2, LENGTH, dtype=torch.long)
+    padded[0, :3] = 0
+    with torch.no_grad():
+        for read, later, row in ((torch.ones_like(padded), padded, 0), (padded, torch.ones_like(padded), 0)):
+            cache = model(IDS[:, :8], attention_mask=read[:, :8], use_cache=True).past_key_values
+            part = IDS[:, 8 : 8 + tokens]
+            with pytest.raises(ValueError, match=rf"among the 8 columns already read of row {row}, \d were read"):
+                model(part, attention_mask=later[:, : 8 + tokens], past_key_values=cache)
+            expected = model(IDS[:, : 8 + tokens], attention_mask=read[:, : 8 + tokens]).logits[:, 8:]
+            got = model(part, attention_mask=read[:, : 8 + tokens], past_key_values=cache).logits
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ from lococo.compat import (
     HAS_ATTENTION_INTERFACE,
     OLD_CACHE_NAME,
     OLDEST,
+    Cache,
     argument_names,
     cache_argument,
 )
@@ -35,6 +36,7 @@ from lococo.models.gemma3 import local_or_global_rotary
 
 # These rotate by the longest text seen so far, so that a key's angle does not follow from its position alone.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
 def find_decoder(model: nn.Module) -> PreTrainedModel:
@@ -65,7 +67,7 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
             f"{name} is not supported: it has no Transformers decoder whose attention layers go through the attention "
             "interface (layer_idx, is_causal, num_key_value_groups)"
         )
-    decoder = holders[-1]
+    decoder = _only_decoder(model, holders)
     config = decoder.config
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is not supported: encoder-decoder models keep a second cache for the encoder")
@@ -77,6 +79,10 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
         raise ValueError(
             f"{name} is not supported on transformers {transformers.__version__}: its decoder takes neither "
             f"{CACHE_NAME} nor {OLD_CACHE_NAME}"
+        )
+    if any(hasattr(holder, "_update_causal_mask") for holder in holders if holder is not decoder):
+        raise ValueError(
+            f"{name} is not supported: a model around its decoder makes (tokens x tokens) masks of its own"
         )
     layers = attention_layers(decoder)
     if len(layers) != config.num_hidden_layers:
@@ -90,6 +96,7 @@ def find_decoder(model: nn.Module) -> PreTrainedModel:
 
 def _check_attention(name: str, decoder: Any, layers: dict[int, Any]) -> None:
     """Refuse attention that is not softmax attention with rotary keys of one shape through Transformers' interface."""
+    module = sys.modules[type(decoder).__module__]
     if not all("ALL_ATTENTION_FUNCTIONS" in _names_in_forward(layer) for layer in layers.values()):
         raise ValueError(
             f"{name} is not supported: {type(layers[0]).__name__} attends in its own code, not through Transformers' "
@@ -99,8 +106,16 @@ def _check_attention(name: str, decoder: Any, layers: dict[int, Any]) -> None:
         raise ValueError(
             f"{name} is not supported: its decoder layers keep keyword arguments from {type(layers[0]).__name__}"
         )
+    strange = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - LAYER_TYPES)
+    if strange or any(hasattr(layer, "indexer") for layer in layers.values()):
+        raise ValueError(
+            f"{name} is not supported: some of its layers choose what they attend to in a way of their own "
+            f"({', '.join(strange) or 'indexer'})"
+        )
     if any(hasattr(layer, "sinks") for layer in layers.values()):
         raise ValueError(f"{name} is not supported: its attention has learned sinks (s_aux)")
+    if any(_is_cache_class(each, type(decoder).__module__) for each in vars(module).values()):
+        raise ValueError(f"{name} is not supported: it reads a cache of its own kind alone")
     if hasattr(decoder.config, "cross_attention_layers"):
         raise ValueError(f"{name} is not supported: its cross-attention keeps keys and values of images in the cache")
     if any(hasattr(layer, "kv_lora_rank") for layer in layers.values()):
@@ -128,6 +143,10 @@ def _check_attention(name: str, decoder: Any, layers: dict[int, Any]) -> None:
         )
 
 
+def _is_cache_class(value: Any, module: str) -> bool:
+    return isinstance(value, type) and issubclass(value, Cache) and value.__module__ == module
+
+
 def _hands_keywords_on(decoder: nn.Module, attention: nn.Module) -> bool:
     """Whether the module around an attention layer calls something with keyword arguments that it does not know."""
     around = [module for module in decoder.modules() if any(child is attention for child in module.children())]
@@ -147,6 +166,20 @@ def _is_multimodal_rotary(decoder: Any, attention: Any) -> bool:
     rope = getattr(decoder.config, "rope_parameters", None) or getattr(decoder.config, "rope_scaling", None) or {}
     has_sections = "mrope_section" in rope or any(hasattr(module, "mrope_section") for module in decoder.modules())
     return has_sections or "apply_multimodal_rotary_pos_emb" in _names_in_forward(attention)
+
+
+def _only_decoder(model: nn.Module, holders: list[PreTrainedModel]) -> PreTrainedModel:
+    """The innermost of some models that hold attention layers, if it is one."""
+    innermost = [
+        each for each in holders if not any(child in holders for child in each.modules() if child is not each)
+    ]
+    if len(innermost) > 1:
+        names = {module: name for name, module in model.named_modules()}
+        raise ValueError(
+            f"{type(model).__name__} is not supported: it holds several decoders "
+            f"({', '.join(names[each] for each in innermost)}); patch the one that is meant"
+        )
+    return innermost[0]
 
 
 def attention_layers(decoder: nn.Module) -> dict[int, Any]:
@@ -231,10 +264,16 @@ def uses_rotary(attention: Any) -> bool:
     Raises
     ------
     ValueError
-        If only the layer's own code can tell (Cohere 2, EXAONE 4, AFMoE).
+        If only the layer's own code can tell (Cohere 2, EXAONE 4, AFMoE), or a key cannot be rotated any more
+        (HunYuan).
     """
     if is_remote_attention(attention):
         return True
+    if _norms_after_rotation(attention):
+        raise ValueError(
+            f"positions='slot' must rotate keys anew, those of {type(attention).__name__} are normed with weights "
+            "after they were rotated; use positions='absolute'"
+        )
     if hasattr(attention, "use_rope"):
         return bool(attention.use_rope)
     if _rotates_on_condition(attention):
@@ -243,6 +282,17 @@ def uses_rotary(attention: Any) -> bool:
             "own code; use positions='absolute'"
         )
     return True
+
+
+def _norms_after_rotation(attention: Any) -> bool:
+    """Whether a layer's code turns to a norm with weights after it has rotated keys."""
+    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
+    names = [] if code is None else [step.argval for step in dis.get_instructions(code)]
+    if "apply_rotary_pos_emb" not in names:
+        return False
+    later = set(map(str, names[names.index("apply_rotary_pos_emb") :]))
+    norms = [module for name, module in attention.named_children() if "norm" in name and name in later]
+    return any(True for norm in norms for _ in norm.parameters())
 
 
 def _rotates_on_condition(attention: Any) -> bool:
