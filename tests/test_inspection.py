@@ -37,12 +37,12 @@ def memories(monkeypatch):
     """Every memory of the next trace, with the keys and values of the tokens it was given."""
     made, tokens = [], TracedMemory.tokens
 
-    def recorded(memory, key, value, plan, rotary):
+    def recorded(memory, query, key, value, plan, rotary):
         if memory not in made:
             made.append(memory)
             memory.given = []
         memory.given.append((key[0], value[0]))
-        return tokens(memory, key, value, plan, rotary)
+        return tokens(memory, query, key, value, plan, rotary)
 
     monkeypatch.setattr(TracedMemory, "tokens", recorded)
     return made
