@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from lococo.backends import register_attention
 from lococo.cache import LoCoCoCache
 from lococo.compressors import Compressor, register_compressor
 from lococo.config import LoCoCoConfig
@@ -31,6 +32,7 @@ __all__ = [
     "patched",
     "perplexity",
     "push_heads",
+    "register_attention",
     "register_compressor",
     "register_score",
     "save_heads",

@@ -6,12 +6,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from lococo.registry import Registry
 from lococo.trials import TRITON, AttendTrial
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -120,7 +121,7 @@ def _auto(query, key, value, scale, visibility, dropout, wants_lse):
         has_dropout=dropout > 0,
         needs_gradient=_needs_gradient(query, key, value, visibility.bias),
     )
-    backend = BACKENDS[best_backend(request, _has_triton(query.device))]
+    backend = ATTENTIONS[best_backend(request, _has_triton(query.device))]
     return backend(query, key, value, scale, visibility, dropout, wants_lse)
 
 
@@ -291,11 +292,37 @@ def _refuse_dropout(backend: str, dropout: float) -> None:
         raise ValueError(f"attention='{backend}' has no dropout, the model asks for {dropout}; use 'sdpa'")
 
 
-BACKENDS: dict[str, Callable] = {
+def _check(attention: Any) -> None:
+    if not callable(attention):
+        raise TypeError(f"an attention must be a function, got {attention!r}")
+
+
+ATTENTIONS: Registry[Callable] = Registry("attention", _check)
+
+
+def register_attention(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: an attention kernel for reading that ``LoCoCoConfig(attention=name)`` finds.
+
+    The function takes query (batch, heads, queries, head_dim), key and value (batch, kv_heads, entries, head_dim), all
+    of one type, scale, a ``Visibility``, dropout and whether the log-sum-exp is wanted. It returns the output, as the
+    query, and the (batch, heads, queries) log-sum-exp of the logits, or None where it was not wanted or is not known.
+
+    Raises
+    ------
+    TypeError
+        If it is no function.
+    ValueError
+        If the name is taken by another.
+    """
+    return ATTENTIONS.register(name)
+
+
+for _name, _function in {
     "auto": _auto,
     "sdpa": _sdpa,
     "eager": _eager,
     "triton": _triton,
     "flash_attention_2": _flash_attention_2,
     "flash_attention_4": _flash_attention_4,
-}
+}.items():
+    register_attention(_name)(_function)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lococo.entries import Choice, Entries
+from lococo.registry import Registry
 
 # Weights below it count as nothing for the number of tokens that a blend stands for.
 SMALLEST_WEIGHT = 1e-9
@@ -82,7 +83,12 @@ class Compressor(nn.Module, abc.ABC):
         return []
 
 
-_COMPRESSORS: dict[str, type[Compressor]] = {}
+def _check(compressor: Any) -> None:
+    if not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
+        raise TypeError(f"a compressor must be a class derived from lococo.Compressor, got {compressor!r}")
+
+
+COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", _check)
 
 
 def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compressor]]:
@@ -95,36 +101,18 @@ def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compress
     ValueError
         If the name is taken by another class.
     """
-
-    def register(compressor: type[Compressor]) -> type[Compressor]:
-        if not (isinstance(compressor, type) and issubclass(compressor, Compressor)):
-            raise TypeError(f"a compressor must be a class derived from lococo.Compressor, got {compressor!r}")
-        taken = _COMPRESSORS.get(name)
-        # A module that is read again, in a notebook for one, may register its class again.
-        if taken is not None and taken.__qualname__ != compressor.__qualname__:
-            raise ValueError(f"a compressor {name!r} is registered already: {taken.__qualname__}")
-        _COMPRESSORS[name] = compressor
-        return compressor
-
-    return register
-
-
-def compressor_names() -> list[str]:
-    """Names of all registered compressors."""
-    return list(_COMPRESSORS)
+    return COMPRESSORS.register(name)
 
 
 def get_compressor(name: str) -> Any:
-    """A registered class.
+    """A class by its name.
 
     Raises
     ------
     ValueError
         If there is none of that name; lists those there are.
     """
-    if name not in _COMPRESSORS:
-        raise ValueError(f"compressor must be one of {', '.join(_COMPRESSORS)}, got {name!r}")
-    return _COMPRESSORS[name]
+    return COMPRESSORS[name]
 
 
 def log_mass(weights: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from lococo.backends import ATTENTIONS
 from lococo.compressors import get_compressor
 from lococo.files import write_whole
 from lococo.scores import get_score
@@ -19,7 +20,6 @@ CONFIG_NAME = "lococo_config.json"
 NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
-ATTENTIONS = ("auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4")
 # What a cache may have been filled with otherwise than the model that reads it on is patched with.
 RUNTIME_FIELDS = ("attention", "prefill_chunk_size")
 
@@ -67,7 +67,7 @@ class LoCoCoConfig:
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
         blocks as the device's free memory has room for, up to what no larger chunk is faster than.
-    attention : {"auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"}
+    attention : {"auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"} or str
         Attention kernel for reading, more than one token at a time; the step of a single token goes through torch
         operations that a CUDA graph can record, whatever is chosen here. "auto": torch's own, and on CUDA, in half
         precision and without gradients, lococo's in Triton for logits biased by mass. What a kernel cannot do (masks,
@@ -95,7 +95,7 @@ class LoCoCoConfig:
     score: str = "distant"
     decode_block_size: int | None = None
     prefill_chunk_size: int | None = None
-    attention: Literal["auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"] = "auto"
+    attention: str = "auto"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
     compressor: str = "conv"
 
@@ -116,11 +116,11 @@ class LoCoCoConfig:
             ("normalization", NORMALIZATIONS),
             ("residual", RESIDUALS),
             ("positions", POSITIONS),
-            ("attention", ATTENTIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         get_score(self.score)
+        ATTENTIONS[self.attention]  # says what there is, if it is none
         get_compressor(self.compressor)
         if not 0.0 <= self.gate_init <= 1.0:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
@@ -263,7 +263,7 @@ class LoCoCoConfig:
             warnings.warn(f"unknown LoCoCoConfig fields are ignored: {', '.join(unknown)}", stacklevel=2)
         values = {name: value for name, value in values.items() if name in known}
         attention = values.get("attention", "auto")
-        if attention not in ATTENTIONS:
+        if attention not in list(ATTENTIONS):
             warnings.warn(f"attention={attention!r} is unknown to this version, which takes 'auto'", stacklevel=2)
             values["attention"] = "auto"
         return cls(**values)

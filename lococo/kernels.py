@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from lococo.backends import BACKENDS, Visibility, lower_right, triton_takes, wide
+from lococo.backends import ATTENTIONS, Visibility, lower_right, triton_takes, wide
 from lococo.trials import TRITON, MassTrial
 
 __all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
@@ -80,7 +80,7 @@ def attend_and_lse(
 
 def _attend(query, key, value, scale, visibility, backend, dropout, wants_lse):
     same = _of_one_type(query, key, value)
-    output, lse = BACKENDS[backend](*same, scale, visibility, dropout, wants_lse)
+    output, lse = ATTENTIONS[backend](*same, scale, visibility, dropout, wants_lse)
     return output if same[0] is query else output.to(query.dtype), lse
 
 

@@ -13,11 +13,14 @@ A score of your own is one class; prefill, decoding, recorded steps and Triton r
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+
+from lococo.registry import Registry
 
 if TYPE_CHECKING:
     from lococo.config import LoCoCoConfig
@@ -73,7 +76,17 @@ class Score(abc.ABC):
         """
 
 
-_SCORES: dict[str, Score] = {}
+def _check(score: Any) -> None:
+    if not (isinstance(score, type) and issubclass(score, Score)):
+        raise TypeError(f"a score must be a class derived from lococo.Score, got {score!r}")
+    unknown = sorted(score.needs - NEEDS)
+    if unknown:
+        raise ValueError(f"{score.__name__}.needs must be of {', '.join(sorted(NEEDS))}; got {', '.join(unknown)}")
+    if score.power not in (1, 2):
+        raise ValueError(f"{score.__name__}.power must be 1 or 2, got {score.power!r}")
+
+
+SCORES: Registry[type[Score]] = Registry("score", _check)
 
 
 def register_score(name: str) -> Callable[[type[Score]], type[Score]]:
@@ -86,41 +99,23 @@ def register_score(name: str) -> Callable[[type[Score]], type[Score]]:
     ValueError
         If it needs or sums what there is not, or the name is taken by another class.
     """
-
-    def register(score: type[Score]) -> type[Score]:
-        if not (isinstance(score, type) and issubclass(score, Score)):
-            raise TypeError(f"a score must be a class derived from lococo.Score, got {score!r}")
-        unknown = sorted(score.needs - NEEDS)
-        if unknown:
-            raise ValueError(f"{score.__name__}.needs must be of {', '.join(sorted(NEEDS))}; got {', '.join(unknown)}")
-        if score.power not in (1, 2):
-            raise ValueError(f"{score.__name__}.power must be 1 or 2, got {score.power!r}")
-        taken = _SCORES.get(name)
-        # A module that is read again, in a notebook for one, may register its class again.
-        if taken is not None and type(taken).__qualname__ != score.__qualname__:
-            raise ValueError(f"a score {name!r} is registered already: {type(taken).__qualname__}")
-        _SCORES[name] = score()
-        return score
-
-    return register
-
-
-def score_names() -> list[str]:
-    """Names of all registered scores."""
-    return list(_SCORES)
+    return SCORES.register(name)
 
 
 def get_score(name: str) -> Score:
-    """A registered score.
+    """A score by its name.
 
     Raises
     ------
     ValueError
         If there is none of that name; lists those there are.
     """
-    if name not in _SCORES:
-        raise ValueError(f"score must be one of {', '.join(_SCORES)}, got {name!r}")
-    return _SCORES[name]
+    return _made(SCORES[name])
+
+
+@functools.cache
+def _made(score: type[Score]) -> Score:
+    return score()
 
 
 @register_score("distant")

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from lococo.backends import BACKENDS
-from lococo.config import ATTENTIONS, CONFIG_NAME, LoCoCoConfig
+from lococo.backends import ATTENTIONS
+from lococo.config import CONFIG_NAME, LoCoCoConfig
 
 PRESETS = [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.reference, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
 
@@ -29,8 +29,8 @@ def test_presets_are_what_they_are_named_after():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_attention_has_a_backend(attention):
-    assert LoCoCoConfig(16, attention=attention).attention in BACKENDS
-    assert LoCoCoConfig(16).attention == "auto" and set(ATTENTIONS) == set(BACKENDS)
+    assert LoCoCoConfig(16, attention=attention).attention == attention
+    assert LoCoCoConfig(16).attention == "auto"
 
 
 def test_default_has_a_closed_gate_and_fused_slots():

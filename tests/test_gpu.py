@@ -19,7 +19,7 @@ MODULES = {
     "flash_attention_2": "flash_attn.flash_attn_interface",
     "flash_attention_4": "flash_attn.cute",
 }
-BACKENDS = [name for name in backends.BACKENDS if name not in MODULES or backends._is_installed(MODULES[name])]
+BACKENDS = [name for name in backends.ATTENTIONS if name not in MODULES or backends._is_installed(MODULES[name])]
 DTYPES = [
     (backend, dtype)
     for backend in BACKENDS

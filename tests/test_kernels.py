@@ -6,11 +6,13 @@ import types
 
 import pytest
 import torch
+from tiny import tiny_ids, tiny_llama
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention.bias import CausalBias
 from torch.utils.flop_counter import FlopCounterMode
 
-from lococo import LoCoCoConfig, backends, kernels
+import lococo
+from lococo import LoCoCoConfig, backends, kernels, patched
 from lococo.backends import Request, best_backend, lower_right
 from lococo.kernels import Visibility, attend, attend_and_lse, attention_mass
 
@@ -342,3 +344,32 @@ def test_nothing_optional_is_imported_with_lococo():
     code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@torch.no_grad()
+def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
+    """It is asked for every segment, with masks, biases and softcaps; decoding needs none."""
+    monkeypatch.setattr(backends.ATTENTIONS, "_items", dict(backends.ATTENTIONS._items))
+    calls = []
+
+    @lococo.register_attention("own")
+    def own(query, key, value, scale, visibility, dropout, wants_lse):
+        calls.append((visibility.mask is not None, visibility.bias is not None))
+        return backends.ATTENTIONS["eager"](query, key, value, scale, visibility, dropout, wants_lse)
+
+    ids, mask = tiny_ids(2, 61), torch.ones(2, 61, dtype=torch.long)
+    mask[0, :9] = 0
+    logits = []
+    for attention in ("own", "eager"):
+        torch.manual_seed(0)
+        config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
+        with patched(tiny_llama(), config) as model:
+            logits.append([model(ids).logits, model(ids, attention_mask=mask).logits])
+    assert all(map(torch.equal, *logits))
+    assert {(False, True), (True, True)} <= set(calls)
+    with pytest.raises(ValueError, match="attention must be one of auto, .*, own, got 'theirs'"):
+        LoCoCoConfig(16, attention="theirs")
+    with pytest.raises(ValueError, match="attention 'sdpa' is registered already"):
+        lococo.register_attention("sdpa")(own)
+    with pytest.raises(TypeError, match="an attention must be a function"):
+        lococo.register_attention("number")(3)

@@ -17,7 +17,7 @@ SHARES = dict(num_sinks=2, num_heavy=6, num_recent=4)  # and four fused
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """What a test registers is gone after it."""
-    monkeypatch.setattr(scores, "_SCORES", dict(scores._SCORES))
+    monkeypatch.setattr(scores.SCORES, "_items", dict(scores.SCORES._items))
     with torch.no_grad():
         yield
 
@@ -175,14 +175,14 @@ def test_what_is_no_score_is_refused():
             def rank(self, entries, age, config):
                 """Nothing."""
 
-    with pytest.raises(ValueError, match="a score 'mean' is registered already: MeanScore"):
+    with pytest.raises(ValueError, match="score 'mean' is registered already: MeanScore"):
 
         @register_score("mean")
         class Mine(Score):
             def rank(self, entries, age, config):
                 """Nothing."""
 
-    assert scores.score_names() == ["distant", "mean", "sum", "last"]
+    assert list(scores.SCORES) == ["distant", "mean", "sum", "last"]
     key_norm()
     key_norm()  # a cell of a notebook, run again
 
@@ -190,7 +190,7 @@ def test_what_is_no_score_is_refused():
 def test_heads_of_a_score_that_is_not_here_say_so(tmp_path):
     config = own_config("key-norm")
     lococo.save_heads(patched_llama(config), tmp_path / "heads")
-    del scores._SCORES["key-norm"]
+    del scores.SCORES._items["key-norm"]
     with pytest.raises(ValueError, match="score must be one of .*, got 'key-norm'"):
         lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
     key_norm()
