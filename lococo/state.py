@@ -52,6 +52,9 @@ class Patch:
     configs: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
     attentions: list[tuple[Any, Any, Any]] = dataclasses.field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.request = self.last_position = self.open_call = None  # nothing of a patch that lay here before
+
     @property
     def request(self) -> Any:
         """A ``lococo.forward.Request`` for this thread's next calls, or None."""
