@@ -62,7 +62,8 @@ def load_cache(path: str | os.PathLike, device: torch.device | str) -> LoCoCoCac
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             content = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            # Copies, aligned as torch's own: operators round otherwise where a tensor begins elsewhere.
+            tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no whole file written by LoCoCoCache.save: {error!r}") from error
     if content.get("format_version") != FORMAT_VERSION:

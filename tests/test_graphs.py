@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tape import TapeRecorder
 from test_laws import CONFIGS
 from tiny import tiny_ids, tiny_llama
@@ -17,6 +18,7 @@ import lococo
 from lococo import graphs
 
 PROMPT = tiny_ids(1, 21)
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
 
 class Recorder:
@@ -306,11 +308,13 @@ def other_function(model):
 
 def new_adapter(model):
     torch.manual_seed(3)
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), adapter_name="b")
+    inject_adapter_in_model(LORA, model)
 
 
 def disabled_adapter(model):
-    model.disable_adapters()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
 
 
 def changed_weight(model):
@@ -332,7 +336,7 @@ def test_what_changes_in_the_model_counts_from_the_next_step_on(change, monkeypa
     torch.manual_seed(0)
     model = tiny_llama()
     if change is disabled_adapter:
-        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        inject_adapter_in_model(LORA, model)
     model = lococo.patch_model(model, CONFIGS["open"])
     cache = model(PROMPT, use_cache=True).past_key_values
     for _ in range(12):

@@ -276,9 +276,10 @@ def test_one_cache_for_several_answers(name):
     def conversation():
         ids, logits, cache = PROMPT, [], None
         for turn in range(3):
+            # Without a mask generate would take the pad tokens of its own answers for padding.
             output = model.generate(
                 ids, past_key_values=cache, max_new_tokens=25, do_sample=False, return_dict_in_generate=True,
-                output_logits=True,
+                output_logits=True, attention_mask=torch.ones_like(ids),
             )  # fmt: skip
             cache = output.past_key_values
             logits += output.logits
