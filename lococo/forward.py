@@ -422,8 +422,8 @@ def _refuse_another_past(mask: torch.Tensor, rows: Sequence[Row]) -> None:
         if now != before:
             raise ValueError(
                 f"attention_mask names {now} tokens among the {mask.shape[1]} columns already read of row {index}, "
-                f"{before} were read: what has been read cannot be masked later (generate takes pad tokens for padding "
-                "where it is given no attention_mask)"
+                f"{before} were read: what has been read cannot be masked later (generate takes pad tokens for "
+                "padding where it is given no attention_mask)"
             )
 
 
