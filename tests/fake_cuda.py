@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from tape import INDEXING, library_line, mapped, operation_name, tensors_in, why_it_waits
+from step_tape import INDEXING, library_line, mapped, operation_name, tensors_in, why_it_waits
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -62,7 +62,7 @@ def recorders(device, record):
 
 def recorder_of(device):
     if device.type == "cpu":
-        from tape import TapeRecorder  # a CUDA graph's rules
+        from step_tape import TapeRecorder  # a CUDA graph's rules
 
         return Counted(TapeRecorder())
     return Counted(graphs.RECORDERS[device.type])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tape import TapeRecorder
+from step_tape import TapeRecorder
 from tiny import tiny_ids, tiny_llama
 from torch import nn
 

@@ -15,7 +15,7 @@ import gpu_visit
 import pytest
 import torch
 from gpu_visit import STAGES, Visit, chosen
-from tape import TapeRecorder
+from step_tape import TapeRecorder
 
 from lococo.state import Patch
 

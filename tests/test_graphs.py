@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tape import TapeRecorder
+from step_tape import TapeRecorder
 from test_laws import CONFIGS
 from tiny import tiny_ids, tiny_llama
 from torch import nn

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tape import TapeRecorder
+from step_tape import TapeRecorder
 from tiny import tiny_ids, tiny_llama
 
 import lococo

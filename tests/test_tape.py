@@ -1,4 +1,4 @@
-"""Recorded steps give the bits of launched ones where Python runs once and memory stays where it was: see tape.py."""
+"""Recorded steps give the bits of launched ones where Python runs once and memory stays put: see step_tape.py."""
 
 import contextlib
 import copy
@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from tape import FreedMemory, TapeRecorder
+from step_tape import FreedMemory, TapeRecorder
 from test_families import FAMILIES, HALF_HEAD, ROPES, build
 from test_laws import CONFIGS
 from tiny import SIZES, tiny_ids, tiny_llama
