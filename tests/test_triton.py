@@ -136,7 +136,8 @@ def test_blend(values, dim, dtype):
         born=torch.arange(entries, device=DEVICE).expand(shape).float(),
         log_mass=torch.rand(2, 2, 160, device=DEVICE)[:, :, :entries] if config.has_mass else None,
     )
-    choice = slots.choose(slots.rank(everything, 200, config), entries, slots.Budget.of(config), everything.keys)
+    ranking = None if everything.scores is None else slots.rank(everything, 200, config)
+    choice = slots.choose(ranking, entries, slots.Budget.of(config), everything.keys)
     anchors = choice.anchors.gather(-1, choice.fused)
     rest = torch.ones(shape, dtype=torch.bool, device=DEVICE)
     rest = rest.scatter(-1, choice.anchors, False).scatter(-1, anchors, True)
