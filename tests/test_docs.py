@@ -28,7 +28,10 @@ def test_the_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
     """Block after block, as a reader would, with a tiny model, and its words, in the place of a large one."""
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     book = tiny_ids(1, 90)
-    tokenizer = mock.Mock(return_value=BatchEncoding({"input_ids": book, "attention_mask": torch.ones_like(book)}))
+    texts = [book, torch.cat([book, tiny_ids(1, 9, seed=1)], dim=1)]  # the book, and with a question
+    tokenizer = mock.Mock(
+        side_effect=[BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for ids in texts]
+    )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
     monkeypatch.setattr(LlamaForCausalLM, "generate", functools.partialmethod(_answer, book))
     monkeypatch.chdir(tmp_path)
