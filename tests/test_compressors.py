@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_tape import TapeRecorder
+from test_tape import assert_recorded_as_launched
 from tiny import tiny_ids, tiny_llama
 from torch import nn
 
 import lococo
-from lococo import Compressor, LoCoCoConfig, compressors, graphs, register_compressor
+from lococo import Compressor, LoCoCoConfig, compressors, register_compressor
 from lococo.entries import by_group
 from lococo.state import head_modules
 
@@ -152,15 +152,8 @@ def test_enough_slots_give_the_full_model(name):
 
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_recorded_steps_are_launched_ones(name, changes, monkeypatch):
-    model = patched_llama(config_of(OWN[name], **changes))
-    options = dict(max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    launched = model.generate(IDS, **options)
-    recorder = TapeRecorder()
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
-    recorded = model.generate(IDS, **options)
-    assert recorder.recordings == 1
-    assert all(map(torch.equal, recorded.logits, launched.logits))
+def test_recorded_steps_are_launched_ones(name, changes):
+    assert_recorded_as_launched(patched_llama(config_of(OWN[name], **changes)), IDS)
 
 
 def test_copies_are_token_selection():

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from step_tape import TapeRecorder
+from test_tape import assert_recorded_as_launched
 from tiny import tiny_ids, tiny_llama
 
 import lococo
-from lococo import LoCoCoConfig, Score, graphs, register_score, scores
+from lococo import LoCoCoConfig, Score, register_score, scores
 
 IDS = tiny_ids(2, 61)
 SHARES = dict(num_sinks=2, num_heavy=6, num_recent=4)  # and four fused
@@ -109,15 +109,8 @@ def test_laws_hold(name, changes):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_recorded_steps_are_launched_ones(name, monkeypatch):
-    model = patched_llama(own_config(name))
-    options = dict(max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    launched = model.generate(IDS, **options)
-    recorder = TapeRecorder()
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder)
-    recorded = model.generate(IDS, **options)
-    assert recorder.recordings == 1
-    assert all(map(torch.equal, recorded.logits, launched.logits))
+def test_recorded_steps_are_launched_ones(name):
+    assert_recorded_as_launched(patched_llama(own_config(name)), IDS)
 
 
 def test_the_same_score_by_another_name_gives_the_same():
