@@ -328,7 +328,7 @@ test-versions: $(VERSIONS:%=.venvs/%/.tested) ## run tests (all, or VERSION_TEST
 
 # The last release that runs ChatGLM's own code whole.
 test-chatglm: .venvs/4.41.2/.installed-chatglm ## generate with ChatGLM's own code, on the release that can
-	.venvs/4.41.2/bin/pytest -q tests/test_remote_generate.py
+	.venvs/4.41.2/bin/pytest -q tests/models/test_remote_generate.py
 
 .venvs/4.41.2/.installed-chatglm: pyproject.toml
 	$(PYTHON) -m venv $(@D)

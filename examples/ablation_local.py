@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lococo import LoCoCoConfig
+from lococo.compression.fusion import FusionHead
+from lococo.data.windows import DataConfig, prepare
 from lococo.evaluation.pictures import plot_before_and_after
-from lococo.evaluation.results import Journal, write_result
-from lococo.fusion import FusionHead
 from lococo.models import base_shape
-from lococo.training.data import DataConfig, prepare
+from lococo.results.tables import Journal, write_result
 from lococo.training.local import LocalConfig, Recordings, train_layer
 from lococo.training.record import felt_error, read_record
 

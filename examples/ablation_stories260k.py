@@ -21,9 +21,9 @@ from transformers import LlamaForCausalLM
 from lococo import LoCoCoConfig, patched
 from lococo.config import POSITIONS
 from lococo.evaluation.gap import gap_ratio
-from lococo.evaluation.likelihood import token_nlls
 from lococo.evaluation.pictures import plot_before_and_after
-from lococo.evaluation.results import Journal, write_result
+from lococo.metrics import token_nlls
+from lococo.results.tables import Journal, write_result
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Distill, WindowLoss

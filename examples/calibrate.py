@@ -13,8 +13,8 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import lococo
-from lococo.evaluation.likelihood import perplexity
-from lococo.training.data import DataConfig, prepare
+from lococo.data.windows import DataConfig, prepare
+from lococo.metrics import perplexity
 from lococo.training.objectives import Distill
 from lococo.training.trainer import HeadTrainer
 

@@ -12,10 +12,10 @@ from fetch_smollm2 import GGUF_FILE, fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
-from lococo.cli import prompt_ids
-from lococo.evaluation.methods import Run, as_method, method_config
+from lococo.cli.main import prompt_ids
 from lococo.generation import read_and_answer
 from lococo.heads import read_heads_config
+from lococo.methods import Run, as_method, method_config
 
 QUESTION = "In one sentence: which programming language is this text about, and what does the text explain?"
 

@@ -16,10 +16,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
-from lococo.evaluation.results import write_result
 from lococo.evaluation.task_table import read_tasks
 from lococo.evaluation.tasks import FewShotTask
 from lococo.loading import add_model_options, load
+from lococo.results.tables import write_result
 
 HOW = (
     "Log-likelihood of every choice by lm-eval's own HFLM on the unpatched model and by LoCoCoLM with num_slots of at "

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from lococo.evaluation.texts import read_documents
-from lococo.models.chatglm_tokenizer import end_ids, fast_tokenizer, tokenizer_config
+from lococo.data.texts import read_documents
+from lococo.models.chatglm.tokenizer import end_ids, fast_tokenizer, tokenizer_config
 
 TOKENS_PER_STEP = 4096
 LENGTH = 512

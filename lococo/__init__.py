@@ -3,16 +3,16 @@
 import importlib
 from typing import Any
 
-from lococo.backends import register_attention
-from lococo.cache import LoCoCoCache
-from lococo.compressors import Compressor, register_compressor
+from lococo.cache.cache import LoCoCoCache
+from lococo.compression.base import Compressor, register_compressor
+from lococo.compression.fusion import FusionHead as _FusionHead  # noqa: F401, registers the compressor "conv"
+from lococo.compression.scores import Score, register_score
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.likelihood import perplexity
-from lococo.extension import load_extended, merge_extended
-from lococo.fusion import FusionHead as _FusionHead  # noqa: F401, registers the compressor "conv"
+from lococo.extension.folder import load_extended, merge_extended
 from lococo.heads import load_heads, push_heads, save_heads
+from lococo.kernels.attention import register_attention
+from lococo.metrics import perplexity
 from lococo.patch import patch_model, patched, unpatch_model
-from lococo.scores import Score, register_score
 from lococo.state import is_patched
 from lococo.version import __version__
 
@@ -43,7 +43,7 @@ __all__ = [
 # Training needs packages that reading does not (accelerate, datasets, peft): they are imported when it is asked for.
 _ON_DEMAND = {
     "calibrate": "lococo.training.calibrate",
-    "extend_context": "lococo.training.extend",
+    "extend_context": "lococo.extension.extend",
 }
 
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch
 
-from lococo import kernels
-from lococo.cache import LayerCache, LoCoCoCache
+from lococo.cache.cache import LayerCache, LoCoCoCache
+from lococo.cache.memory import Memory
+from lococo.cache.plan import Plan, RaggedSegment, Row, Segment, plan_call
 from lococo.compat import AttentionInterface, AttentionMaskInterface
-from lococo.compressors import Compressor
+from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
+from lococo.kernels import scoring as kernels
 from lococo.masks import padding_mask, window_of
-from lococo.memory import Memory
-from lococo.positions import RotaryTable
-from lococo.segments import Plan, RaggedSegment, Row, Segment, plan_call
+from lococo.models.rotary import RotaryTable
 
 NAME = "lococo"
 

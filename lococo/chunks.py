@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lococo.models import base_shape
-from lococo.models.chatglm import is_remote_chatglm
+from lococo.models.chatglm.family import is_remote_chatglm
 
 # Share of the free memory that the counted activations may take: kernels, and an allocator's gaps, need theirs.
 FREE_SHARE = 0.25

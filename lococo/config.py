@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from lococo.backends import ATTENTIONS
-from lococo.compressors import get_compressor
+from lococo.compression.base import get_compressor
+from lococo.compression.scores import get_score
 from lococo.files import write_whole
-from lococo.scores import get_score
+from lococo.kernels.attention import ATTENTIONS
 
 CONFIG_NAME = "lococo_config.json"
 

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from lococo.attention import NAME, Call, lococo_attention
-from lococo.cache import LoCoCoCache
+from lococo.cache.cache import LoCoCoCache
+from lococo.cache.plan import Row, plan_call
 from lococo.chunks import columns, prefill_chunk
 from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
 from lococo.config import LoCoCoConfig
 from lococo.masks import PaddingMask
 from lococo.models import base_shape
-from lococo.models.chatglm import check_length, end_call, is_remote_chatglm, remote_arguments
-from lococo.positions import RotaryTable, rotary_tables
-from lococo.segments import Row, plan_call
+from lococo.models.chatglm.family import check_length, end_call, is_remote_chatglm, remote_arguments
+from lococo.models.rotary import RotaryTable, rotary_tables
 from lococo.state import Patch, patched_decoder
 
 PATCH_AGAIN = "call lococo.unpatch_model, change what is to be changed, and patch again"

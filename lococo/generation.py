@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lococo.cache import LoCoCoCache
+from lococo.cache.cache import LoCoCoCache
 from lococo.compat import cache_of, with_cache
 from lococo.models import length_dependent_rotaries
 from lococo.state import is_patched

@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 
 from lococo import whole_text
 from lococo.attention import NAME
-from lococo.cache import CROP_ERROR
+from lococo.cache.cache import CROP_ERROR
 from lococo.compat import warn_if_untested
-from lococo.compressors import get_compressor
+from lococo.compression.base import get_compressor
 from lococo.config import LoCoCoConfig
+from lococo.cuda_graphs import call_model
 from lococo.forward import after_forward, ask_for_last_logits, before_forward, prepare_cache, prepare_inputs
-from lococo.graphs import call_model
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import attention_layers, base_shape, find_decoder, layer_head_dim
-from lococo.models.chatglm import bridges, is_remote_chatglm, refuse_generate
+from lococo.models.chatglm.family import bridges, is_remote_chatglm, refuse_generate
 from lococo.models.config_view import config_view, view_around
-from lococo.positions import execution_device, rotary_tables
+from lococo.models.rotary import execution_device, rotary_tables
 from lococo.state import HEAD, Patch, is_patched, lococo_config, patched_decoder
 
 # Methods by which ``generate`` begins continuous batching, in one release or another.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lococo.compressors import Compressor
+from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.models import attention_layers
 

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lococo import triton_blend, triton_kernels
+from lococo.kernels import triton_attention as triton_kernels
+from lococo.kernels import triton_blend
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KV_HEADS, GROUPS, QUERIES, ENTRIES, SLOTS = 2, 4, 512, 1024, 192

@@ -7,15 +7,15 @@ import transformers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 collect_ignore = (
-    [] if importlib.util.find_spec("triton") else ["test_triton.py", "test_aot.py"]
+    [] if importlib.util.find_spec("triton") else ["kernels/test_triton.py", "kernels/test_aot.py"]
 )  # there is none for this system
 release = tuple(map(int, transformers.__version__.split(".")[:2]))
-# FSDP needs Transformers 5: before, it is refused (test_sharding_refused.py).
+# FSDP needs Transformers 5: before, it is refused (extension/test_sharding_refused.py).
 if release < (5, 0):
-    collect_ignore.append("test_sharding.py")
+    collect_ignore.append("extension/test_sharding.py")
 # Later releases give models of foreign code no generate (make test-chatglm runs these tests where they have one).
 if release >= (4, 50):
-    collect_ignore.append("test_remote_generate.py")
+    collect_ignore.append("models/test_remote_generate.py")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first

@@ -13,11 +13,11 @@ from training_worker import join
 from transformers import TrainingArguments
 
 import lococo
-from lococo.models.rope import Stretch
-from lococo.training.data import Windows
-from lococo.training.extend import extended_for_training
-from lococo.training.extension_recipe import ExtensionRecipe
-from lococo.training.extension_trainer import ExtensionTrainer
+from lococo.data.windows import Windows
+from lococo.extension.extend import extended_for_training
+from lococo.extension.recipe import ExtensionRecipe
+from lococo.extension.rope_scaling import Stretch
+from lococo.extension.trainer import ExtensionTrainer
 
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3

@@ -19,7 +19,7 @@ from step_tape import INDEXING, library_line, mapped, operation_name, tensors_in
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lococo.backends
+import lococo.kernels.attention
 
 CPU = torch.device("cpu")
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
@@ -202,11 +202,11 @@ class _StandIns(TorchFunctionMode):
             (torch.cuda, "device", contextlib.nullcontext),
             (torch.backends.cuda, "SDPAParams", lambda *args: None),
             (torch.backends.cuda, "can_use_flash_attention", lambda *args: False),
-            (lococo.backends, "_has_triton", lambda device: False),
+            (lococo.kernels.attention, "_has_triton", lambda device: False),
         ):
             self._stack.enter_context(mock.patch.object(owner, name, value))
         self._stack.enter_context(
-            mock.patch.object(lococo.backends, "causal_lower_right", lower_right_bias, create=True)
+            mock.patch.object(lococo.kernels.attention, "causal_lower_right", lower_right_bias, create=True)
         )
         return super().__enter__()
 

@@ -6,10 +6,15 @@ import sys
 import torch
 from gpu_report import SKIPPED, Report, stage_options
 
-from lococo import LoCoCoConfig, compressors, fusion, kernels, slots, triton_kernels
-from lococo.backends import Visibility
-from lococo.evaluation.deadline import Deadline, OutOfTime
-from lococo.fusion import FusionHead
+from lococo import LoCoCoConfig
+from lococo.compression import base as compressors
+from lococo.compression import fusion
+from lococo.compression import select as slots
+from lococo.compression.fusion import FusionHead
+from lococo.kernels import scoring as kernels
+from lococo.kernels import triton_attention as triton_kernels
+from lococo.kernels.attention import Visibility
+from lococo.results.deadline import Deadline, OutOfTime
 
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 EXACT = 1e-4  # of sums in float32

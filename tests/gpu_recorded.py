@@ -10,7 +10,8 @@ import torch
 from gpu_report import Report, Skip, stage_options
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, graphs, patch_model
+from lococo import LoCoCoConfig, patch_model
+from lococo import cuda_graphs as graphs
 
 CONFIGS = {
     "default": LoCoCoConfig(16, block_size=8),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lococo.evaluation.results import write_result
+from lococo.results.tables import write_result
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 

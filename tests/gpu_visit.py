@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from lococo.evaluation.results import beside, write_result
+from lococo.results.tables import beside, write_result
 
 ROOT = Path(__file__).parents[1]
 PASSED, FAILED, STOPPED, LEFT_OUT, NOT_ASKED = "passed", "failed", "stopped", "not reached", "not asked for"
 GRACE = 8  # seconds before the end of a stage's time at which it is interrupted, so that it can write what it has
-CONSOLE = "import sys; from lococo.cli import main; sys.exit(main())"
+CONSOLE = "import sys; from lococo.cli.main import main; sys.exit(main())"
 METHODS = ("full", "streaming", "h2o", "lococo-uncalibrated")
 
 

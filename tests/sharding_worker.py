@@ -14,15 +14,15 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from extension_worker import learned, recipe, trainer
-from test_training_data import word_tokenizer
+from numbered_words import word_tokenizer
 from tiny import tiny_llama
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from training_worker import join
 
-from lococo.training.data import DataConfig
-from lococo.training.extend import extend_context, extended_for_training
-from lococo.training.sharding import gathered, sharded_arguments
+from lococo.data.windows import DataConfig
+from lococo.extension.extend import extend_context, extended_for_training
+from lococo.extension.sharding import gathered, sharded_arguments
 
 # Checkpointed layers, tied embeddings, adapters in wider numbers than the rest.
 CASES = {

@@ -6,7 +6,7 @@ shapes are frozen, and tensors are known by their addresses. A tensor from outsi
 it: whoever owned it may have let go of its memory, and a replay that would read it says so. What would make the host
 wait for the device, or upload from the host, is an error.
 
-The project's recorders are in ``lococo.graphs.RECORDERS``; ``TapeRecorder()`` is one more of them, for ``"cpu"``.
+The project's recorders are in ``lococo.cuda_graphs.RECORDERS``; ``TapeRecorder()`` is one more of them, for ``"cpu"``.
 """
 
 import dataclasses
@@ -214,7 +214,7 @@ class NoHostReads(TorchFunctionMode):
 
 
 class TapeRecorder:
-    """One of ``lococo.graphs.RECORDERS``. It counts recordings, those that failed too, and replays."""
+    """One of ``lococo.cuda_graphs.RECORDERS``. It counts recordings, those that failed too, and replays."""
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0

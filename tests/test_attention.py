@@ -9,9 +9,9 @@ from reference import NaiveHead, naive_h2o, naive_lococo, naive_streaming_llm, r
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lococo.attention import Call, lococo_attention
+from lococo.cache.plan import Row, plan_call
+from lococo.compression.fusion import FusionHead
 from lococo.config import LoCoCoConfig
-from lococo.fusion import FusionHead
-from lococo.segments import Row, plan_call
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 45
 OPEN = {"gate_init": 0.4}

@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import lococo
 from lococo import LoCoCoConfig
-from lococo.backends import ATTENTIONS
+from lococo.kernels.attention import ATTENTIONS
 
 IDS = tiny_ids(2, 61)
 HALVES = [torch.bfloat16, torch.float16]

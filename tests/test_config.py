@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from lococo.backends import ATTENTIONS
 from lococo.config import CONFIG_NAME, LoCoCoConfig
+from lococo.kernels.attention import ATTENTIONS
 
 PRESETS = [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.reference, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
 

@@ -11,7 +11,8 @@ from tiny import tiny_ids, tiny_llama
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lococo
-from lococo import LoCoCoConfig, graphs
+from lococo import LoCoCoConfig
+from lococo import cuda_graphs as graphs
 
 pytestmark = [
     pytest.mark.cuda_build,
@@ -290,7 +291,7 @@ def test_a_failed_assertion_on_the_device_is_an_error():
 
 
 def test_nothing_is_left_changed():
-    owners = (torch.cuda, torch.backends.cuda, lococo.backends)
+    owners = (torch.cuda, torch.backends.cuda, lococo.kernels.attention)
     before = [dict(vars(owner)) for owner in owners]
     with FakeCuda():
         assert torch.cuda.get_device_capability() == (9, 0)

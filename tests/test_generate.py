@@ -8,7 +8,7 @@ from tiny import tiny_ids, tiny_llama
 from transformers import DynamicCache
 
 import lococo
-from lococo.cache import LoCoCoCache
+from lococo.cache.cache import LoCoCoCache
 from lococo.config import LoCoCoConfig
 
 CONFIG = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5)

@@ -5,9 +5,13 @@ import torch
 from test_kernels import CASES, by_hand, case
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, backends, graphs, patch_model, patched, slots, trials
-from lococo.fusion import FusionHead
-from lococo.kernels import Visibility, attend, attend_and_lse, attention_mass
+from lococo import LoCoCoConfig, patch_model, patched
+from lococo import cuda_graphs as graphs
+from lococo.compression import select as slots
+from lococo.compression.fusion import FusionHead
+from lococo.kernels import attention as backends
+from lococo.kernels import trials
+from lococo.kernels.scoring import Visibility, attend, attend_and_lse, attention_mass
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lococo
-from lococo import graphs
+from lococo import cuda_graphs as graphs
 
 PROMPT = tiny_ids(1, 21)
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

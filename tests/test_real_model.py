@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lococo import LoCoCoConfig, patched, perplexity
-from lococo.evaluation.methods import plan_runs
+from lococo.data.texts import Cut, read_windows
 from lococo.evaluation.ppl_table import perplexity_rows
-from lococo.evaluation.results import Journal
-from lococo.evaluation.texts import Cut, read_windows
+from lococo.methods import plan_runs
+from lococo.results.tables import Journal
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared/data/text"

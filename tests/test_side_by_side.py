@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 from lococo import LoCoCoConfig
 from lococo.compat import OUTPUT_CACHE
-from lococo.evaluation.likelihood import token_nlls
-from lococo.evaluation.methods import Run
-from lococo.evaluation.results import Journal
-from lococo.evaluation.texts import Window
+from lococo.data.texts import Window
+from lococo.methods import Run
+from lococo.metrics import token_nlls
+from lococo.results.tables import Journal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import kvpress_presses  # noqa: E402

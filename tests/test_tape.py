@@ -15,7 +15,8 @@ from test_laws import CONFIGS
 from tiny import SIZES, tiny_ids, tiny_llama
 
 import lococo
-from lococo import LoCoCoConfig, graphs
+from lococo import LoCoCoConfig
+from lococo import cuda_graphs as graphs
 from lococo.state import head_modules
 
 CONFIGS = {

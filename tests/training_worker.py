@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
 import lococo
+from lococo.data.windows import Windows
 from lococo.patch import suspended
 from lococo.state import head_modules
-from lococo.training.data import Windows
 from lococo.training.objectives import Distill, NextToken
 from lococo.training.trainer import HeadTrainer
 

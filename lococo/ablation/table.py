@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lococo.ablation.run import Measured
-from lococo.evaluation.methods import Run
 from lococo.evaluation.ppl_table import ALL_DOMAINS, Losses, gap_change, loss_row
+from lococo.methods import Run
 
 BASELINE = "baseline"
 

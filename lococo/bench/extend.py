@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from lococo.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
 from lococo.bench.counts import Sizes, Work, train_memory, train_work
+from lococo.bench.heap import freed_blocks_returned
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train
-from lococo.heap import freed_blocks_returned
+from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
 from lococo.state import is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 
@@ -28,7 +28,7 @@ class Extend(Train):
     Parameters
     ----------
     depth : int
-        See ``lococo.training.extension_recipe.ExtensionRecipe``.
+        See ``lococo.extension.recipe.ExtensionRecipe``.
     """
 
     name = "extend"

@@ -16,9 +16,9 @@ from lococo.bench.counts import Sizes
 from lococo.bench.limits import Limits, device_memory, measure_limits
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
 from lococo.bench.topic import Cell, Topic
-from lococo.evaluation.deadline import Deadline, OutOfTime
-from lococo.evaluation.methods import as_method
-from lococo.evaluation.results import Journal, device_name
+from lococo.methods import as_method
+from lococo.results.deadline import Deadline, OutOfTime
+from lococo.results.tables import Journal, device_name
 
 GIB = 2**30
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.compat import cache_of, with_cache
-from lococo.evaluation.methods import as_method, method_config
-from lococo.evaluation.results import beside, write_result
 from lococo.generation import cache_bytes
+from lococo.methods import as_method, method_config
+from lococo.results.tables import beside, write_result
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lococo.heap import trim_heap
+from lococo.bench.heap import trim_heap
 
 
 class Meter:

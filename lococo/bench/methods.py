@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.methods import PRESETS, Run, plan_runs
+from lococo.methods import PRESETS, Run, plan_runs
 
 # The default preset's gates are closed: blends are copies, and the convolution is never run. Open gates make it run
 # at every compression, as trained heads do; what they blend before training is worth nothing.
@@ -22,7 +22,7 @@ BENCH_PRESETS = {**PRESETS, **OPEN}
 def plan_bench(
     methods: Sequence[str], budgets: Sequence[int], block_size: int, heads: Sequence[str] = ()
 ) -> list[Run]:
-    """The methods of a benchmark, as ``lococo.evaluation.methods.plan_runs``, trained heads named by their folder.
+    """The methods of a benchmark, as ``lococo.methods.plan_runs``, trained heads named by their folder.
 
     Besides the methods of result files there are ``lococo-open``, the default preset with open gates: what the full
     convolution costs, which ``lococo-uncalibrated`` with its closed gates never runs; and ``lococo-open-rank16``, with

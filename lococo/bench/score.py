@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lococo import kernels
 from lococo.bench.counts import Sizes, Work, decode_memory, segment_work
 from lococo.bench.decode import compressed_cache, random_full_cache
 from lococo.bench.dispatch import HeldBytes
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, Topic, random_ids
-from lococo.cache import LoCoCoCache, Memory
+from lococo.cache.cache import LoCoCoCache, Memory
 from lococo.compat import with_cache
 from lococo.generation import cache_bytes
+from lococo.kernels import scoring as kernels
 from lococo.models import base_shape, find_decoder
 from lococo.state import head_modules
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lococo.bench.counts import Sizes, Work
 from lococo.bench.meter import Meter
-from lococo.evaluation.methods import Run
+from lococo.methods import Run
 
 
 @dataclasses.dataclass(frozen=True)

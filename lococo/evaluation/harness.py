@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from lococo.compat import with_cache
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.methods import method_config
 from lococo.evaluation.prefixes import PrefixReader
 from lococo.heads import read_heads_config
+from lococo.methods import method_config
 from lococo.patch import patch_model
 
 try:
@@ -115,7 +115,7 @@ class LoCoCoLM(PrefixLM):
     pretrained : str or transformers.PreTrainedModel
         Not patched.
     method : str
-        A name of ``lococo.evaluation.methods``.
+        A name of ``lococo.methods``.
     num_slots : int
     block_size : int, optional
         None: as many as slots, at most 512.

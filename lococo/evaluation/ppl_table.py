@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lococo.data.texts import Window
 from lococo.evaluation.gap import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
-from lococo.evaluation.likelihood import token_nlls
-from lococo.evaluation.methods import Run, as_method
 from lococo.evaluation.ppl_pictures import plot_by_domain, plot_by_length, plot_by_slots
-from lococo.evaluation.results import Journal, beside, write_result
-from lococo.evaluation.texts import Window
+from lococo.methods import Run, as_method
+from lococo.metrics import token_nlls
+from lococo.results.tables import Journal, beside, write_result
 
 ALL_DOMAINS = "all"
 H2O = ("h2o", "h2o-slot")

@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from lococo.evaluation.harness import PrefixLM
-from lococo.evaluation.methods import Run, as_method
-from lococo.evaluation.results import Journal, beside, write_result
 from lococo.evaluation.tasks import FewShotTask, parse_tasks
+from lococo.methods import Run, as_method
+from lococo.results.tables import Journal, beside, write_result
 
 Outcome = dict[str, Any]
 

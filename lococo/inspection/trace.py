@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lococo.compressors import Compressor
+from lococo.cache.memory import Memory
+from lococo.cache.plan import Compression
+from lococo.compression.base import Compressor
+from lococo.compression.select import Budget, mixing
 from lococo.config import LoCoCoConfig
 from lococo.forward import Request, asking, new_cache
-from lococo.memory import Memory
-from lococo.positions import RotaryTable
-from lococo.segments import Compression
-from lococo.slots import Budget, mixing
+from lococo.models.rotary import RotaryTable
 from lococo.state import patched_decoder
 
 KINDS = ("sink", "heavy", "recent", "fused", "open")

@@ -1,6 +1,6 @@
 """What differs per model family: which layers to patch, and how a layer's keys are rotated."""
 
-from lococo.models.base import (
+from lococo.models.transformers import (
     apply_rotary,
     attention_layers,
     base_config,

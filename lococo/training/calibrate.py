@@ -16,15 +16,15 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.deadline import Deadline
-from lococo.evaluation.results import Journal, peak_memory
+from lococo.data.documents import local_files
+from lococo.data.windows import DataConfig, Windows, prepare
 from lococo.files import write_whole
 from lococo.heads import check_heads_folder, load_heads
 from lococo.patch import patched
+from lococo.results.deadline import Deadline
+from lococo.results.tables import Journal, peak_memory
 from lococo.state import head_modules
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
-from lococo.training.data import DataConfig, Windows, prepare
-from lococo.training.documents import local_files
 from lococo.training.frozen import checksums
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.gap import gap_ratio
-from lococo.evaluation.likelihood import token_nlls
-from lococo.evaluation.methods import as_method, method_config
-from lococo.evaluation.results import Journal
+from lococo.methods import as_method, method_config
+from lococo.metrics import token_nlls
+from lococo.results.tables import Journal
 
 BASELINES = ("full", "h2o", "h2o-slot")
 

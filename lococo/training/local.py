@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lococo.compressors import Compressor
+from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.deadline import Deadline
 from lococo.files import write_whole
+from lococo.results.deadline import Deadline
 from lococo.state import head_modules, lococo_config
 from lococo.training.frozen import only_heads_learn
 from lococo.training.record import LayerRecord, felt_error, read_record, record

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lococo.compat import cache_of, with_cache
-from lococo.compressors import Compressor
+from lococo.compression.base import Compressor
 from lococo.forward import Request, asking, new_cache
 from lococo.patch import suspended
 from lococo.state import head_modules, is_patched, lococo_config, patched_decoder

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo import kernels
 from lococo.attention import read_layer
-from lococo.cache import LayerCache
+from lococo.cache.cache import LayerCache
+from lococo.cache.plan import Plan, Row, plan_call
 from lococo.compat import AttentionInterface, AttentionMaskInterface
-from lococo.compressors import Compressor
+from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
+from lococo.kernels import scoring as kernels
 from lococo.masks import padding_mask
 from lococo.models import find_decoder
-from lococo.models.chatglm import bridges, end_call, is_remote_chatglm, remote_arguments
-from lococo.segments import Plan, Row, plan_call
+from lococo.models.chatglm.family import bridges, end_call, is_remote_chatglm, remote_arguments
 from lococo.state import is_patched
 
 NAME = "lococo_record"
@@ -45,7 +45,7 @@ class LayerRecord:
     window : int, optional
         Tokens a query sees, where the model limits them.
     softcap : float, optional
-        As in ``lococo.kernels.Visibility``.
+        As in ``lococo.kernels.scoring.Visibility``.
     gradient : torch.Tensor, optional
         Of the text's summed next-token loss, shaped like ``output``.
     """

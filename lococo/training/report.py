@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.results import result_content
+from lococo.data.documents import local_files
+from lococo.data.windows import DataConfig
 from lococo.heads import ATTACHMENTS, save_heads
-from lococo.training.data import DataConfig
-from lococo.training.documents import local_files
+from lococo.results.tables import result_content
 from lococo.training.gap import GapRatio
 from lococo.training.recipe import Recipe
 

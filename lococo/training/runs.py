@@ -12,7 +12,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lococo.evaluation.deadline import OutOfTime
+from lococo.results.deadline import OutOfTime
 from lococo.training.window_trainer import WindowTrainer
 
 

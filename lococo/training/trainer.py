@@ -43,7 +43,7 @@ class HeadTrainer(WindowTrainer):
         Factor on the learning rate of gates, mass scales and biases: few numbers that have far to go. They have no
         weight decay.
     **kwargs
-        For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.training.data.Windows``).
+        For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.data.windows.Windows``).
 
     Raises
     ------

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from lococo.evaluation.deadline import Deadline
+from lococo.results.deadline import Deadline
 from lococo.state import head_modules, is_patched
 from lococo.training.objectives import Caches, Objective
 
@@ -36,7 +36,7 @@ class WindowTrainer(Trainer, abc.ABC):
     objective : Objective
         Gives the chunks.
     **kwargs
-        For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.training.data.Windows``).
+        For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.data.windows.Windows``).
 
     Raises
     ------

@@ -14,9 +14,9 @@ from lococo.compat import with_cache
 from lococo.evaluation.long.items import Item, Task
 from lococo.evaluation.long.metrics import METRICS
 from lococo.evaluation.long.prompts import Prompts, shared_start
-from lococo.evaluation.methods import Run
-from lococo.evaluation.results import Journal
 from lococo.generation import read_and_answer, read_tokens
+from lococo.methods import Run
+from lococo.results.tables import Journal
 
 
 def answers(

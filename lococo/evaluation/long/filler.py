@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lococo.evaluation.texts import read_documents
+from lococo.data.texts import read_documents
 
 _NOUNS = (
     "river garden teacher window market letter bridge kitchen farmer valley candle station meadow basket clock road"

@@ -1,0 +1,1 @@
+"""Which entries are kept, which are blended, and how."""

@@ -1,0 +1,176 @@
+"""How heavy hitters are ranked: one class per score, found by its name in ``LoCoCoConfig.score``.
+
+A score of your own is one class; prefill, decoding, recorded steps and Triton read what it says of itself::
+
+    @lococo.register_score("key-norm")
+    class KeyNormScore(lococo.Score):
+        needs = frozenset({"keys"})
+
+        def rank(self, entries, age, config):
+            return -entries.keys.norm(dim=-1)
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from lococo.registry import Registry
+
+if TYPE_CHECKING:
+    from lococo.compression.entries import Entries
+    from lococo.config import LoCoCoConfig
+
+# What is left of a distant score's old part while as many tokens are read as there are slots.
+DISTANT_FADE = 0.8
+# Queries that a new token is credited with, so that the attention of one or two does not decide.
+SCORE_PRIOR = 8
+
+NEEDS = frozenset({"attention", "position", "keys", "values"})
+
+
+class Score(abc.ABC):
+    """Ranking of a layer's entries, of which the best become heavy hitters and the next best begin fused slots.
+
+    Attributes
+    ----------
+    needs : frozenset of str
+        What ``rank`` looks at: "attention" that entries received (``entries.scores``), their "position" in the text
+        (``age``), "keys", "values". Nothing is summed, or kept, that no score asks for.
+    power : {1, 2}
+        Of the attention probabilities that are summed for it.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    power: ClassVar[Literal[1, 2]] = 1
+
+    def delay(self, config: LoCoCoConfig) -> int:
+        """Entries between a token and the first query whose attention counts for it."""
+        return 0
+
+    def fade(self, config: LoCoCoConfig) -> float:
+        """Factor by which summed attention fades per token read; 1: not at all, 0: only the current block counts."""
+        return 1.0
+
+    @abc.abstractmethod
+    def rank(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """Rank of every entry, higher is better.
+
+        Parameters
+        ----------
+        entries : Entries
+            With ``scores`` where the score needs attention.
+        age : torch.Tensor, optional
+            (batch, kv_heads, entries), tokens read since an entry's own, 1 for the last; None if ``needs`` has no
+            "position".
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, kv_heads, entries).
+        """
+
+
+def _check(score: Any) -> None:
+    if not (isinstance(score, type) and issubclass(score, Score)):
+        raise TypeError(f"a score must be a class derived from lococo.Score, got {score!r}")
+    unknown = sorted(score.needs - NEEDS)
+    if unknown:
+        raise ValueError(f"{score.__name__}.needs must be of {', '.join(sorted(NEEDS))}; got {', '.join(unknown)}")
+    if score.power not in (1, 2):
+        raise ValueError(f"{score.__name__}.power must be 1 or 2, got {score.power!r}")
+
+
+SCORES: Registry[type[Score]] = Registry("score", _check)
+
+
+def register_score(name: str) -> Callable[[type[Score]], type[Score]]:
+    """Class decorator: a score that ``LoCoCoConfig(score=name)`` finds.
+
+    Raises
+    ------
+    TypeError
+        If the class is no ``Score``.
+    ValueError
+        If it needs or sums what there is not, or the name is taken by another class.
+    """
+    return SCORES.register(name)
+
+
+def get_score(name: str) -> Score:
+    """A score by its name.
+
+    Raises
+    ------
+    ValueError
+        If there is none of that name; lists those there are.
+    """
+    return _made(SCORES[name])
+
+
+@functools.cache
+def _made(score: type[Score]) -> Score:
+    return score()
+
+
+@register_score("distant")
+class DistantScore(Score):
+    """Mean square of the attention from queries so much later that the token is a recent no more, old ones fading."""
+
+    needs = frozenset({"attention", "position"})
+    power = 2
+
+    def delay(self, config: LoCoCoConfig) -> int:
+        """As many as there are recents."""
+        return config.num_recent  # type: ignore[return-value]
+
+    def fade(self, config: LoCoCoConfig) -> float:
+        """``DISTANT_FADE`` while as many tokens are read as there are slots."""
+        return DISTANT_FADE ** (1 / config.num_slots)
+
+    def rank(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """Per query that counts, each faded as its attention was."""
+        assert entries.scores is not None  # it needs attention
+        queries = (age - self.delay(config)).clamp_min(0)
+        return entries.scores / (_faded_count(queries, self.fade(config)) + SCORE_PRIOR)
+
+
+@register_score("mean")
+class MeanScore(Score):
+    """Attention per query that could see the token."""
+
+    needs = frozenset({"attention", "position"})
+
+    def rank(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """Per token read since."""
+        assert entries.scores is not None  # it needs attention
+        return entries.scores / age
+
+
+@register_score("sum")
+class SumScore(Score):
+    """Attention in total (H2O, Zhang et al. 2023)."""
+
+    def rank(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """As it was summed."""
+        assert entries.scores is not None  # it needs attention
+        return entries.scores
+
+
+@register_score("last")
+class LastScore(SumScore):
+    """Attention from the current block alone (the authors' released code)."""
+
+    def fade(self, config: LoCoCoConfig) -> float:
+        """To nothing, at the end of a block."""
+        return 0.0
+
+
+def _faded_count(queries: torch.Tensor, fade: float) -> torch.Tensor:
+    """Sum of ``fade ** i`` over so many queries."""
+    return torch.expm1(queries * math.log(fade)) / (fade - 1)

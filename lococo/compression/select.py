@@ -1,0 +1,141 @@
+"""Which entries are kept and which are blended: entries in, M slots out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from lococo.compression.base import Compressor
+from lococo.compression.entries import Choice, Entries
+from lococo.compression.scores import get_score
+from lococo.config import LoCoCoConfig
+
+
+class Budget(NamedTuple):
+    """How a layer's slots are shared out. See ``LoCoCoConfig``."""
+
+    sinks: int
+    heavy: int
+    recent: int
+    fused: int
+
+    @classmethod
+    def of(cls, config: LoCoCoConfig, window: int | None = None) -> Budget:
+        """The configured budget; in a sliding-window layer all but the recents go to entries the window still sees."""
+        sinks, heavy, recent, fused = config.num_sinks, config.num_heavy, config.num_recent, config.num_fused
+        if window is not None:
+            sinks, heavy, fused = 0, config.num_slots - recent, 0  # type: ignore[operator]
+        return cls(sinks, heavy, recent, fused)  # type: ignore[arg-type]
+
+    def is_ranked(self, config: LoCoCoConfig) -> bool:
+        """Whether any slot is chosen by score."""
+        return self.heavy > 0 or (self.fused > 0 and config.residual != "none")
+
+
+def rank(
+    entries: Entries, now: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
+) -> torch.Tensor | None:
+    """Score by which heavy hitters are chosen, higher is better; None if nothing is chosen by score.
+
+    Parameters
+    ----------
+    now : int or torch.Tensor
+        Tokens read so far; a tensor of shape (batch, 1, 1) where rows differ.
+    window : int, optional
+        Tokens a query of this layer sees; entries out of sight of the next query rank last.
+    """
+    if not Budget.of(config, window).is_ranked(config):
+        return None
+    age: Any = None if entries.born is None else now - entries.born
+    ranking = get_score(config.score).rank(entries, age, config)
+    return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
+
+
+def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like: torch.Tensor) -> Choice:
+    """Sinks first, recents last, between them the best of the others by rank (ties: the earlier one).
+
+    Parameters
+    ----------
+    ranking : torch.Tensor, optional
+        (batch, kv_heads, entries). None: the earliest entries after the sinks.
+    like : torch.Tensor
+        (batch, kv_heads, ...), for the device and the leading sizes.
+    """
+    sinks, heavy, recent, fused = budget
+    batch, kv_heads = like.shape[:2]
+    index = torch.arange(num_entries, device=like.device).expand(batch, kv_heads, num_entries)
+    if ranking is None:
+        best = index[..., : heavy + fused]
+    else:
+        best = ranking[..., sinks : num_entries - recent].sort(dim=-1, descending=True, stable=True).indices
+    in_time, place_by_rank = best[..., : heavy + fused].sort(dim=-1)
+    anchors = torch.cat([index[..., :sinks], sinks + in_time, index[..., num_entries - recent :]], dim=-1)
+    is_fused = (place_by_rank >= heavy).to(torch.uint8)
+    fused_slots = sinks + is_fused.sort(dim=-1, descending=True, stable=True).indices[..., :fused]
+    return Choice(anchors, fused_slots)
+
+
+def compress(
+    entries: Entries,
+    now: int | torch.Tensor,
+    config: LoCoCoConfig,
+    head: Compressor | None,
+    window: int | None = None,
+) -> Entries:
+    """M slots from more than M entries (Algorithm 2's compressor).
+
+    Sinks, heavy hitters and recents are copies; every fused slot is a blend of the entries nobody copied, with the
+    same weights for keys, values, scores and places.
+
+    Parameters
+    ----------
+    entries : Entries
+        More than ``num_slots`` of them.
+    now : int or torch.Tensor
+        Tokens read so far; (batch, 1, 1) where rows differ.
+    head : Compressor, optional
+        None where nothing is fused.
+    window : int, optional
+        Size of the layer's sliding window.
+
+    Returns
+    -------
+    Entries
+        ``num_slots`` entries in time order.
+    """
+    budget = Budget.of(config, window)
+    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
+    if budget.fused == 0 or head is None or head.is_closed:
+        return slots
+    return slots.combine(head.blend(entries, choice), functools.partial(_scatter, choice.fused))
+
+
+def mixing(
+    entries: Entries,
+    now: int | torch.Tensor,
+    config: LoCoCoConfig,
+    head: Compressor | None,
+    window: int | None = None,
+) -> tuple[Choice, torch.Tensor]:
+    """The compression of ``compress`` as one matrix: (batch, kv_heads, num_slots, entries), each row sums to 1."""
+    budget = Budget.of(config, window)
+    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    weights = torch.zeros(*choice.anchors.shape, len(entries), device=entries.keys.device)
+    weights = weights.scatter(-1, choice.anchors[..., None], 1.0)
+    if budget.fused == 0 or head is None or head.is_closed:
+        return choice, weights
+    return choice, _scatter(choice.fused, weights, head.weights(entries, choice))
+
+
+def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() == 4:
+        index = index[..., None].expand(*index.shape, tensor.shape[-1])
+    return tensor.gather(2, index)
+
+
+def _scatter(places: torch.Tensor, slots: torch.Tensor, blend: torch.Tensor) -> torch.Tensor:
+    index = places if slots.dim() == 3 else places[..., None].expand(*places.shape, slots.shape[-1])
+    return slots.scatter(2, index, blend.to(slots.dtype))

@@ -1,0 +1,309 @@
+"""A decoding step recorded once and replayed: on a GPU the host no longer launches every kernel of every step."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lococo.attention import Call
+from lococo.cache.cache import LoCoCoCache
+from lococo.cache.plan import Plan, plan_call
+from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
+from lococo.compression.base import Compressor
+from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
+from lococo.models import base_shape
+from lococo.state import HEAD, Patch, head_modules, patched_decoder
+
+# A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
+STEPS_BEFORE_RECORDING = 8
+ARGUMENTS = {
+    "input_ids",
+    CACHE_NAME,
+    OLD_CACHE_NAME,
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+}
+# Transformers leaves its own on modules whose outputs were asked for once; they do nothing in other calls.
+IDLE_HOOKS = {"transformers.utils.output_capturing"}
+
+Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
+
+
+class CudaGraphReplay:
+    """Replays a CUDA graph.
+
+    Newer torch releases free, with a graph, the workspace of the matrix products that were captured on its stream. A
+    stream has other graphs, too: streams come from a pool.
+    """
+
+    _freed: collections.Counter[int] = collections.Counter()  # graphs by stream
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: int) -> None:
+        self._graph, self._stream = graph, stream
+        self._freed_before = self._freed[stream]
+        weakref.finalize(graph, self._freed.update, [stream])
+
+    def __call__(self) -> None:
+        """Repeat what was captured."""
+        self._graph.replay()
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no other graph of the same stream has been freed since."""
+        return self._freed[self._stream] == self._freed_before
+
+
+def record_cuda_graph(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """Capture a function in a CUDA graph: what replays it, and the output that every replay overwrites.
+
+    After an error streams, allocator and random generator of the current device are as they were.
+    """
+    device = torch.cuda.current_device()
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    generator = torch.cuda.default_generators[device]
+    random_state = generator.clone_state()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            output = function()
+            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what it says follows from the error
+                graph.capture_end()
+            with contextlib.suppress(RuntimeError):  # where capture_end has done it, there is nothing to end
+                torch._C._cuda_endAllocateToPool(device, pool)
+            generator.graphsafe_set_state(random_state)
+            raise
+    return CudaGraphReplay(graph, stream.cuda_stream), output
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": record_cuda_graph}
+
+_graphs: weakref.WeakKeyDictionary[LoCoCoCache, StepGraph | None] = weakref.WeakKeyDictionary()
+
+
+class EmptyRecordingError(RuntimeError):
+    """Operations went elsewhere while they were recorded."""
+
+
+class Snapshot:
+    """All that Python would look at in the forward of a model, for a recording that no longer looks.
+
+    Parts, weights, hooks, flags and numbers of every module, and its config; adapters are switched by such flags. Not
+    the values of tensors, which a recording reads where they lie, and not the heads, which take no part in steps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [module for name, module in model.named_modules() if HEAD not in name.split(".")]
+        configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+        self._kept = [(vars(each), _copied(vars(each))) for each in (*modules, *configs.values())]
+        tensors = (
+            tensor
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        )
+        self._addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
+
+    def is_current(self) -> bool:
+        """Whether everything is as it was."""
+        try:
+            # Dictionaries compare what they hold by identity first, so that no tensor is looked into.
+            is_same = all(now == then for now, then in self._kept)
+        except RuntimeError:  # two tensors of several numbers have been compared: one has been replaced
+            return False
+        return is_same and all(tensor.data_ptr() == address for tensor, address in self._addresses)
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose containers are copies, too: what is added to the ones there are shows."""
+    containers = (dict, list, set)
+    return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
+
+
+class StepGraph:
+    """The forward of one token of every row with one cache, for replays with other tokens.
+
+    Whatever changes from step to step lies in the buffers of the cache and in two inputs here. Bookkeeping, and the
+    compressions at the end of a block, stay outside.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A patched causal language model.
+    cache : LoCoCoCache
+        All of its layers with open step buffers.
+    arguments : dict
+        Keyword arguments of a step.
+    record : callable
+        See ``record_cuda_graph``.
+    """
+
+    def __init__(self, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder) -> None:
+        self.buffers = [layer.steps for layer in cache.layers]
+        self.heads = fusion_heads(model)
+        self.input_ids = arguments["input_ids"].clone()
+        self.position_ids = torch.zeros_like(self.input_ids)
+        plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
+        call = Call(cache.config, plan, cache, {}, is_recorded=True)
+
+        def forward() -> Any:
+            with asking(model, Request(call=call)):
+                return type(model).__call__(
+                    model, self.input_ids, position_ids=self.position_ids, **with_cache(model, cache), use_cache=True
+                )
+
+        with _on_device(self.input_ids.device):
+            self._replay, output = record(forward)
+        self._logits = output.logits
+        self._output_type = type(output)
+        self._is_tried = False
+        self._snapshot = Snapshot(model)
+
+    def is_current(self) -> bool:
+        """Whether the model is as it was, and nothing that the recording needs was freed."""
+        return getattr(self._replay, "is_intact", True) and self._snapshot.is_current()
+
+    def fits(self, cache: LoCoCoCache) -> bool:
+        """Whether the cache's buffers are where they were."""
+        return all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True))
+
+    def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Read one token of every row, (batch, 1) each.
+
+        Raises
+        ------
+        EmptyRecordingError
+            If the first replay writes nothing. Nothing has been read then.
+        """
+        self.input_ids.copy_(input_ids)
+        self.position_ids.copy_(position_ids.expand_as(self.position_ids))
+        nothing = torch.finfo(self._logits.dtype).max
+        if not self._is_tried:
+            self._logits.fill_(nothing)
+        with _on_device(self.input_ids.device):
+            self._replay()
+        if not self._is_tried and bool((self._logits == nothing).all()):
+            raise EmptyRecordingError("the recording is empty")
+        self._is_tried = True
+        return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
+
+
+def call_model(model: nn.Module, *args, **kwargs) -> Any:
+    """Call a patched model as ``model(...)`` does, a step of decoding from a recording where there can be one.
+
+    ``generate`` decodes through the attribute ``__call__`` of the model, in whose place ``patch_model`` puts this.
+    """
+    call = functools.partial(type(model).__call__, model)
+    if torch.compiler.is_compiling():
+        return call(*args, **kwargs)
+    cache = kwargs.get(cache_argument(model), kwargs.get(OLD_CACHE_NAME))
+    if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
+        return call(*args, **kwargs)
+    decoder, input_ids = patched_decoder(model), kwargs["input_ids"]
+    patch: Patch = decoder.lococo_patch
+    plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
+    if not plan.is_step:
+        return call(**kwargs)
+    step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
+    plan_for = functools.partial(step.plan_for, device=input_ids.device)
+    graph = _graphs.get(cache)
+    if graph is not None and not graph.is_current():
+        graph = None
+        del _graphs[cache]
+    if graph is None and not _can_record(model):
+        _graphs[cache] = None
+        return call(**kwargs)
+    heads = fusion_heads(model) if graph is None else graph.heads
+    for layer, head in zip(cache.layers, heads, strict=True):
+        layer.open_steps(plan_for, head, decoder.config.num_attention_heads)
+
+    def without_graph(error: Exception) -> Any:
+        _graphs[cache] = None
+        patch.can_record = False
+        patch.say_once(f"{type(model).__name__} decodes without a CUDA graph: {error}")
+        return call(**kwargs)
+
+    position_ids = kwargs.get("position_ids")
+    if cache.config.positions == "slot" or position_ids is None:
+        position_ids = plan.entries if cache.config.positions == "slot" else plan.places
+    if graph is None or not graph.fits(cache):
+        _graphs.pop(cache, None)  # its memory is free before the next one takes some
+        try:
+            graph = _graphs[cache] = StepGraph(model, cache, kwargs, RECORDERS[input_ids.device.type])
+        except Exception as error:  # compilers, allocators and libraries raise what they like
+            return without_graph(error)
+    try:
+        output = graph.step(cache, input_ids, position_ids)
+    except EmptyRecordingError as error:
+        return without_graph(error)
+    cache.advance(plan, 1)
+    if plan.ends_block:
+        for index, (layer, head) in enumerate(zip(cache.layers, heads, strict=True)):
+            layer.close(plan_for, head, cache.rotary_tables.get(index))
+    return output
+
+
+def fusion_heads(model: nn.Module) -> list[Compressor | None]:
+    """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
+    heads = head_modules(model)
+    return [heads.get(index) for index in range(base_shape(model)["num_layers"])]
+
+
+def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
+    input_ids, decoder = arguments.get("input_ids"), patched_decoder(model)
+    if input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type not in RECORDERS:
+        return False
+    wanted = {name for name, value in arguments.items() if value is not None and value is not False}
+    seen = max(row.seen for row in cache.rows)
+    return (
+        wanted <= ARGUMENTS
+        and cache.num_steps >= STEPS_BEFORE_RECORDING
+        and not cache.is_reading
+        and cache.config.has_method_of(decoder.lococo_patch.config)
+        and cache.batch_size == input_ids.shape[0]
+        and (cache not in _graphs or _graphs[cache] is not None)
+        and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
+        and not decoder.lococo_patch.is_suspended
+        and not torch.is_grad_enabled()
+        and not model.training
+        and not torch.is_autocast_enabled(input_ids.device.type)
+        and padded_columns(arguments.get("attention_mask"), input_ids.shape[0], 1, cache) is None
+    )
+
+
+def _can_record(model: nn.Module) -> bool:
+    """Whether there can be a recording: foreign hooks would not run in it, other devices not be seen.
+
+    Rotary embeddings that ask the host for the length of the text have hooks of their own, see ``whole_text``.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    return patched_decoder(model).lococo_patch.can_record and len(devices) == 1 and not _has_foreign_hooks(model)
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _has_foreign_hooks(model: nn.Module) -> bool:
+    ours = {before_forward, after_forward, ask_for_last_logits}
+    return any(
+        hook not in ours and getattr(hook, "__module__", None) not in IDLE_HOOKS
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    )

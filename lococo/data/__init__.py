@@ -1,0 +1,1 @@
+"""Texts, and windows of tokens cut from them."""

@@ -1,0 +1,1 @@
+"""Longer windows by a little training."""

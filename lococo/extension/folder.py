@@ -1,0 +1,228 @@
+"""A model extended to longer texts, saved and loaded: adapters, heads, and how positions are stretched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lococo.config import LoCoCoConfig
+from lococo.extension.adapters import as_it_was, load_adapter
+from lococo.extension.rope_scaling import Stretch, stretch_positions
+from lococo.files import check_replaceable, new_folder, write_whole
+from lococo.heads import save_heads
+from lococo.models import base_config, base_shape
+from lococo.patch import patch_model
+from lococo.state import head_modules, is_patched, lococo_config
+from lococo.version import __version__
+
+EXTENSION_NAME = "extension.json"
+ADAPTER_FOLDER, HEADS_FOLDER = "adapter", "heads"
+RECORD_NAMES = ("training.json", "training.png")
+METHODS = ("lococo", "h2o", "streaming", "full", "longlora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """What a model was extended for, and how it reads.
+
+    Attributes
+    ----------
+    method : {"lococo", "h2o", "streaming", "full", "longlora"}
+        How it was trained. "full" and "longlora" read with the full cache.
+    length : int
+        Tokens of the texts it was trained on.
+    stretch : Stretch, optional
+        None where positions are those inside the cache.
+    config : LoCoCoConfig, optional
+        The compressed cache it reads with. None for the full cache.
+    """
+
+    method: str
+    length: int
+    stretch: Stretch | None
+    config: LoCoCoConfig | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Extension:
+        """An extension from ``to_dict`` output."""
+        stretch, config = values["stretch"], values["config"]
+        return cls(
+            values["method"],
+            values["length"],
+            stretch and Stretch(**stretch),
+            config and LoCoCoConfig.from_dict(config),
+        )
+
+
+def read_extension(folder: str | os.PathLike) -> tuple[Extension, dict[str, Any]]:
+    """What stands in the ``extension.json`` of a folder: the extension, and all of the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it cannot be read.
+    """
+    path = Path(folder, EXTENSION_NAME)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: not a folder written by lococo extend")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Extension.from_dict(content["extension"]), content
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an extension: {error!r}") from error
+
+
+def extension_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 of all weights in a folder, to tell one training from another."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*/*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_extension_folder(folder: Path) -> None:
+    """Refuse a folder that an extension would not replace.
+
+    Raises
+    ------
+    FileExistsError
+        If it is a file, or holds anything that is not of an extension.
+    """
+    check_replaceable(folder, EXTENSION_NAME, (EXTENSION_NAME, ADAPTER_FOLDER, HEADS_FOLDER, *RECORD_NAMES))
+
+
+def save_extended(
+    model: Any, folder: Path, extension: Extension, *, files: Mapping[str, bytes] | None = None, **facts: Any
+) -> None:
+    """Write adapters and heads of an extended model into a folder, whole or not at all.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        Patched if the extension has a config.
+    files : mapping of str to bytes, optional
+        More files: the record of the training and its picture.
+    **facts
+        What else ``extension.json`` says, as plain JSON values.
+
+    Raises
+    ------
+    FileExistsError
+        If ``folder`` holds something else.
+    """
+    check_extension_folder(folder)
+    with new_folder(folder.resolve()) as new:
+        save_parts(model, new)
+        for name, attached in (files or {}).items():
+            write_whole(new / name, attached)
+        base = {"name": Path(base_config(model)._name_or_path).name, "shape": _shape(model)}
+        content = {"extension": extension.to_dict(), "base": base, "lococo": __version__, **facts}
+        write_whole(new / EXTENSION_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def save_parts(model: Any, folder: Path) -> None:
+    """Write a model's adapters and heads into folders of a folder."""
+    # "embeddings" are among the modules to save; PEFT would look for the base model to tell.
+    model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+    (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
+    if is_patched(model) and head_modules(model):
+        save_heads(model, folder / HEADS_FOLDER)
+
+
+def load_extended(base: nn.Module | str | os.PathLike, folder: str | os.PathLike) -> Any:
+    """An extended model: the base model with stretched positions, adapters, and its cache in force.
+
+    Parameters
+    ----------
+    base : torch.nn.Module, path or str
+        The model that was extended, as it was, or its folder or Hub id.
+    folder : path or str
+        A folder written by ``lococo extend``.
+
+    Returns
+    -------
+    peft.PeftModel
+        Around the base model, which is changed in place. ``lococo.unpatch_model`` gives it a full cache;
+        ``lococo.merge_extended`` makes a plain model of it.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the folder is no extension, or not one of this model. The model is then as it was.
+    """
+    extension, content = read_extension(folder)
+    if not isinstance(base, nn.Module):
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(base)
+    if is_patched(base):
+        raise ValueError("the base model is patched: call lococo.unpatch_model first")
+    if hasattr(base, "peft_config"):
+        raise ValueError("the base model has adapters already: load the extension into the plain model")
+    if content["base"]["shape"] != _shape(base):
+        raise ValueError(
+            f"{folder} extends {content['base']['name']} of shape {content['base']['shape']}, the model has shape "
+            f"{_shape(base)}"
+        )
+    with as_it_was(base, after_errors_only=True):
+        if extension.stretch:
+            stretch_positions(base, extension.stretch)
+        model = load_adapter(base, Path(folder, ADAPTER_FOLDER))
+        if extension.config:
+            heads = Path(folder, HEADS_FOLDER)
+            patch_model(model, extension.config, heads=heads if heads.is_dir() else None)
+    return model.eval()
+
+
+def merge_extended(model: Any, folder: str | os.PathLike | None = None, tokenizer: Any = None) -> Any:
+    """Put the adapters of an extended model into its weights.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        As ``load_extended`` gives it. Taken apart: use what is returned.
+    folder : path or str, optional
+        Where to write it, with the tokenizer: a plain checkpoint, and its heads in the folder ``heads`` for
+        ``lococo.patch_model(model, heads=...)``.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Patched as the model was.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder exists. The model is then as it was.
+    """
+    if folder is not None and Path(folder).exists():
+        raise FileExistsError(f"{folder} exists; give a new folder")
+    plain = model.merge_and_unload()
+    if folder is not None:
+        with new_folder(Path(folder)) as new:
+            plain.save_pretrained(new)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            if is_patched(plain) and head_modules(plain):
+                save_heads(plain, new / HEADS_FOLDER)
+            elif is_patched(plain):
+                lococo_config(plain).save_pretrained(new / HEADS_FOLDER)
+    return plain
+
+
+def _shape(model: Any) -> dict[str, int]:
+    config = base_config(model).get_text_config()
+    return {**base_shape(model), "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}

@@ -1,0 +1,102 @@
+"""How a model is extended: what is trained, on which cache, and for how long."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lococo.config import LoCoCoConfig
+from lococo.extension.folder import METHODS, Extension
+from lococo.extension.rope_scaling import Stretch
+from lococo.training.objectives import NextToken
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtensionRecipe:
+    """What a run of ``extend_context`` does.
+
+    Parameters
+    ----------
+    method : {"lococo", "h2o", "streaming", "full", "longlora"}
+        The cache that the model learns to read with. "longlora" trains on shifted sparse attention and reads, as
+        "full", with the full cache.
+    stretch : Stretch
+        Positions of the longer texts. A cache with positions of its own ("streaming", ``positions="slot"``) leaves
+        them as they are.
+    config : LoCoCoConfig, optional
+        The compressed cache. None for "full" and "longlora".
+    rank, alpha : int
+        LoRA's r and alpha.
+    steps : int
+        Steps of the optimizer.
+    windows_per_step : int
+        Windows in the global batch of a step.
+    learning_rate : float
+        Of adapters, embeddings and norms, falling linearly to 0.
+    heads_learning_rate : float
+        Of the heads' convolutions.
+    scalar_lr_factor : float
+        Factor on it for their gates, mass scales and biases.
+    depth : int, optional
+        Compressions that back-propagation goes through at most: memory does not grow with the window. None: all.
+    save_every : int
+        Steps between two checkpoints.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range, or method and config do not fit.
+    """
+
+    method: str
+    stretch: Stretch
+    config: LoCoCoConfig | None
+    rank: int = 8
+    alpha: int = 16
+    steps: int = 1000
+    windows_per_step: int = 8
+    learning_rate: float = 5e-5
+    heads_learning_rate: float = 1e-3
+    scalar_lr_factor: float = 10.0
+    depth: int | None = 2
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        reads_all = self.method in ("full", "longlora")
+        if reads_all != (self.config is None):
+            raise ValueError(f"method={self.method!r} needs {'no config' if reads_all else 'a config'}")
+        for name in ("rank", "alpha", "steps", "windows_per_step", "save_every", "depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "heads_learning_rate", "scalar_lr_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def extension(self) -> Extension:
+        """What such a run makes."""
+        keeps_positions = self.config is not None and self.config.positions == "slot"
+        return Extension(self.method, self.stretch.length, None if keeps_positions else self.stretch, self.config)
+
+    @property
+    def objective(self) -> NextToken:
+        """The next token, back-propagation cut after ``depth`` compressions."""
+        if self.config is None or self.depth is None:
+            return NextToken()
+        return NextToken(backprop_tokens=self.depth * self.config.block_size)
+
+    @property
+    def windows_needed(self) -> int:
+        """Windows for every step to read new ones."""
+        return self.steps * self.windows_per_step
+
+
+def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> Any:
+    """The compressed cache of a method: ours with low-rank heads whose gates start a little open; None for others."""
+    if method == "lococo":
+        return LoCoCoConfig(num_slots, block_size, head_rank=16, gate_init=0.05, positions=positions)  # type: ignore
+    presets = {"h2o": LoCoCoConfig.h2o, "streaming": LoCoCoConfig.streaming_llm}
+    return presets[method](num_slots, block_size=block_size) if method in presets else None

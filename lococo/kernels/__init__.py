@@ -1,0 +1,1 @@
+"""Attention over slots and segment, and what it computes on."""

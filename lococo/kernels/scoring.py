@@ -1,0 +1,196 @@
+"""Attention of a segment's queries over slots and segment, and the attention each entry received."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+from lococo.kernels.attention import ATTENTIONS, Visibility, lower_right, triton_takes, wide
+from lococo.kernels.trials import TRITON, MassTrial
+
+__all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
+
+SCORE_TILE = 64
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of devices; some have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Context in which autocast is off for a type of devices."""
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    visibility: Visibility,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention with grouped queries.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (batch, heads, queries, head_dim).
+    key, value : torch.Tensor
+        (batch, kv_heads, entries, head_dim). Where types differ, all three are taken in the widest.
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, heads, queries, head_dim).
+
+    Raises
+    ------
+    ImportError
+        If ``backend`` is a package that is not installed.
+    ValueError
+        If ``backend`` cannot do what ``visibility`` asks for.
+    """
+    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=False)[0]
+
+
+def attend_and_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    visibility: Visibility,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``attend``, and what ``attention_mass`` is cheaper with.
+
+    Returns
+    -------
+    tuple
+        (batch, heads, queries, head_dim) output, and the (batch, heads, queries) log-sum-exp of the logits, or None
+        where the kernel does not give it away.
+    """
+    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=True)
+
+
+def _attend(query, key, value, scale, visibility, backend, dropout, wants_lse):
+    same = _of_one_type(query, key, value)
+    output, lse = ATTENTIONS[backend](*same, scale, visibility, dropout, wants_lse)
+    return output if same[0] is query else output.to(query.dtype), lse
+
+
+def _of_one_type(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the widest of their types: operators and kernels read one."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def attention_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    visibility: Visibility,
+    counts: torch.Tensor | None = None,
+    squared: bool = False,
+    lse: torch.Tensor | None = None,
+    delay: int = 0,
+) -> torch.Tensor:
+    """Attention probability each entry receives, summed over queries and the query heads of its group.
+
+    Works through tiles of queries, so no (queries x entries) matrix of the whole segment is held.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (batch, heads, queries, head_dim).
+    key : torch.Tensor
+        (batch, kv_heads, entries, head_dim).
+    counts : torch.Tensor, optional
+        (1 or batch, 1, queries, entries), False where a query's attention to an entry counts for nothing.
+    squared : bool
+        Sum the squares of the probabilities.
+    lse : torch.Tensor, optional
+        (batch, heads, queries), log-sum-exp of the logits, from ``attend_and_lse``.
+    delay : int
+        A query counts for entries at least so many before it, where both end together.
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, kv_heads, entries) in float32 or wider.
+    """
+    query, key = _of_one_type(query, key)
+    is_plain = counts is None and visibility.mask is None and visibility.softcap is None
+    if lse is not None and is_plain and triton_takes(query):
+        mass = _mass_in_triton(query, key, scale, lse, visibility.bias, delay, squared)
+        if mass is not None:
+            return mass
+    with without_autocast(query.device.type):  # exponentials of rounded logits are far off
+        return _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay)
+
+
+def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
+    """(batch, kv_heads, entries), or None where Triton does not run."""
+    groups = query.shape[1] // key.shape[1]
+    trial = MassTrial(query.device, query.dtype, query.shape[-1], groups, is_biased=bias is not None, squared=squared)
+    return TRITON.run(trial, query, key, scale, lse, bias, delay, squared)
+
+
+def _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay):
+    queries, entries = query.shape[2], key.shape[2]
+    dtype = wide(query.dtype)
+    key = key.to(dtype).transpose(-1, -2)
+    if queries == 1:
+        return _received(query.to(dtype), key, scale, visibility, counts, squared, lse, delay, slice(0, 1), 1, entries)
+    mass = key.new_zeros(*key.shape[:2], entries)
+    for start in range(0, queries, SCORE_TILE):
+        rows = slice(start, min(start + SCORE_TILE, queries))
+        # Lower-right causal: no query of the tile sees, or given the log-sum-exp counts for, an entry after these.
+        seen = entries
+        if visibility.mask is None:
+            seen -= queries - rows.stop + (0 if lse is None else delay)
+        if seen > 0:
+            tile, keys = query[:, :, rows].to(dtype), key[..., :seen]
+            mass[..., :seen] += _received(
+                tile, keys, scale, visibility, counts, squared, lse, delay, rows, queries, entries
+            )
+    return mass
+
+
+def _received(query, key, scale, visibility, counts, squared, lse, delay, rows, queries, entries):
+    """(batch, kv_heads, seen) sums over a tile of queries; nothing of its size is left when the next one begins."""
+    shares = _shares(query, key, scale, visibility, lse, rows, queries, entries)
+    if delay:
+        shares.tril_(entries - queries + rows.start - delay)
+    if counts is not None:
+        shares.mul_(counts[:, :, None, rows, : key.shape[-1]])
+    if squared:
+        shares.square_()
+    return shares.sum(dim=(2, 3))
+
+
+def _shares(query, key, scale, visibility, lse, rows, queries, entries):
+    """(batch, kv_heads, groups, rows, seen) attention probabilities of a tile; key is (batch, kv_heads, d, seen)."""
+    kv_heads, seen = key.shape[1], key.shape[3]
+    mask, bias, softcap = visibility
+    grouped = (query * scale).reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+    shares = grouped @ key  # (batch, kv_heads, groups * rows, seen)
+    if softcap is not None:
+        shares.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        shares.add_(bias[:, :, None, :seen])
+    shares = shares.unflatten(2, (-1, query.shape[2]))
+    is_hidden = None
+    if mask is not None:
+        is_hidden = ~mask[:, :, None, rows]
+    elif queries > 1:
+        is_hidden = ~lower_right(queries, entries, 0, query.device)[rows, :seen]
+    if lse is None:
+        return (shares if is_hidden is None else shares.masked_fill_(is_hidden, float("-inf"))).softmax(dim=-1)
+    shares.sub_(lse[:, :, rows].unflatten(1, (kv_heads, -1))[..., None]).exp_()
+    return shares if is_hidden is None else shares.masked_fill_(is_hidden, 0)

@@ -1,0 +1,1 @@
+"""ChatGLM2 and ChatGLM3, in their own code and converted to Transformers'."""

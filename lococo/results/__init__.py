@@ -1,0 +1,1 @@
+"""Result files, and long runs that go on where they stopped."""

@@ -1,0 +1,184 @@
+"""Tokens that come one by one: the same as any other way to read them, in buffers that are never made anew."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from test_laws import CONFIGS
+from tiny import tiny_ids, tiny_llama
+
+import lococo
+from lococo.cache.decode import join
+from lococo.cache.memory import Memory
+from lococo.config import LoCoCoConfig
+
+PREFIX, STEPS = 27, 40
+TOLERANCE = dict(rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def patched_llama(config, **sizes):
+    torch.manual_seed(0)
+    return lococo.patch_model(tiny_llama(**sizes), config)
+
+
+def step(model, ids, cache, **arguments):
+    return model(ids, past_key_values=cache, use_cache=True, **arguments)
+
+
+def read_one_by_one(model, ids, prefix=PREFIX, mask=None):
+    """(logits of the tokens after the prefix, cache)."""
+    output = model(ids[:, :prefix], attention_mask=None if mask is None else mask[:, :prefix], use_cache=True)
+    cache, logits = output.past_key_values, []
+    for column in range(prefix, ids.shape[1]):
+        part = None if mask is None else mask[:, : column + 1]
+        logits.append(step(model, ids[:, column : column + 1], cache, attention_mask=part).logits)
+    return torch.cat(logits, dim=1), cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_equal_reading_at_once(name, batch):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(batch, PREFIX + STEPS)
+    logits, _ = read_one_by_one(model, ids)
+    torch.testing.assert_close(logits, model(ids).logits[:, PREFIX:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_of_padded_rows_equal_each_row_alone(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(3, PREFIX + STEPS)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = mask[2, :3] = 0
+    logits, _ = read_one_by_one(model, ids, mask=mask)
+    for row, padding in enumerate((11, 0, 3)):
+        alone = model(ids[row : row + 1, padding:]).logits[0, PREFIX - padding :]
+        torch.testing.assert_close(logits[row], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head", "h2o"])
+def test_steps_from_an_empty_cache_and_between_longer_calls(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(2, 70)
+    cache, logits = None, []
+    for part in ids.split([1, 1, 5, 1, 1, 1, 17, 1, 2, 1, 9, 1, 1, 1, 27], dim=1):
+        output = model(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [5, 20])
+@pytest.mark.parametrize("name", ["open", "h2o", "streaming"])
+def test_steps_of_sliding_window_layers(name, window):
+    from tiny import SIZES
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
+    lococo.patch_model(model, CONFIGS[name])
+    ids = tiny_ids(2, PREFIX + STEPS)
+    logits, _ = read_one_by_one(model, ids, prefix=3)
+    torch.testing.assert_close(logits, model(ids).logits[:, 3:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["open", "slots-per-head"])
+def test_steps_in_half_precision_are_close_to_float32(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(2, PREFIX + STEPS)
+    exact, _ = read_one_by_one(model, ids)
+    half, _ = read_one_by_one(model.to(torch.bfloat16), ids)
+    # Heavy hitters that lie close may swap places; on average the logits must not move.
+    assert (half.float() - exact).abs().mean() < 0.03 * exact.abs().mean() + 0.03
+
+
+@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head"])
+def test_rows_can_change_between_steps(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(3, PREFIX + 21)
+    _, cache = read_one_by_one(model, ids[:, : PREFIX + 10])
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    ids = torch.cat([ids[[2, 0, 0], : PREFIX + 10], ids[:, PREFIX + 10 :]], dim=1)
+    logits = [step(model, ids[:, [column]], cache).logits for column in range(PREFIX + 10, PREFIX + 15)]
+    cache.batch_select_indices(torch.tensor([1]))
+    logits = torch.cat([part[1:2] for part in logits], dim=1)
+    logits = torch.cat(
+        [logits, *(step(model, ids[1:2, [c]], cache).logits for c in range(PREFIX + 15, ids.shape[1]))], 1
+    )
+    torch.testing.assert_close(logits, model(ids[1:2]).logits[:, PREFIX + 10 :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["open", "slots-per-head"])
+def test_a_copied_cache_goes_its_own_way(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(1, PREFIX + STEPS)
+    _, cache = read_one_by_one(model, ids[:, : PREFIX + 5])
+    twin = copy.deepcopy(cache)
+    for column in range(20):
+        step(model, torch.tensor([[column + 1]]), twin)
+    rest = [step(model, ids[:, [column]], cache).logits for column in range(PREFIX + 5, ids.shape[1])]
+    torch.testing.assert_close(torch.cat(rest, dim=1), model(ids).logits[:, PREFIX + 5 :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head"])
+def test_steps_go_on_after_gradients_and_inference_mode(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(1, PREFIX + 12)
+    expected = model(ids).logits[:, PREFIX:]
+    with torch.enable_grad():
+        output = model(ids[:, :PREFIX], use_cache=True)
+        loss = output.logits.sum()
+    cache = output.past_key_values
+    logits = [step(model, ids[:, [column]], cache).logits for column in range(PREFIX, PREFIX + 4)]
+    loss.backward()  # steps have not written to what the graph needs
+    with torch.inference_mode():
+        logits += [step(model, ids[:, [column]], cache).logits.clone() for column in range(PREFIX + 4, PREFIX + 8)]
+    logits += [step(model, ids[:, [column]], cache).logits for column in range(PREFIX + 8, PREFIX + 12)]
+    torch.testing.assert_close(torch.cat([part.clone() for part in logits], dim=1), expected, **TOLERANCE)
+
+
+def addresses(cache):
+    return [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers()]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_buffers_stay_where_they_are_for_many_blocks(name):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(2, PREFIX + STEPS)
+    cache = model(ids[:, :PREFIX], use_cache=True).past_key_values
+    size = cache.nbytes
+    step(model, ids[:, [PREFIX]], cache)
+    before = addresses(cache)
+    for column in range(PREFIX + 1, PREFIX + STEPS):
+        step(model, ids[:, [column]], cache)
+    assert addresses(cache) == before
+    assert cache.nbytes == size
+
+
+@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head"])
+def test_no_tensor_stays_behind(name):
+    model, token = patched_llama(CONFIGS[name]), tiny_ids(1, 1)
+    cache = model(tiny_ids(1, PREFIX), use_cache=True).past_key_values
+
+    def alive(steps):
+        for _ in range(steps):
+            step(model, token, cache)
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    assert alive(24) == alive(24) == alive(48)
+
+
+def test_memories_joined_hold_what_they_held():
+    memories = [Memory(LoCoCoConfig(slots, block_size=4)) for slots in (8, 20, 5)]
+    for memory, heads in zip(memories, (1, 2, 1), strict=True):
+        memory.make_buffers(*torch.randn(2, 3, heads, 1, 6))
+        memory.map(lambda tensor: tensor.copy_(torch.randn(tensor.shape)))
+    before = [[None if t is None else t.clone() for t in memory.entries.tensors()] for memory in memories]
+    common = join(memories)
+    for memory, tensors in zip(memories, before, strict=True):
+        for view, tensor in zip(memory.entries.tensors(), tensors, strict=True):
+            assert (view is None) == (tensor is None)
+            assert view is None or torch.equal(view, tensor)
+    assert common.keys.shape == (3, 12 + 2 * 24 + 9, 6)
+    memories[1].keys.fill_(7.0)
+    assert (common.keys == 7.0).all(dim=-1).sum() == 3 * 2 * 24

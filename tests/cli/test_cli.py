@@ -1,0 +1,129 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+import lococo
+from lococo.cli.main import main, prompt_ids
+
+WORDS = [f"w{index}" for index in range(61)]
+TEXT = " ".join(WORDS[index * index % 61] for index in range(200))
+
+
+def word_tokenizer():
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def figures(output):
+    return {line[:15].strip(): line[16:] for line in output.splitlines() if line[:15].strip() and len(line) > 16}
+
+
+@pytest.mark.parametrize(("method", "slots"), [("lococo-uncalibrated", 16), ("h2o", 16), ("full", None)])
+def test_generate_reads_and_reports(checkpoint, tmp_path, capsys, method, slots):
+    (tmp_path / "text.txt").write_text(TEXT)
+    status = main(
+        ["generate", "--model", str(checkpoint), "--prompt-file", str(tmp_path / "text.txt"), "--method", method]
+        + ["--num-slots", "16", "--block-size", "8", "--max-new-tokens", "5"]
+    )
+    output = capsys.readouterr().out
+    assert status == 0
+    reported = figures(output)
+    assert reported["tokens read"] == ("200 (16 slots per layer)" if slots else "200 (every token kept)")
+    assert ("100.0%" in reported["cache"]) == (slots is None)
+    assert "5 tokens" in reported["answering"]
+    assert any(word in output for word in WORDS)
+
+
+def test_generate_answers_like_the_library(checkpoint, capsys):
+    main(["generate", "--model", str(checkpoint), "--prompt", TEXT, "--num-slots", "16", "--max-new-tokens", "5"])
+    printed = capsys.readouterr().out.splitlines()[0].split()
+    model, tokenizer = tiny_llama(), word_tokenizer()
+    with lococo.patched(model, lococo.LoCoCoConfig(16, block_size=16)):
+        ids = tokenizer(TEXT, return_tensors="pt").input_ids
+        output = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert printed == tokenizer.decode(output[0, 200:], skip_special_tokens=True).split()
+
+
+def test_generate_with_heads(checkpoint, tmp_path, capsys):
+    model = lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8, gate_init=0.5))
+    lococo.save_heads(model, tmp_path / "heads")
+    status = main(["generate", "--model", str(checkpoint), "--prompt", TEXT, "--heads", str(tmp_path / "heads")])
+    assert status == 0 and "(16 slots per layer)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-file", "missing.txt"], "missing.txt"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "w1 w2", "--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
+        (["--prompt", "w1 w2", "--question", "w3"], "chat template"),
+        (["--prompt", "w1 w2", "--heads", "missing"], "missing"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(checkpoint, capsys, arguments, message):
+    assert main(["generate", "--model", str(checkpoint), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_question_comes_after_the_text_in_chat_format():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}w0 {{ message.content }} w60 {% endfor %}"
+    ids = prompt_ids(tokenizer, "w1 w2 w3", "w7", max_tokens=2)
+    assert tokenizer.decode(ids[0]).split() == ["w0", "w1", "w2", "w7", "w60"]
+
+
+def test_eval_ppl_writes_its_files(checkpoint, tmp_path, capsys):
+    (tmp_path / "poems.txt").write_text(TEXT)
+    arguments = ["--data", str(tmp_path / "poems.txt"), "--length", "100", "--first", "50", "--num-slots", "16", "32"]
+    output = tmp_path / "results" / "perplexity"
+    assert (
+        main(["eval", "ppl", "--model", str(checkpoint), "--block-size", "8", *arguments, "--output", str(output)])
+        == 0
+    )
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 2 * (1 + 2 * 4)
+    assert capsys.readouterr().out.count("\n") >= 9
+
+
+def test_bench_memory_shows_growth_and_no_growth(checkpoint, tmp_path):
+    arguments = ["--num-slots", "16", "--block-size", "8", "--tokens", "96", "--step", "32"]
+    output = tmp_path / "memory"
+    assert main(["bench", "memory", "--model", str(checkpoint), *arguments, "--output", str(output)]) == 0
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    growth = {method: [row["cache_bytes"] for row in rows if row["method"] == method] for method in ("full", "h2o")}
+    per_token = 2 * 2 * 8 * 2 * 4  # layers, KV heads, head_dim, key and value, bytes of a float32
+    assert growth["full"] == [32 * per_token, 64 * per_token, 96 * per_token]
+    assert len(set(growth["h2o"])) == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lococo {lococo.__version__}\n"
+
+
+def test_commands_need_no_package_of_an_extra():
+    extras = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft", "rouge_score")
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
+    code += "; from lococo.cli.main import main; main(['--version'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == f"lococo {lococo.__version__}\n", result.stderr

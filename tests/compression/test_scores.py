@@ -1,0 +1,191 @@
+"""Scores of one's own: one class each, obeyed by reading, decoding, recorded steps, budgets per head and padding."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_tape import assert_recorded_as_launched
+from tiny import tiny_ids, tiny_llama
+
+import lococo
+from lococo import LoCoCoConfig, Score, register_score
+from lococo.compression import scores
+
+IDS = tiny_ids(2, 61)
+SHARES = dict(num_sinks=2, num_heavy=6, num_recent=4)  # and four fused
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(scores.SCORES, "_items", dict(scores.SCORES._items))
+    with torch.no_grad():
+        yield
+
+
+def key_norm():
+    @register_score("key-norm")
+    class KeyNorm(Score):
+        needs = frozenset({"keys"})
+
+        def rank(self, entries, age, config):
+            return -entries.keys.norm(dim=-1)
+
+
+def youngest():
+    @register_score("youngest")
+    class Youngest(Score):
+        needs = frozenset({"position"})
+
+        def rank(self, entries, age, config):
+            return -age
+
+
+def attention_by_age():
+    @register_score("attention-by-age")
+    class AttentionByAge(Score):
+        """The mean score, written by somebody else."""
+
+        needs = frozenset({"attention", "position"})
+
+        def rank(self, entries, age, config):
+            return entries.scores.log() - age.log()
+
+
+def squares():
+    @register_score("squares")
+    class Squares(Score):
+        power = 2
+
+        def delay(self, config):
+            return 3
+
+        def fade(self, config):
+            return 0.9
+
+        def rank(self, entries, age, config):
+            return entries.scores
+
+
+OWN = {
+    "key-norm": key_norm,
+    "youngest": youngest,
+    "attention-by-age": attention_by_age,
+    "squares": squares,
+}
+
+
+def patched_llama(config):
+    torch.manual_seed(0)
+    return lococo.patch_model(tiny_llama(), config)
+
+
+def read(config, ids=IDS, **arguments):
+    return patched_llama(config)(ids, **arguments).logits
+
+
+def own_config(name, **changes):
+    OWN[name]()
+    return LoCoCoConfig(16, block_size=8, gate_init=0.4, score=name, **{**SHARES, **changes})
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("changes", [{}, {"positions": "slot"}, {"slots_per_head": ((24, 8), (6, 26))}], ids=str)
+def test_laws_hold(name, changes):
+    config = own_config(name, **changes)
+    whole = read(config)
+    assert (whole - read(dataclasses.replace(config, score="distant"))).abs().max() > 1e-2
+    cache, parts, model = None, [], patched_llama(config)
+    for part in IDS.split([1, 7, 20, *[1] * 20, 13], dim=1):
+        output = model(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[:, :9] = 0
+    padded = read(config, torch.nn.functional.pad(IDS, (9, 0)), attention_mask=mask)
+    torch.testing.assert_close(padded[:, 9:], whole, rtol=0, atol=1e-5)
+    with torch.enable_grad():
+        torch.testing.assert_close(read(config), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_recorded_steps_are_launched_ones(name):
+    assert_recorded_as_launched(patched_llama(own_config(name)), IDS)
+
+
+def test_the_same_score_by_another_name_gives_the_same():
+    config = own_config("attention-by-age")
+    torch.testing.assert_close(read(config), read(dataclasses.replace(config, score="mean")), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "has_scores", "has_places"),
+    [
+        ("key-norm", False, False),
+        ("youngest", False, True),
+        ("squares", True, False),
+        ("attention-by-age", True, True),
+    ],
+)
+def test_nothing_is_kept_that_a_score_does_not_need(name, has_scores, has_places):
+    cache = patched_llama(own_config(name))(IDS, use_cache=True).past_key_values
+    entries = cache.layers[0].groups[0][0].entries
+    assert (entries.scores is not None, entries.born is not None) == (has_scores, has_places)
+
+
+def test_the_entries_that_stay_are_those_that_the_score_says():
+    """With every heavy hitter chosen by key norm, the smallest keys are still there."""
+    config = own_config("key-norm", num_sinks=0, num_heavy=12, num_recent=4)
+    model = patched_llama(config)
+    full = patched_llama(LoCoCoConfig(100, block_size=8))
+    cache, everything = (each(IDS[:, :24], use_cache=True).past_key_values for each in (model, full))
+    held = cache.layers[0].groups[0][0].entries.keys[:, :, :12].norm(dim=-1)
+    norms = everything.layers[0].groups[0][0].entries.keys[:, :, :20].norm(dim=-1)
+    smallest = norms.sort(dim=-1).values[..., :12]
+    torch.testing.assert_close(held.sort(dim=-1).values, smallest, rtol=0, atol=1e-5)
+
+
+def test_what_is_no_score_is_refused():
+    with pytest.raises(ValueError, match="score must be one of distant, mean, sum, last, got 'newest'"):
+        LoCoCoConfig(16, score="newest")
+    with pytest.raises(TypeError, match="must be a class derived from lococo.Score"):
+        register_score("function")(lambda entries: entries)
+    with pytest.raises(ValueError, match="Wants.needs must be of .*; got hidden"):
+
+        @register_score("wants")
+        class Wants(Score):
+            needs = frozenset({"hidden"})
+
+            def rank(self, entries, age, config):
+                """Nothing."""
+
+    with pytest.raises(ValueError, match="Cubes.power must be 1 or 2, got 3"):
+
+        @register_score("cubes")
+        class Cubes(Score):
+            power = 3
+
+            def rank(self, entries, age, config):
+                """Nothing."""
+
+    with pytest.raises(ValueError, match="score 'mean' is registered already: MeanScore"):
+
+        @register_score("mean")
+        class Mine(Score):
+            def rank(self, entries, age, config):
+                """Nothing."""
+
+    assert list(scores.SCORES) == ["distant", "mean", "sum", "last"]
+    key_norm()
+    key_norm()  # a cell of a notebook, run again
+
+
+def test_heads_of_a_score_that_is_not_here_say_so(tmp_path):
+    config = own_config("key-norm")
+    lococo.save_heads(patched_llama(config), tmp_path / "heads")
+    del scores.SCORES._items["key-norm"]
+    with pytest.raises(ValueError, match="score must be one of .*, got 'key-norm'"):
+        lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
+    key_norm()
+    lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")

@@ -1,0 +1,337 @@
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_ids, tiny_llama
+
+import lococo
+from lococo import LoCoCoConfig, patched
+from lococo.data.texts import Cut, Text, read_documents, read_file, read_proof_pile, read_windows
+from lococo.evaluation import perplexity, ppl_table, sliding_windows, token_nlls, windows
+from lococo.evaluation.gap import gap_interval, gap_ratio
+from lococo.methods import plan_runs
+from lococo.results.tables import Journal, markdown_table
+
+
+class Characters:
+    """A tokenizer: one token per character."""
+
+    def __call__(self, text, return_tensors=None):
+        ids = [ord(character) % 63 + 1 for character in text]
+        return type("Encoding", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def by_hand(model, ids, first):
+    with torch.no_grad():
+        probabilities = model(ids).logits[0].double().log_softmax(-1)
+    return torch.stack([-probabilities[index - 1, ids[0, index]] for index in range(first, ids.shape[1])])
+
+
+@pytest.mark.parametrize("first", [1, 17])
+@pytest.mark.parametrize("chunk", [2048, 7])
+def test_token_nlls_equal_one_pass_by_hand(model, first, chunk, monkeypatch):
+    monkeypatch.setattr("lococo.metrics.CHUNK", chunk)
+    ids = tiny_ids(1, 50)
+    torch.testing.assert_close(token_nlls(model, ids, first).double(), by_hand(model, ids, first), rtol=0, atol=1e-5)
+    with patched(model, LoCoCoConfig.h2o(12, block_size=8)):
+        compressed = by_hand(model, ids, first)
+        torch.testing.assert_close(token_nlls(model, ids, first).double(), compressed, rtol=0, atol=1e-5)
+    assert (compressed - by_hand(model, ids, first)).abs().max() > 1e-3
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens(model):
+    texts = [tiny_ids(1, 50, seed=1), tiny_ids(1, 20, seed=2)]
+    nlls = torch.cat([by_hand(model, ids, 1) for ids in texts])
+    assert perplexity(model, texts) == pytest.approx(math.exp(nlls.mean()), rel=1e-5)
+    as_text = "some text of a few words"
+    ids = Characters()(as_text, return_tensors="pt").input_ids
+    assert perplexity(model, as_text, Characters()) == pytest.approx(perplexity(model, [ids]))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "texts is empty"), (["abc"], "pass the model's tokenizer"), ([tiny_ids(1, 1)], "first")],
+)
+def test_bad_texts_are_refused(model, texts, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(model, texts)
+
+
+def test_windows_share_no_token_and_visit_every_document_first():
+    texts = [Text("d", "a", range(25)), Text("d", "b", range(9)), Text("d", "c", range(10))]
+    found = list(windows(texts, length=10))
+    assert [(window.document, window.start) for window in found] == [("a", 0), ("c", 0), ("a", 10)]
+    assert all(window.ids.shape == (1, 10) for window in found)
+    assert len(list(windows(texts, length=10, limit=2))) == 2
+
+
+@pytest.mark.parametrize(("length", "first"), [(10, 4), (10, 9), (7, 1), (40, 4)])
+def test_sliding_windows_count_every_token_of_a_document_once(length, first):
+    texts = [Text("d", "a", range(25)), Text("d", "b", range(100, 104)), Text("d", "c", range(200, 200 + length))]
+    found = list(sliding_windows(texts, length, first))
+    for text in texts:
+        mine = [window.ids[0] for window in found if window.document == text.name]
+        assert all(len(ids) <= length and set(ids.tolist()) <= set(text.ids) for ids in mine)
+        counted = [token for ids in mine for token in ids[first:].tolist()]
+        assert counted == list(text.ids[first:])
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "books" / "heldout.jsonl"
+    path.parent.mkdir()
+    lines = [
+        {"id": str(index), "text": "".join(chr(97 + (index * 7 + i * i) % 26) for i in range(90))} for index in (1, 2)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+METHODS = ("full", "h2o", "h2o-slot", "lococo-uncalibrated")
+
+
+def run(model, corpus, output, methods=METHODS, length=40, budgets=(12,), **changes):
+    runs = plan_runs(methods, budgets, block_size=8, heads=changes.pop("heads", ()))
+    lengths = length if isinstance(length, tuple) else (length,)
+    texts = read_windows([corpus], Characters(), Cut(lengths, first=20, limit=3, **changes))
+    return ppl_table.run(model, texts, runs, first=20, output=output, command="command")
+
+
+def test_table_holds_what_it_says(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "out" / "perplexity")
+    content = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert content["rows"] == rows and content["command"] == "command"
+    assert {row["domain"] for row in rows} == {"books", "all"}
+    cell = {(row["domain"], row["method"]): row for row in rows}
+    full, h2o, h2o_slot, ours = (cell["books", name]["nll"] for name in dict.fromkeys(row["method"] for row in rows))
+    assert cell["books", "full"]["gap_ratio"] is None
+    assert cell["books", "lococo-uncalibrated"]["gap_ratio"] == pytest.approx(
+        (ours - full) / (min(h2o, h2o_slot) - full)
+    )
+    assert cell["books", "full"]["tokens"] == 3 * 20
+    texts = list(windows(read_file(corpus, Characters()), 40, 3))
+    expected = torch.stack([token_nlls(model, window.ids, 20).mean() for window in texts]).mean().item()
+    assert full == pytest.approx(expected)
+    assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "perplexity.md").read_text().count("\n") == len(rows) + 6
+
+
+def test_killed_run_goes_on_where_it_stopped(model, corpus, tmp_path, monkeypatch):
+    expected = run(model, corpus, tmp_path / "whole")
+    calls = []
+
+    def counted(*args):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return token_nlls(*args)
+
+    monkeypatch.setattr(ppl_table, "token_nlls", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, corpus, tmp_path / "cut")
+    assert not (tmp_path / "cut.json").exists()
+    with (tmp_path / "cut.partial.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    again = []
+    monkeypatch.setattr(ppl_table, "token_nlls", lambda *args: again.append(args) or token_nlls(*args))
+    assert run(model, corpus, tmp_path / "cut") == expected
+    assert len(calls) + len(again) == 4 * 3
+    assert not (tmp_path / "cut.partial.jsonl").exists()
+
+
+def test_unknown_method_and_short_texts_are_named_before_any_work(model, corpus, tmp_path):
+    with pytest.raises(ValueError, match="unknown method 'h20'"):
+        run(model, corpus, tmp_path / "x", methods=["full", "h20"])
+    with pytest.raises(ValueError, match="no document has 400 tokens"):
+        run(model, corpus, tmp_path / "x", length=400)
+    with pytest.raises(ValueError, match="no document has 95 tokens"):
+        run(model, corpus, tmp_path / "x", length=400, min_length=95)
+    assert list(tmp_path.iterdir()) == [corpus.parent]
+
+
+def test_a_file_of_short_texts_is_measured_on_shorter_ones_if_allowed(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x", methods=["full"], length=160, min_length=30)
+    assert {(row["length"], row["tokens"]) for row in rows} == {(80, 2 * 60)}
+
+
+def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path):
+    config = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.5, slots_per_head=((16, 8), (9, 15)))
+    with lococo.patched(model, config):
+        lococo.save_heads(model, tmp_path / "heads")
+        texts = read_windows([corpus], Characters(), Cut((40,), first=20, limit=3))
+        expected = torch.cat([token_nlls(model, window.ids, 20) for window in texts]).mean().item()
+    rows = run(model, corpus, tmp_path / "x", heads=[str(tmp_path / "heads")])
+    (ours,) = [row for row in rows if row["method"] == "lococo" and row["domain"] == "books"]
+    assert (ours["num_slots"], ours["nll"]) == (12, pytest.approx(expected))
+    assert ours["gap_ratio"] is not None
+    with pytest.raises(ValueError, match="block_size=8, compare them at that size"):
+        plan_runs(["full"], [12], 16, [str(tmp_path / "heads")])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", '{"no": 1}'), ("a.txt", ""), ("a.csv", "x")])
+def test_files_without_texts_are_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (dict(lengths=(40, 20), first=20), "--first must lie between 1 and 19 for windows of 20 tokens, got 20"),
+        (dict(lengths=(40, 80), first=20, min_length=30), "--min-length 30 would measure"),
+    ],
+)
+def test_cuts_that_measure_nothing_new_are_refused(cut, message):
+    with pytest.raises(ValueError, match=message):
+        Cut(limit=3, **cut)
+
+
+def test_several_lengths_and_budgets_each_have_rows_and_pictures(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "many", length=(30, 60), budgets=(12, 18))
+    assert {(row["length"], row["num_slots"]) for row in rows} == {
+        (length, slots) for length in (30, 60) for slots in (None, 12, 18)
+    }
+    (alone,) = [row for row in rows if (row["domain"], row["length"], row["method"]) == ("books", 60, "full")]
+    short = run(model, corpus, tmp_path / "one", length=60, methods=["full"])
+    assert alone["nll"] == pytest.approx(short[0]["nll"], abs=1e-9)
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"many.png", "many_slots.png", "many_length.png"}
+
+
+def test_sliding_measures_the_same_tokens_at_every_length(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x", methods=["full"], length=(30, 60, 200), min_length=50, sliding=True)
+    assert [(row["length"], row["tokens"], row["documents"]) for row in rows if row["domain"] == "all"] == [
+        (30, 2 * 70, 2),
+        (60, 2 * 70, 2),
+        (90, 2 * 70, 2),
+    ]
+    (whole,) = [row["nll"] for row in rows if row["length"] == 90 and row["domain"] == "all"]
+    texts = read_file(corpus, Characters())
+    expected = torch.cat([token_nlls(model, torch.tensor([text.ids]), 20) for text in texts]).mean().item()
+    assert whole == pytest.approx(expected)
+
+
+def test_documents_of_the_same_place_in_two_files_stay_apart(model, tmp_path):
+    for name, text in (("a", "abcdefgh" * 10), ("b", "zyxwvuts" * 10)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+    cut = Cut((40,), first=20, limit=1)
+    (full,) = plan_runs(["full"], [12], 8)
+
+    def measure(*names):
+        texts = read_windows([tmp_path / f"{name}.jsonl" for name in names], Characters(), cut)
+        journal = Journal(tmp_path / f"{len(names)}{names[0]}.partial.jsonl")
+        return ppl_table.perplexity_rows(model, texts, [full], 20, journal)[0]
+
+    both = measure("a", "b")
+    assert both["documents"] == 2
+    assert both["nll"] == pytest.approx((measure("a")["nll"] + measure("b")["nll"]) / 2)
+
+
+def test_budgets_that_hold_the_whole_text_have_no_gap_ratio(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x", budgets=(200,), methods=["full", "h2o", "lococo-uncalibrated"])
+    assert all(row["gap_ratio"] is row["gap_low"] is row["gap_high"] is None for row in rows)
+
+
+def test_gap_ratio_needs_a_loss_of_h2o_and_of_its_best_variant():
+    assert gap_ratio(1.5, 1.0, [2.0, 3.0]) == 0.5 and isinstance(gap_ratio(np.float64(1.5), 1.0, [2.0]), float)
+    for baselines in ([1.0], [0.5], [2.0, 1.0], [2.0, 0.9], [1.0 + 1e-6], [math.nan]):
+        assert gap_ratio(1.5, 1.0, baselines) is None
+    assert gap_ratio(1.5, math.nan, [2.0]) is None
+
+
+def synthetic(rng, documents):
+    """Losses of full, H2O, its variant and a method whose true gap ratio is 0.6, with noise they share and not."""
+    tokens = rng.integers(500, 3000, documents)
+    full = rng.normal(2.5, 0.6, documents)
+    lost = rng.gamma(6, 0.05, documents)
+    noise = rng.normal(0, 0.03, (3, documents))
+    h2o, variant, method = full + lost + noise[0], full + 1.5 * lost + noise[1], full + 0.6 * lost + noise[2]
+    return tokens * np.stack([method, full, h2o, variant]), tokens
+
+
+def test_gap_interval_equals_a_naive_bootstrap():
+    losses, tokens = synthetic(np.random.default_rng(1), 7)
+    low, high = gap_interval(losses[0], losses[1], losses[2:], tokens, resamples=300)
+    draws = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=300)
+    ratios = []
+    for counts in draws:
+        drawn = [document for document, count in enumerate(counts) for _ in range(count)]
+        means = [sum(loss[each] for each in drawn) / sum(tokens[each] for each in drawn) for loss in losses]
+        ratios.append(gap_ratio(means[0], means[1], means[2:]))
+    assert (low, high) == pytest.approx((np.quantile(ratios, 0.025), np.quantile(ratios, 0.975)))
+
+
+def test_gap_interval_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(2), []
+    for _ in range(300):
+        losses, tokens = synthetic(rng, 40)
+        low, high = gap_interval(losses[0], losses[1], losses[2:], tokens, resamples=400)
+        assert low < high
+        covered.append(low <= 0.6 <= high)
+    assert 0.90 <= np.mean(covered) <= 0.98
+
+
+def test_gap_interval_is_none_without_an_end():
+    one = np.array([1.0])
+    assert gap_interval(one, one, one[None] + 1, one) is None
+    full, h2o = np.array([1.0, 1.0]), np.array([[3.0, 0.5]])
+    assert gap_interval(full, full, h2o, np.ones(2)) is None
+
+
+def test_windows_of_one_document_are_drawn_together(model, corpus, tmp_path):
+    rows = run(model, corpus, tmp_path / "x")
+    (ours,) = [row for row in rows if (row["domain"], row["method"]) == ("books", "lococo-uncalibrated")]
+    assert ours["documents"] == 2 and ours["tokens"] == 3 * 20
+
+
+def test_proof_pile_is_streamed_until_there_are_enough_long_documents(monkeypatch):
+    asked, read = [], []
+
+    def load_dataset(kind, **options):
+        asked.append((kind, options))
+        for index in range(10):
+            read.append(index)
+            yield {"text": "" if index == 0 else "x" * 10 * index, "meta": {}}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = read_proof_pile("arxiv", Characters(), tokens=30, limit=2)
+    assert [(text.domain, text.name, len(text.ids)) for text in texts] == [("arxiv", "3", 30), ("arxiv", "4", 40)]
+    assert read == [0, 1, 2, 3, 4]
+    ((kind, options),) = asked
+    assert kind == "json" and options["streaming"]
+    assert options["data_files"] == "hf://datasets/EleutherAI/proof-pile-2/arxiv/test/*.jsonl.zst"
+    with pytest.raises(ValueError, match="no document of the first 10000 has 500 tokens"):
+        read_proof_pile("arxiv", Characters(), tokens=500, limit=2)
+    cut = Cut((30, 90), first=20, limit=1)
+    assert {(each.domain, each.length) for each in read_windows(None, Characters(), cut)} == {
+        (domain, length) for domain in ("arxiv", "open-web-math", "algebraic-stack") for length in (30, 90)
+    }
+
+
+def test_an_unreachable_hub_is_named(monkeypatch):
+    def load_dataset(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="proof-pile-2.*name local texts with --data"):
+        read_proof_pile("arxiv", Characters(), tokens=30, limit=2)
+
+
+def test_journal_measures_each_key_once(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl")
+    assert [journal.measure(("a", 1), lambda: 2), journal.measure(("a", 1), lambda: 3)] == [2, 2]
+    assert Journal(tmp_path / "j.jsonl").measure(("a", 1), lambda: 4) == 2
+
+
+def test_markdown_table():
+    table = markdown_table([{"method": "full", "nll": 3.14159, "slots": None}])
+    assert table == "| method | nll | slots |\n| --- | --- | --- |\n| full | 3.142 |  |\n"

@@ -1,0 +1,497 @@
+"""Few-shot tasks: what is asked, what is read once, and that the scores are those of lm-eval."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from test_cli import WORDS, word_tokenizer
+from tiny import tiny_llama
+
+import lococo
+from lococo.cli.main import main
+from lococo.evaluation import task_table
+from lococo.evaluation.harness import LoCoCoLM, PrefixLM
+from lococo.evaluation.prefixes import PrefixReader
+from lococo.evaluation.task_files import FILES, local_splits
+from lococo.evaluation.tasks import FewShotTask, parse_tasks
+from lococo.methods import plan_runs
+
+SHARED = Path(__file__).parents[3] / "shared/data/eval"
+CONFIG = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.3)
+
+
+def words(*numbers):
+    return " ".join(WORDS[number % len(WORDS)] for number in numbers)
+
+
+def arc(index):
+    options = [words(index, 3 * index + each, *range(each)) for each in range(4)]
+    return {"query": f"Question: {words(index, 5 * index, 7)}?\nAnswer:", "choices": options, "gold": index % 4}
+
+
+def arc_of_the_hub(index):
+    row = arc(index)
+    question = row["query"][len("Question: ") : -len("\nAnswer:")]
+    choices = {"text": row["choices"], "label": ["1", "2", "3", "4"]}
+    return {"question": question, "choices": choices, "answerKey": str(row["gold"] + 1)}
+
+
+def hellaswag(index):
+    texts = {"activity_label": words(index), "ctx_a": words(index, 4, 9), "ctx_b": words(2 * index)}
+    return {**texts, "endings": arc(index)["choices"], "label": str(index % 4)}
+
+
+def winogrande(index):
+    sentence = f"{words(index, 8, 3 * index)} _ {words(index + 1, 2)}"
+    return {"sentence": sentence, "option1": words(index), "option2": words(index + 5), "answer": str(1 + index % 2)}
+
+
+def race(index):
+    questions = {"questions": [words(index, 3), words(4, index)], "answers": ["B", "D"]}
+    return {"article": words(*range(index, index + 9)), **questions, "options": 2 * [arc(index)["choices"]]}
+
+
+def triviaqa(index):
+    return {"question": words(index, 11, 2 * index), "answer": {"aliases": [words(3 * index), words(index, 1)]}}
+
+
+LINES = {
+    "arc_easy": (arc, "test.jsonl", "train.jsonl"),
+    "arc_challenge": (arc_of_the_hub, "test.jsonl", "train.json"),
+    "hellaswag": (hellaswag, "validation.jsonl", "train_first1000.jsonl"),
+    "winogrande": (winogrande, "validation_xl.jsonl", "train_xl_first1000.jsonl"),
+    "race": (race, "dev_high_first300.jsonl", "train_high_first300.jsonl"),
+    "triviaqa": (triviaqa, "validation_wikipedia_nocontext.jsonl", None),
+}
+
+
+def write_rows(path, rows):
+    as_list = path.suffix == ".json"
+    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, (line, scored, examples) in LINES.items():
+        (folder / name).mkdir()
+        write_rows(folder / name / scored, [line(index) for index in range(6)])
+        if examples:
+            write_rows(folder / name / examples, [line(index) for index in range(20, 26)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "<s>"  # lm-eval ends an answer there
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def open_model():
+    """A model whose heads blend."""
+    model = lococo.patch_model(tiny_llama(), CONFIG)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lococo_head" in name and "gate" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def requests_of(data, name, shots, lm):
+    return [request for prompt in prompts_of(FewShotTask(name, shots, data), lm) for request in prompt.requests]
+
+
+def prompts_of(task, lm, limit=None):
+    return [task.prompt(lm, question) for question in task.questions(limit)]
+
+
+def short_answers(requests):
+    for request in requests:
+        request.arguments = (request.args[0], {"until": [WORDS[5], "\n"], "max_gen_toks": 20, "do_sample": False})
+    return requests
+
+
+def copies(requests):
+    return [Instance(each.request_type, each.doc, each.arguments, each.idx) for each in requests]
+
+
+def assert_same(scores, expected, atol=1e-5):
+    assert len(scores) == len(expected) > 0
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected], abs=atol)
+
+
+# Scores
+
+
+@pytest.mark.parametrize("name", [name for name in LINES if name != "triviaqa"])
+@pytest.mark.parametrize("model", [tiny_llama, open_model], ids=["full", "patched"])
+def test_scores_with_shared_beginnings_are_those_of_lm_eval(data, tokenizer, name, model):
+    ours, theirs = PrefixLM(model(), tokenizer=tokenizer), HFLM(model(), tokenizer=tokenizer, backend="causal")
+    requests = requests_of(data, name, 6, ours)
+    assert min(len(ours.tok_encode(request.args[0])) for request in requests) > CONFIG.capacity
+    assert_same(ours.loglikelihood(copies(requests)), theirs.loglikelihood(copies(requests)))
+    assert ours.reader.kept
+
+
+def test_enough_slots_score_as_the_model_without_any(data, tokenizer):
+    ours = LoCoCoLM(tiny_llama(), tokenizer=tokenizer, num_slots=256, block_size=8)
+    theirs = HFLM(tiny_llama(), tokenizer=tokenizer, backend="causal")
+    for name in ("arc_easy", "winogrande"):
+        requests = requests_of(data, name, 4, ours)
+        assert_same(ours.loglikelihood(copies(requests)), theirs.loglikelihood(copies(requests)))
+    requests = short_answers(requests_of(data, "triviaqa", 4, ours))
+    assert ours.generate_until(copies(requests)) == theirs.generate_until(copies(requests))
+
+
+def test_few_slots_score_otherwise(data, tokenizer):
+    ours = PrefixLM(open_model(), tokenizer=tokenizer)
+    theirs = HFLM(tiny_llama(), tokenizer=tokenizer, backend="causal")
+    requests = requests_of(data, "arc_easy", 4, ours)
+    pairs = zip(ours.loglikelihood(copies(requests)), theirs.loglikelihood(copies(requests)), strict=True)
+    assert max(abs(one - other) for (one, _), (other, _) in pairs) > 0.1
+
+
+@pytest.mark.parametrize("model", [tiny_llama, open_model], ids=["full", "patched"])
+def test_answers_with_shared_beginnings_are_those_of_lm_eval(data, tokenizer, model):
+    ours, theirs = PrefixLM(model(), tokenizer=tokenizer), HFLM(model(), tokenizer=tokenizer, backend="causal")
+    requests = short_answers(requests_of(data, "triviaqa", 4, ours))
+    answers = ours.generate_until(copies(requests))
+    assert answers == theirs.generate_until(copies(requests))
+    assert len(set(answers)) > 1
+    assert ours.reader.kept
+
+
+def test_rolling_likelihoods_are_those_of_lm_eval(tokenizer):
+    ours, theirs = PrefixLM(open_model(), tokenizer=tokenizer), HFLM(open_model(), tokenizer=tokenizer)
+    asked = [Instance("loglikelihood_rolling", {}, (words(*range(0, 300, step)),), 0) for step in (3, 7)]
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(theirs.loglikelihood_rolling(asked), abs=1e-3)
+
+
+def test_examples_before_every_question_are_read_twice_and_no_more():
+    model = tiny_llama()
+    read = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append((args or [kwargs.get("input_ids")])[0].shape[1]), with_kwargs=True
+    )
+    examples = [1 + index * index % 60 for index in range(50)]
+    reader = PrefixReader(model)
+    for question in range(4):
+        reader.score([*examples, 10 + question, 5, 6], [[7, 8], [9]])
+    assert read == [52, 2, *[50, 2, 2], *[2, 2], *[2, 2]]
+    assert list(map(len, reader.kept)) == [50]
+
+
+def test_only_the_last_used_beginnings_are_kept():
+    reader = PrefixReader(tiny_llama())
+    for start in (1, 2, 3):
+        for end in (4, 5, 6):
+            reader.score([start] * 40 + [end, 7], [[8]])
+    assert [prefix[0] for prefix in reader.kept] == [2, 3]
+
+
+# Prompts
+
+
+def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_question(data, tokenizer):
+    task = FewShotTask("arc_easy", 2, data, seed=1)
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    items = prompts_of(task, lm, limit=3)
+    prompts = [item.requests[0].args[0] for item in items]
+    examples = [text.rsplit("\n\n", 1)[0] for text in prompts]
+    assert len(items) == 3 and len(set(examples)) == 1 and len(set(prompts)) == 3
+    possible = [f"{arc(index)['query']} {arc(index)['choices'][index % 4]}" for index in range(20, 26)]
+    assert all(example in possible for example in examples[0].split("\n\n"))
+    assert [prompt.rsplit("\n\n", 1)[1] for prompt in prompts] == [arc(index)["query"] for index in range(3)]
+    assert [request.args[1] for request in items[2].requests] == [f" {choice}" for choice in arc(2)["choices"]]
+    others = FewShotTask("arc_easy", 2, data, seed=0)
+    assert prompts_of(others, lm, limit=1)[0].requests[0].args[0] != prompts[0]
+    assert others.digest(others.questions(1)[0]) != task.digest(task.questions(1)[0])
+
+
+def test_more_shots_begin_with_the_examples_of_fewer(data, tokenizer):
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    few, more = (prompts_of(FewShotTask("hellaswag", shots, data), lm)[0].requests[0].args[0] for shots in (2, 5))
+    assert more.startswith(few.rsplit("\n\n", 1)[0])
+
+
+def test_race_asks_the_last_question_of_an_article(data, tokenizer):
+    item = prompts_of(FewShotTask("race", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
+    question = item.requests[0].args[0].split("Article: ")[-1]
+    first, last = race(0)["questions"]
+    assert question == f"{race(0)['article']}\n\nQuestion: {first}\nAnswer: {arc(0)['choices'][1]}\n{last}"
+
+
+def test_winogrande_reads_both_sentences_and_scores_what_follows(data, tokenizer):
+    item = prompts_of(FewShotTask("winogrande", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
+    sentence, options = winogrande(0)["sentence"], [winogrande(0)[name] for name in ("option1", "option2")]
+    before, after = sentence.split("_")
+    assert [request.args[0].split("\n\n")[1] for request in item.requests] == [before + each for each in options]
+    assert {request.args[1] for request in item.requests} == {after}
+
+
+def test_triviaqa_takes_its_examples_from_the_end_and_scores_the_rest(data, tokenizer):
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    task = FewShotTask("triviaqa", 2, data)
+    items = prompts_of(task, lm)
+    assert [question["question"] for question in task.questions()] == [
+        triviaqa(index)["question"] for index in range(4)
+    ]
+    assert all(triviaqa(index)["question"] in items[0].requests[0].args[0] for index in (4, 5))
+
+
+def test_prompts_that_are_too_long_lose_whole_examples(data, tokenizer):
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    whole = prompts_of(FewShotTask("arc_easy", 6, data), lm)[0]
+    assert whole.shots == 6
+    longest = max(lm.tokens_read(request.args)[1] for request in whole.requests)
+    exact = PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=longest)
+    assert prompts_of(FewShotTask("arc_easy", 6, data), exact)[0].requests[0].args == whole.requests[0].args
+    shorter = PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=longest - 1)
+    cut = prompts_of(FewShotTask("arc_easy", 6, data), shorter)[0]
+    parts = whole.requests[0].args[0].split("\n\n")
+    assert cut.shots == 5
+    assert cut.requests[0].args[0].split("\n\n") == [*parts[:5], parts[-1]]
+    assert cut.tokens == len(tokenizer(cut.requests[0].args[0]).input_ids)
+    with pytest.raises(ValueError, match=r"arc_easy: a question alone has \d+ tokens, more than the 5"):
+        prompts_of(FewShotTask("arc_easy", 6, data), PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=5))[0]
+
+
+def test_lm_eval_itself_is_told_of_prompts_that_are_too_long(data, tokenizer):
+    requests = requests_of(data, "arc_easy", 4, PrefixLM(tiny_llama(), tokenizer=tokenizer))
+    with pytest.raises(ValueError, match=r"have \d+ tokens, max_length is 30"):
+        PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=30).loglikelihood(copies(requests))
+    asked = [Instance("generate_until", {}, (words(*range(10)), {"until": ["\n"]}), 0)]
+    with pytest.raises(ValueError, match="have 266 tokens, max_length is 265"):
+        PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=265).generate_until(asked)
+
+
+# Results
+
+
+def run(data, tokenizer, output, names=("arc_easy:2", "winogrande:3", "triviaqa:1"), methods=("full", "h2o"), **more):
+    tasks = task_table.read_tasks(names, data, 0)
+    return task_table.run(
+        tiny_llama(), tokenizer, tasks, plan_runs(methods, [12], 8), output, "lococo x", limit=4, **more
+    )
+
+
+def test_table_holds_what_it_says(data, tokenizer, tmp_path):
+    rows = run(data, tokenizer, tmp_path / "out" / "tasks", seed=0)
+    content = json.loads((tmp_path / "out" / "tasks.json").read_text())
+    assert content["rows"] == rows and content["command"] == "lococo x"
+    assert (content["seed"], content["max_length"]) == (0, 2048)
+    assert [(row["task"], row["method"]) for row in rows] == [
+        (task, method) for task in ("arc_easy", "winogrande", "triviaqa") for method in ("full", "h2o")
+    ]
+    assert [row["metric"] for row in rows[::2]] == ["acc", "acc", "exact_match"]
+    lm = HFLM(tiny_llama(), tokenizer=tokenizer)
+    right, tokens = 0, 0
+    prompts = prompts_of(FewShotTask("arc_easy", 2, data), PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=4)
+    for index, item in enumerate(prompts):
+        scores = [score for score, _ in lm.loglikelihood(copies(item.requests))]
+        right += scores.index(max(scores)) == index % 4
+        tokens += len(tokenizer(item.requests[0].args[0]).input_ids)
+    full = rows[0]
+    assert (full["accuracy"], full["prompt_tokens"], full["items"]) == (right / 4, tokens / 4, 4)
+    assert full["stderr"] == pytest.approx((right / 4 * (1 - right / 4) / 4) ** 0.5)
+    assert (rows[1]["num_slots"], rows[1]["block_size"], rows[1]["shots_that_fit"]) == (12, 8, 2)
+    assert (tmp_path / "out" / "tasks.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "tasks.md").read_text().count("\n") == len(rows) + 4
+
+
+def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch):
+    expected = run(data, tokenizer, tmp_path / "whole", seed=0)
+    is_right, calls = FewShotTask.is_right, []
+
+    def counted(*args):
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return is_right(*args)
+
+    monkeypatch.setattr(FewShotTask, "is_right", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tokenizer, tmp_path / "cut", seed=0)
+    assert not (tmp_path / "cut.json").exists()
+    again = []
+    monkeypatch.setattr(FewShotTask, "is_right", lambda *args: again.append(args) or is_right(*args))
+    assert run(data, tokenizer, tmp_path / "cut", seed=0) == expected
+    assert len(calls) + len(again) == 2 * 3 * 4
+    assert not (tmp_path / "cut.partial.jsonl").exists()
+
+
+def test_right_answers_score_one(data, tokenizer):
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    for name in LINES:
+        task = FewShotTask(name, 2, data)
+        for index, question in enumerate(task.questions()):
+            item = task.prompt(lm, question)
+            gold = {"race": 3, "triviaqa": 0, "winogrande": index % 2}.get(name, index % 4)
+            for wrong in (0, 1):
+                chosen = (gold + wrong) % len(item.requests)
+                scores = [(-float(place != chosen), False) for place in range(len(item.requests))]
+                texts = [words(5, 6) if wrong else f" {words(3 * index).upper()}"]
+
+                class Oracle:
+                    def loglikelihood(self, requests, disable_tqdm, scores=scores):
+                        return scores
+
+                    def generate_until(self, requests, disable_tqdm, texts=texts):
+                        return texts
+
+                assert task.is_right(Oracle(), question, item) is not bool(wrong)
+
+
+def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
+    lococo.save_heads(open_model(), tmp_path / "heads")
+    status = main(
+        ["eval", "tasks", "--model", str(checkpoint), "--data-dir", str(data), "--tasks", "hellaswag:3", "race:2"]
+        + ["--methods", "full", "--heads", str(tmp_path / "heads"), "--block-size", "8", "--limit", "3"]
+        + ["--output", str(tmp_path / "tasks")]
+    )
+    assert status == 0
+    content = json.loads((tmp_path / "tasks.json").read_text())
+    assert content["command"].startswith("lococo eval tasks --model ")
+    assert [(row["method"], row["items"]) for row in content["rows"]] == 2 * [("full", 3), ("lococo", 3)]
+    assert capsys.readouterr().out.count("\n") >= 6
+
+
+# What is wrong is said before the model is loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "arc:3"], "unknown task 'arc': choose from arc_easy"),
+        (["--tasks", "arc_easy"], "a task is NAME:SHOTS, arc_easy:4 for instance, got 'arc_easy'"),
+        (["--tasks", "arc_easy:-1"], "got 'arc_easy:-1'"),
+        (["--tasks", "arc_easy:7"], "arc_easy: 7 shots need as many examples, there are 6"),
+        (["--tasks", "triviaqa:6"], "triviaqa: 6 shots leave none of the 6 items"),
+        (["--tasks", "arc_easy:2", "--data-dir", "nowhere"], "arc_easy needs just one file test*.json*, found none"),
+        (["--tasks", "arc_easy:2", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--tasks", "arc_easy:2", "--methods", "h20"], "unknown method 'h20'"),
+        (["--tasks", "arc_easy:2", "--heads", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_line(data, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("lococo.cli.main.load", lambda options: pytest.fail("the model was loaded"))
+    assert main(["eval", "tasks", "--model", "x", "--data-dir", str(data), *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("arc_easy", {"gold": 4}, "the answer is 4 of 4 choices"),
+        ("arc_easy", {"gold": None}, "the answer is None of 4 choices"),
+        ("arc_challenge", {"answerKey": "A"}, "the answer is 'A', the choices are 1, 2, 3, 4"),
+        ("hellaswag", {"label": ""}, "the answer is '' of 4 choices"),
+        ("winogrande", {"answer": ""}, "the answer is '', expected '1' or '2'"),
+        ("winogrande", {"sentence": "w1 w2"}, "no gap"),
+        ("race", {"answers": ["B", "E"]}, "the answer is 'E' of 4 options"),
+        ("race", {"answers": ["B"]}, "cannot be scored"),
+        ("race", {"answers": [], "questions": [], "options": []}, "there is no question"),
+        ("triviaqa", {"answer": {"aliases": []}}, "aliases are"),
+        ("triviaqa", {"answer": {"value": "w1"}}, "it has no 'aliases'"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named(tmp_path, name, change, message):
+    line, scored, _ = LINES[name]
+    (tmp_path / name).mkdir()
+    write_rows(tmp_path / name / scored, [line(1), {**line(2), **change}])
+    with pytest.raises(ValueError, match=r"row 2 cannot be scored: ") as error:
+        local_splits(name, 0, tmp_path)
+    assert message in str(error.value) and scored in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "no row"), ("{", "not JSON"), ("[]", "no row"), ("3", "row 1")])
+def test_files_without_rows_are_named(tmp_path, text, message):
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "test.json").write_text(text)
+    with pytest.raises(ValueError, match=f"test.json.*{message}"):
+        local_splits("arc_easy", 0, tmp_path)
+
+
+def test_two_files_for_one_split_are_named(tmp_path):
+    (tmp_path / "arc_easy").mkdir()
+    for name in ("test.json", "test_2.jsonl"):
+        (tmp_path / "arc_easy" / name).write_text(json.dumps([arc(1)]))
+    with pytest.raises(FileNotFoundError, match="found test.json, test_2.jsonl"):
+        local_splits("arc_easy", 0, tmp_path)
+
+
+def test_without_files_and_hub_the_way_out_is_named(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(OSError, match="race cannot be had from the Hub; local files: --data-dir"):
+        FewShotTask("race", 2)
+
+
+def test_names_and_shots():
+    assert parse_tasks(["race:2", "triviaqa:0"]) == [("race", 2), ("triviaqa", 0)]
+    assert set(LINES) == set(FILES)
+
+
+# lm-eval's own command
+
+
+def test_registered_in_lm_eval_under_its_name(checkpoint):
+    lm = get_model("lococo").create_from_arg_string(
+        f"pretrained={checkpoint},method=h2o,num_slots=12,block_size=8", {"batch_size": 1, "device": "cpu"}
+    )
+    assert lococo.is_patched(lm.model)
+    assert lm.model.model.lococo_patch.config == lococo.LoCoCoConfig.h2o(12, block_size=8)
+
+
+def test_registered_model_takes_heads_and_refuses_unknown_methods(tokenizer, tmp_path):
+    lococo.save_heads(open_model(), tmp_path / "heads")
+    lm = LoCoCoLM(tiny_llama(), tokenizer=tokenizer, heads=str(tmp_path / "heads"))
+    assert lm.model.model.lococo_patch.config == CONFIG
+    assert not lococo.is_patched(LoCoCoLM(tiny_llama(), tokenizer=tokenizer, method="full").model)
+    with pytest.raises(ValueError, match="unknown method 'h20'"):
+        LoCoCoLM("nowhere", method="h20")
+
+
+BLOCKED = """
+import sys
+import lococo, lococo.cli.main, lococo.evaluation
+assert "lm_eval" not in sys.modules
+sys.modules["lm_eval"] = None
+sys.exit(lococo.cli.main.main(["eval", "tasks", "--model", "x"]))
+"""
+
+
+def test_a_missing_lm_eval_is_named_and_importing_needs_none():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 2
+    assert "pip install lococo[eval]" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_real_files_can_be_asked(name):
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data/eval")
+    splits = local_splits(name, 50, SHARED)
+    assert len(splits["train"]) >= 50
+    assert len(splits[FILES[name].split]) >= 300

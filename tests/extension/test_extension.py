@@ -1,0 +1,369 @@
+"""An extended model is the same after saving, loading, merging, and after a run that was killed."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from extension_worker import CONFIGS, STRETCH, recipe
+from peft import PeftModel
+from test_families import build
+from tiny import tiny_ids, tiny_llama
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import lococo
+from lococo.cli.main import main
+from lococo.data.windows import DataConfig
+from lococo.extension.extend import extend_context
+from lococo.extension.rope_scaling import Stretch, stretch_positions
+from lococo.results.deadline import Deadline, OutOfTime
+
+IDS = tiny_ids(2, 64, seed=1)
+WORDS = ["<pad>", "w1", "</s>", *(f"w{index}" for index in range(3, 64))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words are the ids 0 to 63."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=WORDS[2], pad_token=WORDS[0])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    return write_documents(path, tiny_ids(12, 70, seed=2).tolist())
+
+
+def write_documents(path, rows):
+    """A file of documents with these ids."""
+    documents = ({"text": " ".join(WORDS[index] for index in row)} for row in rows)
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+def extend(model, tokenizer, text, folder, method="lococo", **options):
+    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0, heldout_share=0.0)
+    places = dict(work_dir=folder / "work", cache_dir=folder / "cache")
+    changes = options.pop("changes", {})
+    how = recipe(method, **changes)
+    return extend_context(model, tokenizer, data, how, folder / "out", **{**places, **options})
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(ids).logits
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def made(request, tokenizer, text, tmp_path_factory):
+    """A folder for each method, and what its run returned."""
+    folder = tmp_path_factory.mktemp(request.param)
+    rows = extend(tiny_llama(), tokenizer, text, folder, request.param, merge_into=folder / "merged")
+    return request.param, folder, rows
+
+
+def test_a_run_leaves_a_folder_and_nothing_else(made):
+    method, folder, rows = made
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["learning_rate"] < rows[0]["learning_rate"]
+    names = {"extension.json", "adapter", "training.json", "training.png"} | (
+        {"heads"} if method == "lococo" else set()
+    )
+    assert {path.name for path in (folder / "out").iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {"out", "cache", "merged"}
+    record = json.loads((folder / "out" / "training.json").read_text())
+    assert record["rows"] == rows
+    assert record["recipe"]["method"] == method
+    assert record["usage"]["peak_memory_bytes"] > 0
+    assert (folder / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loaded_model_reads_as_it_was_trained(made):
+    method, folder, _ = made
+    model = lococo.load_extended(tiny_llama(), folder / "out")
+    assert lococo.is_patched(model) == (CONFIGS[method] is not None)
+    assert not model.training
+    loaded = logits(model)
+    plain = tiny_llama()
+    if method != "streaming":
+        stretch_positions(plain, STRETCH)
+    if CONFIGS[method]:
+        lococo.patch_model(plain, CONFIGS[method])
+    assert (loaded - logits(plain)).abs().max() > 0.05
+    twice = lococo.load_extended(tiny_llama(), folder / "out")
+    assert torch.equal(logits(twice), loaded)
+
+
+def test_base_may_be_a_folder(made, tmp_path):
+    _, folder, _ = made
+    tiny_llama().save_pretrained(tmp_path)
+    expected = logits(lococo.load_extended(tiny_llama(), folder / "out"))
+    assert torch.equal(logits(lococo.load_extended(tmp_path, folder / "out")), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_checkpoint_is_the_extended_model(made, tied, tokenizer, text, tmp_path):
+    method, folder, _ = made
+    if tied:
+        folder = tmp_path
+        base = tiny_llama(tie_word_embeddings=True)
+        extend(base, tokenizer, text, folder, method, merge_into=folder / "merged")
+        expected = logits(lococo.load_extended(tiny_llama(tie_word_embeddings=True), folder / "out"))
+    else:
+        expected = logits(lococo.load_extended(tiny_llama(), folder / "out"))
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert type(merged) is LlamaForCausalLM
+    heads = folder / "merged" / "heads"
+    assert heads.is_dir() == (CONFIGS[method] is not None)
+    if method == "lococo":
+        lococo.patch_model(merged, heads=heads)
+    elif heads.is_dir():
+        lococo.patch_model(merged, lococo.LoCoCoConfig.from_pretrained(heads))
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=2e-5)
+
+
+def test_merging_in_memory_keeps_the_cache(made):
+    method, folder, _ = made
+    expected = logits(lococo.load_extended(tiny_llama(), folder / "out"))
+    plain = lococo.merge_extended(lococo.load_extended(tiny_llama(), folder / "out"))
+    assert lococo.is_patched(plain) == (CONFIGS[method] is not None)
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=2e-5)
+
+
+def test_adapters_load_with_plain_peft(made):
+    method, folder, _ = made
+    base = tiny_llama() if method == "streaming" else stretch_positions(tiny_llama(), STRETCH)
+    model = PeftModel.from_pretrained(base, folder / "out" / "adapter")
+    if method == "lococo":
+        lococo.patch_model(model, CONFIGS[method], heads=folder / "out" / "heads")
+    elif CONFIGS[method]:
+        lococo.patch_model(model, CONFIGS[method])
+    assert torch.equal(logits(model.eval()), logits(lococo.load_extended(tiny_llama(), folder / "out")))
+
+
+@pytest.mark.parametrize("family", ["Glm", "Glm4", "Qwen3", "Granite", "Gemma2", "Mistral-window", "SmolLM3"])
+def test_families_extend_alike(family, tokenizer, text, tmp_path):
+    before = logits(build(family))
+    model = build(family)
+    rows = extend(model, tokenizer, text, tmp_path, merge_into=tmp_path / "merged")
+    assert len(rows) == 3
+    assert torch.equal(logits(model), before)
+    extended = lococo.load_extended(model, tmp_path / "out")
+    found = logits(extended)
+    assert (found - before).abs().max() > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged) is type(build(family))
+    with lococo.patched(merged, heads=tmp_path / "merged" / "heads"):
+        torch.testing.assert_close(logits(merged), found, rtol=0, atol=1e-4)
+
+
+def test_positions_that_cannot_be_stretched_leave_the_model_as_it_was(tokenizer, text, tmp_path):
+    model = stretch_positions(tiny_llama(), Stretch(2, 16, "yarn"))
+    before, config = logits(model), model.config.to_dict()
+    with pytest.raises(ValueError, match="already stretched with 'yarn'"):
+        extend(model, tokenizer, text, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert model.config.to_dict() == config
+    assert not list(tmp_path.iterdir())
+
+
+# Runs that go on
+
+
+@pytest.mark.parametrize("method", ["lococo", "full"])
+def test_stopped_and_resumed_equals_uninterrupted(method, tokenizer, text, tmp_path):
+    whole = extend(tiny_llama(), tokenizer, text, tmp_path / "whole", method)
+    stopped, deadline = tmp_path / "stopped", Deadline(1e-9)
+    for _ in range(2):
+        with pytest.raises(OutOfTime):
+            extend(tiny_llama(), tokenizer, text, stopped, method, deadline=deadline, resume=True)
+        assert not (stopped / "out").exists()
+    rows = extend(tiny_llama(), tokenizer, text, stopped, method, resume=True)
+    assert rows == whole
+    found = [logits(lococo.load_extended(tiny_llama(), folder / "out")) for folder in (tmp_path / "whole", stopped)]
+    assert torch.equal(*found)
+
+
+KILLED = """
+import sys
+sys.path[:0] = {path!r}
+import os, torch, test_extension as here
+from pathlib import Path
+from lococo.training.window_trainer import StopInTime
+torch.set_num_threads(1)
+StopInTime.on_step_end = lambda self, args, state, control, **kwargs: os._exit(9) if state.global_step == 3 else None
+tokenizer = here.tokenizer.__wrapped__()
+here.extend(here.tiny_llama(), tokenizer, Path({text!r}), Path({folder!r}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(tokenizer, text, tmp_path):
+    killed = tmp_path / "killed"
+    script = KILLED.format(path=[str(Path(__file__).parents[1]), *sys.path], text=str(text), folder=str(killed))
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=300).returncode == 9
+    whole = extend(tiny_llama(), tokenizer, text, tmp_path / "whole")
+    assert (killed / "work" / "trainer" / "checkpoint-2").is_dir()
+    rows = extend(tiny_llama(), tokenizer, text, killed, resume=True)
+    assert rows == whole
+    found = [logits(lococo.load_extended(tiny_llama(), folder / "out")) for folder in (tmp_path / "whole", killed)]
+    assert torch.equal(*found)
+
+
+def test_another_run_is_not_gone_on_with(tokenizer, text, tmp_path):
+    with pytest.raises(OutOfTime):
+        extend(tiny_llama(), tokenizer, text, tmp_path, deadline=Deadline(1e-9))
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        extend(tiny_llama(), tokenizer, text, tmp_path)
+    with pytest.raises(ValueError, match="another recipe"):
+        extend(tiny_llama(), tokenizer, text, tmp_path, resume=True, changes=dict(learning_rate=0.02))
+    with pytest.raises(ValueError, match="another model"):
+        extend(tiny_llama(seed=1), tokenizer, text, tmp_path, resume=True)
+
+
+# What is refused
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy of a folder, to be spoiled."""
+    return shutil.copytree(made[1] / "out", tmp_path / "copy")
+
+
+def assert_as_it_was(model):
+    assert not lococo.is_patched(model)
+    assert not hasattr(model, "peft_config")
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert model.config.to_dict() == tiny_llama().config.to_dict()
+
+
+def test_folder_that_does_not_fit_leaves_the_model_as_it_was(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="extension.json does not exist"):
+        lococo.load_extended(tiny_llama(), tmp_path)
+    small = tiny_llama(hidden_size=16)
+    with pytest.raises(ValueError, match="hidden_size.*32.*hidden_size.*16"):
+        lococo.load_extended(small, folder)
+    model = tiny_llama()
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="the weights in .*adapter cannot be read"):
+        lococo.load_extended(model, folder)
+    assert_as_it_was(model)
+    (folder / "extension.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not an extension"):
+        lococo.load_extended(model, folder)
+    assert_as_it_was(model)
+
+
+def test_heads_that_cannot_be_read_leave_the_model_as_it_was(tokenizer, text, tmp_path):
+    extend(tiny_llama(), tokenizer, text, tmp_path)
+    (tmp_path / "out" / "heads" / "lococo_heads.safetensors").write_bytes(b"cut short")
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"lococo_heads\.safetensors"):
+        lococo.load_extended(model, tmp_path / "out")
+    assert_as_it_was(model)
+
+
+def test_models_that_are_changed_already_are_refused(folder):
+    with pytest.raises(ValueError, match="patched: call lococo.unpatch_model"):
+        lococo.load_extended(lococo.patch_model(tiny_llama(), CONFIGS["h2o"]), folder)
+    model = lococo.load_extended(tiny_llama(), folder)
+    with pytest.raises(ValueError, match="has adapters already|is patched"):
+        lococo.load_extended(model.base_model.model, folder)
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        lococo.merge_extended(model, folder)
+
+
+def test_outputs_that_hold_something_else_are_refused(tokenizer, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"extension\.json"):
+        extend(tiny_llama(), tokenizer, text, tmp_path)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(FileExistsError, match="merged"):
+        extend(tiny_llama(), tokenizer, text, tmp_path / "other", merge_into=tmp_path / "merged")
+    with pytest.raises(ValueError, match="is patched"):
+        extend(lococo.patch_model(tiny_llama(), CONFIGS["h2o"]), tokenizer, text, tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(method="sparse"), "method must be one of .*got 'sparse'"),
+        (dict(method="full", config=CONFIGS["h2o"]), "method='full' needs no config"),
+        (dict(config=None), "method='lococo' needs a config"),
+        (dict(depth=0), "depth must be at least 1, got 0"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(learning_rate=0.0), "learning_rate must be positive, got 0.0"),
+    ],
+)
+def test_recipes_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+# The command
+
+
+@pytest.fixture
+def checkpoint(tokenizer, tmp_path):
+    tiny_llama(max_position_embeddings=16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def command(checkpoint, text, folder, *more):
+    given = ["extend", "--model", checkpoint, "--dataset", text, "--output", folder / "out", "--cache-dir", folder]
+    quick = ["--num-slots", 16, "--block-size", 8, "--steps", 2, "--windows-per-step", 1]
+    return main([str(word) for word in [*given, *quick, *more]])
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_command_extends_by_a_factor(method, checkpoint, text, tmp_path, capsys):
+    assert command(checkpoint, text, tmp_path, "--factor", 4, "--method", method, "--device", "cpu") == 0
+    assert "loss" in capsys.readouterr().out
+    model = lococo.load_extended(checkpoint, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["length"] == 64
+    assert record["recipe"]["stretch"]["factor"] == 4.0
+    assert logits(model).isfinite().all()
+
+
+def test_lengths_that_fit_no_block_and_texts_shorter_than_the_slots(checkpoint, text, tmp_path):
+    assert command(checkpoint, text, tmp_path, "--factor", 4, "--length", 61) == 0
+    short = tmp_path / "short"
+    assert command(checkpoint, text, short, "--factor", 2, "--length", 11, "--method", "lococo") == 0
+    assert logits(lococo.load_extended(checkpoint, short / "out"), IDS[:, :11]).isfinite().all()
+
+
+def test_command_stops_in_time_and_goes_on(checkpoint, text, tmp_path, capsys):
+    assert command(checkpoint, text, tmp_path, "--factor", 4, "--time-limit", 0.001) == 0
+    assert "out of time" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert command(checkpoint, text, tmp_path, "--factor", 4, "--resume") == 0
+    assert (tmp_path / "out" / "extension.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--factor", "0.5"], "factor must be at least 1"),
+        (["--num-slots", "0"], "num_slots must be an integer of at least 1"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--method", "full", "--heads", "somewhere"], "--heads is for --method lococo"),
+        (["--deepspeed", "nowhere.json"], "no such DeepSpeed config file"),
+        (["--length", "100"], "not one training window of 100 tokens"),
+        (["--original-length", "-3"], "original_length must be a whole number of at least 1"),
+    ],
+)
+def test_command_refuses_bad_input(words, message, checkpoint, text, tmp_path, capsys):
+    assert command(checkpoint, text, tmp_path, "--factor", 4, *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,233 @@
+import dataclasses
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from reference import naive_lococo, rope_rotate
+from test_attention import naive_head
+from test_cli import TEXT, checkpoint, word_tokenizer  # noqa: F401
+from test_families import build
+from tiny import tiny_ids, tiny_llama
+
+import lococo
+import lococo.attention
+from lococo import LoCoCoConfig, patched
+from lococo.cache.plan import Row, plan_call
+from lococo.cli.main import main
+from lococo.inspection import trace
+from lococo.inspection.page import page, page_data
+from lococo.inspection.trace import TracedMemory
+from lococo.state import head_modules
+
+CONFIGS = {
+    "open gates": LoCoCoConfig(16, block_size=8, gate_init=0.5, mass_bias=True),
+    "closed gates": LoCoCoConfig(16, block_size=8),
+    "paper": LoCoCoConfig.paper(16, block_size=8),
+    "reference": LoCoCoConfig.reference(16, block_size=8),
+    "h2o": LoCoCoConfig.h2o(16, block_size=8),
+    "streaming": LoCoCoConfig.streaming_llm(16, block_size=8, positions="absolute"),
+    "slots per head": LoCoCoConfig(16, block_size=8, gate_init=0.5, slots_per_head=((20, 12), (16, 16))),
+    "one by one": LoCoCoConfig(16, block_size=8, gate_init=0.5, prefill_chunk_size=8),
+}
+
+
+@pytest.fixture
+def memories(monkeypatch):
+    """Every memory of the next trace, with the keys and values of the tokens it was given."""
+    made, tokens = [], TracedMemory.tokens
+
+    def recorded(memory, query, key, value, plan, rotary):
+        if memory not in made:
+            made.append(memory)
+            memory.given = []
+        memory.given.append((key[0], value[0]))
+        return tokens(memory, query, key, value, plan, rotary)
+
+    monkeypatch.setattr(TracedMemory, "tokens", recorded)
+    return made
+
+
+@pytest.mark.parametrize("length", [10, 16, 24, 61, 97])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_entries_are_the_weighted_sums_of_the_tokens(memories, name, length):
+    model = tiny_llama()
+    with patched(model, CONFIGS[name]):
+        traces = trace(model, tiny_ids(1, length))
+    assert [(each.layer, each.head) for each in traces] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len(memories) == sum(len(set(slots)) for slots in CONFIGS[name].slots_per_head or ((1,), (1,)))
+    for memory in memories:
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(*memory.given, strict=True))
+        read = keys.shape[1]
+        for index, (weights, kinds) in enumerate(memory.traces(length)):
+            used = len(kinds)
+            assert weights.shape == (used, length)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(used), rtol=0, atol=1e-5)
+            for held, given in ((memory.entries.keys, keys), (memory.values, values)):
+                combined = weights[:, :read] @ given[index]
+                plain = weights[:, read:].sum(-1) == 0
+                torch.testing.assert_close(held[0, index, :used][plain], combined[plain], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """What every layer of the next trace is given: its index, rotated queries, keys and values, scale, and window."""
+    given, read_layer = [], lococo.attention.read_layer
+
+    def recorded(layer, plan_for, query, key, value, scale, *args, **kwargs):
+        given.append((len(given), query[0], key[0], value[0], scale, layer.window))
+        return read_layer(layer, plan_for, query, key, value, scale, *args, **kwargs)
+
+    monkeypatch.setattr(lococo.attention, "read_layer", recorded)
+    return given
+
+
+OPEN = LoCoCoConfig(16, block_size=8, gate_init=0.5)
+SLOT_POSITIONS = dataclasses.replace(OPEN, positions="slot")
+NAIVE = {
+    **{name: ("Llama", {}, CONFIGS[name]) for name in CONFIGS if name != "one by one"},
+    "slot positions": ("Llama", {}, SLOT_POSITIONS),
+    "slot positions, h2o": ("Llama", {}, LoCoCoConfig.h2o(16, block_size=8, positions="slot")),
+    "one KV head": ("Llama", dict(num_key_value_heads=1), OPEN),
+    "a KV head for every query head": ("Llama", dict(num_key_value_heads=4), SLOT_POSITIONS),
+    "four budgets": (
+        "Llama",
+        dict(num_key_value_heads=4),
+        LoCoCoConfig(16, block_size=8, gate_init=0.5, slots_per_head=((20, 12, 9, 23), (16, 5, 27, 16))),
+    ),
+    "windows": ("Mistral-window", {}, OPEN),
+    "windows wider than the slots": ("Mistral-window", dict(sliding_window=30), OPEN),
+    "windows and slots per head": ("Mistral-window", dict(sliding_window=20), CONFIGS["slots per head"]),
+    "a window in every other layer": ("Qwen2-half-window", {}, OPEN),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAIVE)
+def test_weights_are_those_of_a_naive_composition(layers, name):
+    family, features, config = NAIVE[name]
+    model, ids = build(family, **features).double(), tiny_ids(1, 61)
+    with patched(model, config):
+        traces, heads = trace(model, ids), head_modules(model)
+    places = plan_call([Row()], ids.shape[1], config).entries[0]
+    for index, query, key, value, scale, window in layers:
+        if config.positions == "slot":
+            query, key = (rope_rotate(8)(states, -places) for states in (query, key))
+        own = config.slots_per_head and (config.slots_per_head[index],)
+        _, held = naive_lococo(
+            *(query, key, value, dataclasses.replace(config, slots_per_head=own)),
+            head=None if window else naive_head(heads.get(index)),
+            rotate=rope_rotate(8),
+            scale=scale,
+            window=window,
+        )
+        of_layer = [each for each in traces if each.layer == index]
+        assert len(of_layer) == len(held)
+        for each, entries in zip(of_layer, held, strict=True):
+            expected = torch.stack([entry.tokens for entry in entries]).float()
+            torch.testing.assert_close(each.weights, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(each.weights.sum(-1), torch.ones(len(entries)), rtol=0, atol=1e-5)
+            if window:
+                assert set(each.kinds) == {"heavy", "recent", "open"} and (each.weights.count_nonzero(-1) == 1).all()
+
+
+def test_kinds_follow_the_budget():
+    config = LoCoCoConfig(16, block_size=8, gate_init=0.5)
+    with patched(tiny_llama(), config) as model:
+        for each in trace(model, tiny_ids(1, 99)):
+            counts = {kind: each.kinds.count(kind) for kind in ("sink", "heavy", "recent", "fused", "open")}
+            assert counts == dict(
+                sink=config.num_sinks, heavy=config.num_heavy, recent=config.num_recent, fused=config.num_fused, open=3
+            )
+            copies = [row for row, kind in zip(each.weights, each.kinds, strict=True) if kind != "fused"]
+            assert all((row > 0).sum() >= 1 for row in copies)
+            assert torch.equal(each.weights[-3:, -3:], torch.eye(3))
+
+
+def test_tracing_leaves_reading_as_it_is():
+    ids, config = tiny_ids(1, 90), LoCoCoConfig(16, block_size=8, gate_init=0.5)
+    with patched(tiny_llama(), config) as model, torch.no_grad():
+        before = model(ids).logits
+        trace(model, ids)
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("ids", [tiny_ids(2, 9), tiny_ids(1, 9)[0], tiny_ids(1, 9)[:, :0]])
+def test_only_one_row_is_traced(ids):
+    with (
+        patched(tiny_llama(), LoCoCoConfig(16, block_size=8)) as model,
+        pytest.raises(ValueError, match="must be one row"),
+    ):
+        trace(model, ids)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.data, self.inside = set(), [], "", None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.inside = named.get("id") if tag == "script" else None
+        self.ids |= {named["id"]} if "id" in named else set()
+        self.links += [named[name] for name in ("src", "href") if name in named]
+
+    def handle_data(self, data):
+        if self.inside == "data":
+            self.data += data
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def test_page_holds_its_data_and_asks_for_nothing_else():
+    with patched(tiny_llama(), LoCoCoConfig(16, block_size=8, gate_init=0.5)) as model:
+        traces = trace(model, tiny_ids(1, 90))
+    tokens = ["</script><b>", "{{data}}", '"&'] + ["w"] * 87
+    data = page_data(traces, tokens, "a title", threshold=0.05)
+    written = page(data)
+    parsed = Page(written)
+    assert json.loads(parsed.data) == data
+    assert {"layer", "head", "text", "slots", "detail", "title", "summary"} <= parsed.ids
+    assert not parsed.links and "://" not in written
+    head = data["heads"][3]
+    assert (head["layer"], head["head"], len(head["kept"])) == (1, 1, 90)
+    for slot, row in zip(head["slots"], traces[3].weights, strict=True):
+        places, shares = slot[1::2], slot[2::2]
+        assert sorted(places) == (row >= 0.05).nonzero()[:, 0].tolist()
+        assert shares == sorted(shares, reverse=True)
+        assert shares == [round(1000 * row[place].item()) for place in places]
+    assert head["kept"] == pytest.approx((1000 * traces[3].weights.sum(0)).tolist(), abs=0.51)
+
+
+def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["inspect", "--model", str(checkpoint), "--data", str(tmp_path / "text.txt")]
+    output = tmp_path / "slots.html"
+    sizes = ["--num-slots", "16", "--block-size", "8", "--max-tokens", "120"]
+    assert main([*arguments, *sizes, "--output", str(output)]) == 0
+    assert "120 tokens of 200 (--max-tokens reads more), 4 KV heads" in capsys.readouterr().out
+    data = json.loads(Page(output.read_text(encoding="utf-8")).data)
+    assert data["tokens"] == TEXT.split()[:120] and data["title"] == "text.txt in 16 slots, lococo-uncalibrated"
+    model = lococo.patch_model(tiny_llama(), LoCoCoConfig(16, block_size=8, gate_init=0.5))
+    lococo.save_heads(model, tmp_path / "heads")
+    assert main([*arguments, "--heads", str(tmp_path / "heads"), "--output", str(output)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        (["--threshold", "0"], "--threshold must lie between 0.001 and 1, got 0.0"),
+        (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
+        (["--data", "empty.txt"], "empty.txt: the text is empty"),
+    ],
+)
+def test_bad_options_are_named_before_a_model_is_looked_for(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_text("")
+    assert main(["inspect", "--model", "missing", "--data", "text.txt", *arguments]) == 2
+    assert message in capsys.readouterr().err

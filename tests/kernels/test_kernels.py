@@ -1,0 +1,377 @@
+"""Every kernel against a float64 softmax written out by hand."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_llama
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.bias import CausalBias
+from torch.utils.flop_counter import FlopCounterMode
+
+import lococo
+from lococo import LoCoCoConfig, patched
+from lococo.kernels import attention as backends
+from lococo.kernels import scoring as kernels
+from lococo.kernels.attention import Request, best_backend, lower_right
+from lococo.kernels.scoring import Visibility, attend, attend_and_lse, attention_mass
+
+BACKENDS = ["auto", "sdpa", "eager"]
+CASES = ["causal", "one-query", "mask", "mask-per-head", "bias", "bias-and-mask", "softcap"]
+
+
+def case(name, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, kv_heads, queries, entries, dim = 2, 6, 2, 1 if name == "one-query" else 5, 12, 8
+    query = torch.randn(batch, heads, queries, dim, generator=generator, dtype=dtype)
+    key, value = torch.randn(2, batch, kv_heads, entries, dim, generator=generator, dtype=dtype).unbind()
+    mask = bias = None
+    if "mask" in name:
+        mask = torch.rand(batch, kv_heads if "head" in name else 1, queries, entries, generator=generator) < 0.6
+        mask[..., 0] = True
+    if "bias" in name:
+        bias = torch.randn(batch, kv_heads, entries, generator=generator, dtype=dtype)
+    return query, key, value, Visibility(mask, bias, 1.5 if name == "softcap" else None)
+
+
+def by_hand(query, key, value, scale, visibility):
+    """(output, probabilities (batch, heads, queries, entries)), one query at a time."""
+    groups = query.shape[1] // key.shape[1]
+    queries, entries = query.shape[2], key.shape[2]
+    output, probabilities = torch.zeros_like(query), query.new_zeros(*query.shape[:3], entries)
+    for row, head, index in torch.cartesian_prod(*map(torch.arange, query.shape[:3])).tolist():
+        kv_head = head // groups
+        logits = key[row, kv_head] @ query[row, head, index] * scale
+        if visibility.softcap:
+            logits = visibility.softcap * (logits / visibility.softcap).tanh()
+        if visibility.bias is not None:
+            logits = logits + visibility.bias[row, kv_head]
+        if visibility.mask is None:
+            seen = torch.arange(entries) <= index + entries - queries
+        else:
+            seen = visibility.mask[row, kv_head % visibility.mask.shape[1], index]
+        row_of_matrix = logits.where(seen, torch.tensor(float("-inf"), dtype=logits.dtype)).softmax(0)
+        probabilities[row, head, index] = row_of_matrix.detach()
+        output[row, head, index] = row_of_matrix @ value[row, kv_head]
+    return output, probabilities
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_attention_equals_softmax_by_hand(backend, name):
+    query, key, value, visibility = case(name)
+    with torch.no_grad():
+        output = attend(query, key, value, 0.3, visibility, backend)
+    expected, _ = by_hand(query, key, value, 0.3, visibility)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("tile", [1, 2, 128])
+def test_received_attention_equals_column_sums(name, backend, tile, monkeypatch):
+    """With the log-sum-exp of a kernel that has it, and without."""
+    monkeypatch.setattr(kernels, "SCORE_TILE", tile)
+    query, key, value, visibility = case(name)
+    expected_output, probabilities = by_hand(query, key, value, 0.3, visibility)
+    with torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
+    assert (lse is None) == (backend == "eager" or name in ("one-query", "softcap"))
+    torch.testing.assert_close(output, expected_output, rtol=0, atol=1e-12)
+    expected = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    got = attention_mass(query, key, 0.3, visibility, lse=lse)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def log_sum_exp(query, key, visibility):
+    """(batch, heads, queries), from the probability of the first entry, which every query sees."""
+    _, probabilities = by_hand(query, key, key, 0.3, visibility)
+    firsts = key[:, :, 0].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = (query * firsts[:, :, None]).sum(-1) * 0.3
+    if visibility.softcap:
+        logits = visibility.softcap * (logits / visibility.softcap).tanh()
+    if visibility.bias is not None:
+        logits = logits + visibility.bias[..., :1].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return logits - probabilities[..., 0].log()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("delay", [0, 3, 20])
+def test_received_attention_of_queries_that_count(name, with_lse, squared, delay, monkeypatch):
+    """By delay and by a mask of counts, that say the same."""
+    monkeypatch.setattr(kernels, "SCORE_TILE", 2)
+    query, key, value, visibility = case(name)
+    lse = log_sum_exp(query, key, visibility) if with_lse else None
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    counts = kernels.lower_right(query.shape[2], key.shape[2], delay, query.device)
+    if delay == 0:  # what it says of entries that only a mask shows
+        counts = torch.ones_like(counts)
+    counted = (probabilities.square() if squared else probabilities) * counts
+    expected = counted.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    for arguments in ({"delay": delay}, {"counts": counts[None, None]}):
+        got = attention_mass(query, key, 0.3, visibility, squared=squared, lse=lse, **arguments)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "mask", "bias"])
+def test_log_sum_exp_of_narrow_kernels(name, dtype):
+    query, key, value, visibility = case(name, dtype)
+    with torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility)
+    bias = None if visibility.bias is None else visibility.bias.double()
+    exact = visibility._replace(bias=bias)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(lse.double(), log_sum_exp(*wide[:2], exact), rtol=0, atol=tolerance)
+    torch.testing.assert_close(output.double(), by_hand(*wide, 0.3, exact)[0], rtol=0, atol=tolerance)
+
+
+def test_log_sum_exp_is_left_to_training():
+    query, key, value, visibility = case("causal")
+    query.requires_grad_()
+    output, lse = attend_and_lse(query, key, value, 0.3, visibility)
+    assert output.requires_grad and lse is None
+
+
+def test_padding_queries_do_not_vote():
+    query, key, value, visibility = case("mask")
+    counts = torch.tensor([[[1, 1, 0, 0, 0]], [[1, 1, 1, 1, 0]]], dtype=torch.bool)[..., None]
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    expected = (probabilities * counts).unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(attention_mass(query, key, 0.3, visibility, counts), expected, rtol=0, atol=1e-12)
+
+
+def test_received_squares_equal_column_sums_of_squares():
+    query, key, value, visibility = case("mask")
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    expected = probabilities.square().unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    got = attention_mass(query, key, 0.3, visibility, squared=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_those_by_hand(name):
+    query, key, value, visibility = case(name)
+    variables = [query, key, value] + ([] if visibility.bias is None else [visibility.bias])
+    for variable in variables:
+        variable.requires_grad_()
+    weights = torch.randn(query.shape, dtype=query.dtype, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad((attend(query, key, value, 0.3, visibility) * weights).sum(), variables)
+    expected = torch.autograd.grad((by_hand(query, key, value, 0.3, visibility)[0] * weights).sum(), variables)
+    for gradient, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_two_tiles_are_held_for_scores(with_lse):
+    from lococo.bench.score import HeldBytes
+
+    queries, entries = 1024, 1536
+    query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)
+    lse = torch.zeros(1, 2, queries) if with_lse else None
+    attention_mass(query, key, 0.3, Visibility(), lse=lse)  # what is kept for the next call is made
+    with HeldBytes() as held:
+        attention_mass(query, key, 0.3, Visibility(), squared=True, lse=lse, delay=100)
+    tile = 4 * 2 * kernels.SCORE_TILE * entries
+    assert held.largest <= tile
+    assert held.peak <= (1.5 if with_lse else 2.5) * tile
+
+
+NARROW = Request("cuda", torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize(
+    ("request_", "backend"),
+    [
+        (NARROW, "sdpa"),
+        (NARROW._replace(is_biased=True), "triton"),
+        (NARROW._replace(is_biased=True, dtype=torch.float16, head_dim=80), "triton"),
+        (NARROW._replace(is_biased=True, dtype=torch.float32), "sdpa"),
+        (NARROW._replace(is_biased=True, dtype=torch.float64), "sdpa"),
+        (NARROW._replace(is_biased=True, head_dim=320), "sdpa"),
+        (NARROW._replace(is_biased=True, device="cpu"), "sdpa"),
+        (NARROW._replace(is_biased=True, is_masked=True), "sdpa"),
+        (NARROW._replace(is_biased=True, is_softcapped=True), "sdpa"),
+        (NARROW._replace(is_biased=True, has_dropout=True), "sdpa"),
+        (NARROW._replace(is_biased=True, needs_gradient=True), "sdpa"),
+    ],
+)
+def test_auto_goes_to_triton_for_what_torch_lacks(request_, backend):
+    assert best_backend(request_, has_triton=True) == backend
+    assert best_backend(request_, has_triton=False) == "sdpa"
+
+
+@pytest.mark.parametrize(("queries", "kv_heads"), [(5, 2), (5, 6), (12, 2)])
+def test_flash_on_a_gpu_gives_its_log_sum_exp(queries, kv_heads, monkeypatch):
+    """Also of a segment behind slots, for which torch's check refuses its own upper-left causality."""
+
+    def takes(parameters):
+        query, key, *_, is_causal, _ = parameters
+        return not (is_causal and query.shape[2] != key.shape[2])
+
+    monkeypatch.setattr("torch.backends.cuda.SDPAParams", lambda *parameters: parameters)
+    monkeypatch.setattr("torch.backends.cuda.can_use_flash_attention", takes)
+    with FakeTensorMode(), torch.no_grad():
+        query = torch.empty(2, 6, queries, 16, dtype=torch.bfloat16, device="cuda")
+        key, value = (torch.empty(2, kv_heads, 12, 16, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        output, lse = backends._flash_with_lse(query, key, value, 0.3, None)
+    assert output.shape == query.shape and lse.shape == query.shape[:3]
+
+
+def test_causality_on_a_gpu_under_a_dispatch_mode(monkeypatch):
+    on_cpu = lower_right(5, 12, 0, torch.device("cpu"))
+    monkeypatch.setattr(backends, "lower_right", lambda queries, entries, delay, device: on_cpu)
+    assert isinstance(backends._causality(5, 12, torch.device("cuda")), CausalBias)
+    with FlopCounterMode(display=False):
+        assert backends._causality(5, 12, torch.device("cuda")) is on_cpu
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_attention_under_a_dispatch_mode(backend, name):
+    query, key, value, visibility = case(name)
+    with FlopCounterMode(display=False), torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
+        mass = attention_mass(query, key, 0.3, visibility, lse=lse)
+    expected, probabilities = by_hand(query, key, value, 0.3, visibility)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(mass, columns, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float16),
+    ],
+    ids=str,
+)
+def test_mixed_types_are_computed_in_the_widest(dtypes, name, backend):
+    query, key, value, visibility = case(name)
+    query, key, value = (tensor.to(dtype) for tensor, dtype in zip((query, key, value), dtypes, strict=True))
+    with torch.no_grad():
+        output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
+        same = attend(query, key, value, 0.3, visibility, backend)
+        mass = attention_mass(query, key, 0.3, visibility, lse=lse)
+    expected, probabilities = by_hand(query.double(), key.double(), value.double(), 0.3, visibility)
+    assert output.dtype == same.dtype == query.dtype
+    rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[query.dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=rounding)
+    columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(mass.double(), columns, rtol=0, atol=1e-4)
+
+
+def test_mass_is_not_rounded_by_autocast():
+    query, key, value, visibility = case("causal", torch.float32)
+    _, probabilities = by_hand(query, key, value, 0.3, visibility)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mass = attention_mass(query, key, 0.3, visibility)
+    columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    torch.testing.assert_close(mass, columns, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "most"), [("flash_attention_2", 256), ("flash_attention_4", 128)])
+@pytest.mark.parametrize(
+    ("dtype", "is_narrow"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
+)
+def test_flash_packages_are_asked_only_for_what_they_can(backend, most, dtype, is_narrow, monkeypatch):
+    """A stand-in for the packages, which need a GPU: the sizes and types that reach them."""
+    asked = []
+
+    def flash_attn_func(query, key, value, **options):
+        asked.append((query.shape[-1], query.dtype))
+        return torch.zeros_like(query)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    package.cute = package
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    monkeypatch.setattr(backends, "_is_installed", lambda name: True)
+    for head_dim in (most - 8, most, most + 8):
+        query, key, value = torch.randn(3, 1, 2, 4, head_dim, dtype=dtype).unbind()
+        for bias in (None, torch.rand(1, 2, 4)):
+            output = attend(query, key, value, 0.1, Visibility(bias=bias), backend)
+            assert output.shape == query.shape
+    expected = [(most - 8, dtype), (most, dtype), (most, dtype)]
+    assert asked == (expected if is_narrow else [])
+
+
+def test_kernel_of_another_version_is_refused_but_loaded(tmp_path):
+    """A heads folder says which kernel its author used."""
+    with pytest.raises(ValueError, match="attention must be one of auto, sdpa, eager, triton, .*, got 'flex'"):
+        LoCoCoConfig(16, attention="flex")
+    LoCoCoConfig(16, block_size=8).save_pretrained(tmp_path)
+    saved = tmp_path / "lococo_config.json"
+    saved.write_text(saved.read_text().replace('"auto"', '"flex"'))
+    with pytest.warns(UserWarning, match="attention='flex' is unknown to this version"):
+        assert LoCoCoConfig.from_pretrained(tmp_path) == LoCoCoConfig(16, block_size=8)
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "message"),
+    [
+        ("flash_attention_2", "flash_attn.flash_attn_interface", r"pip install lococo\[flash\]"),
+        ("flash_attention_4", "flash_attn.cute", "pip install --pre flash-attn-4"),
+        ("triton", "triton", "pip install triton"),
+    ],
+)
+def test_backend_says_what_is_missing(backend, module, message, monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name != module)
+    query, key, value, visibility = case("causal")
+    with pytest.raises(ImportError, match=message):
+        attend(query, key, value, 0.3, visibility, backend)
+
+
+def test_triton_asks_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda name: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU, the model is on cpu"):
+        attend(*case("causal", torch.float32)[:3], 0.3, Visibility(), "triton")
+
+
+def test_nothing_optional_is_imported_with_lococo():
+    code = "import sys; import lococo.attention, lococo.compression.select; "
+    code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@torch.no_grad()
+def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
+    """It is asked for every segment, with masks, biases and softcaps; decoding needs none."""
+    monkeypatch.setattr(backends.ATTENTIONS, "_items", dict(backends.ATTENTIONS._items))
+    calls = []
+
+    @lococo.register_attention("own")
+    def own(query, key, value, scale, visibility, dropout, wants_lse):
+        calls.append((visibility.mask is not None, visibility.bias is not None))
+        return backends.ATTENTIONS["eager"](query, key, value, scale, visibility, dropout, wants_lse)
+
+    ids, mask = tiny_ids(2, 61), torch.ones(2, 61, dtype=torch.long)
+    mask[0, :9] = 0
+    logits = []
+    for attention in ("own", "eager"):
+        torch.manual_seed(0)
+        config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
+        with patched(tiny_llama(), config) as model:
+            logits.append([model(ids).logits, model(ids, attention_mask=mask).logits])
+    assert all(map(torch.equal, *logits))
+    assert {(False, True), (True, True)} <= set(calls)
+    with pytest.raises(ValueError, match="attention must be one of auto, .*, own, got 'theirs'"):
+        LoCoCoConfig(16, attention="theirs")
+    with pytest.raises(ValueError, match="attention 'sdpa' is registered already"):
+        lococo.register_attention("sdpa")(own)
+    with pytest.raises(TypeError, match="an attention must be a function"):
+        lococo.register_attention("number")(3)

@@ -1,0 +1,18 @@
+"""A tokenizer whose words are numbers."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+WORDS = 97
+
+
+def word_tokenizer(bos=False, eos_token="</s>", words=WORDS):
+    """Token 2 + n is the word "wn"; 0 and 1 are BOS and EOS."""
+    vocabulary = {"<s>": 0, "</s>": 1, **{f"w{n}": 2 + n for n in range(words)}, "<unk>": 2 + words}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token=eos_token, unk_token="<unk>", model_max_length=8
+    )

@@ -1,0 +1,119 @@
+"""Whose commit a result names: LoCoCo's own, or none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lococo
+from lococo.results.tables import own_commit, write_result
+
+PACKAGE = Path(lococo.__file__).parent
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    asked = ["git", *identity, *arguments]
+    return subprocess.run(
+        asked, cwd=folder, check=True, capture_output=True, text=True, env=environment
+    ).stdout.strip()
+
+
+def repository(folder, files):
+    """A repository with one commit of some files; returns the commit."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    git(folder, "init", "-q")
+    git(folder, "add", *files)
+    git(folder, "commit", "-qm", "All")
+    return git(folder, "rev-parse", "HEAD")
+
+
+OWN = {"pyproject.toml": '[project]\nname = "lococo"\n', "lococo/__init__.py": "", "lococo/config.py": ""}
+FOREIGN = {"pyproject.toml": '[project]\nname = "thesis"\n', "run.py": ""}
+
+
+def test_a_checkout_names_its_commit_and_that_it_was_changed(tmp_path):
+    commit = repository(tmp_path, OWN)
+    named = own_commit(tmp_path / "lococo")
+    assert len(named) >= 4 and commit.startswith(named)
+    (tmp_path / "lococo" / "config.py").write_text("changed = True\n")
+    assert own_commit(tmp_path / "lococo") == f"{named}-dirty"
+    git(tmp_path, "worktree", "add", "-q", str(tmp_path / "second"))
+    assert own_commit(tmp_path / "second" / "lococo") == named
+
+
+@pytest.mark.parametrize("place", [".venv/lib/python3/site-packages/lococo", "vendor/lococo", "lococo"])
+@pytest.mark.parametrize("is_tracked", [False, True])
+def test_the_commit_of_a_project_that_holds_a_copy_is_not_named(place, is_tracked, tmp_path):
+    repository(tmp_path, {**FOREIGN, **({f"{place}/__init__.py": ""} if is_tracked else {})})
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "__init__.py").write_text("")
+    assert own_commit(tmp_path / place) is None
+
+
+def test_a_package_beside_a_checkout_or_not_in_git_has_none(tmp_path):
+    repository(tmp_path / "own", OWN)
+    build = tmp_path / "own" / "build" / "lococo"
+    build.mkdir(parents=True)
+    assert own_commit(build) is None, "not the package that is tracked"
+    repository(tmp_path / "old", {**OWN, "old/lococo/__init__.py": ""})
+    assert own_commit(tmp_path / "old" / "old" / "lococo") is None, "not at the top"
+    (tmp_path / "alone" / "lococo").mkdir(parents=True)
+    assert own_commit(tmp_path / "alone" / "lococo") is None
+    untracked = {name: content for name, content in OWN.items() if not name.startswith("lococo")}
+    repository(tmp_path / "untracked", untracked)
+    (tmp_path / "untracked" / "lococo").mkdir()
+    (tmp_path / "untracked" / "lococo" / "__init__.py").write_text("")
+    assert own_commit(tmp_path / "untracked" / "lococo") is None
+
+
+def test_a_submodule_is_named_and_not_what_it_is_part_of(tmp_path):
+    commit = repository(tmp_path / "own", OWN)
+    outer = repository(tmp_path / "outer", FOREIGN)
+    git(tmp_path / "outer", "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(tmp_path / "own"), "lib")
+    named = own_commit(tmp_path / "outer" / "lib" / "lococo")
+    assert commit.startswith(named) and not outer.startswith(named)
+
+
+def test_a_hook_of_another_repository_changes_nothing(tmp_path, monkeypatch):
+    commit = repository(tmp_path / "own", OWN)
+    repository(tmp_path / "foreign", FOREIGN)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "foreign" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "foreign"))
+    assert commit.startswith(own_commit(tmp_path / "own" / "lococo"))
+
+
+def test_without_git_there_is_none(tmp_path, monkeypatch):
+    repository(tmp_path, OWN)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert own_commit(tmp_path / "lococo") is None
+
+
+def test_a_result_written_inside_another_project_names_none(tmp_path):
+    """LoCoCo installed into the virtual environment of a project, run from its folder."""
+    commit = repository(tmp_path, FOREIGN)
+    installed = tmp_path / ".venv" / "site-packages"
+    shutil.copytree(PACKAGE, installed / "lococo")
+    script = (
+        "import sys; sys.path.insert(0, '.venv/site-packages'); import lococo; assert '.venv' in lococo.__file__\n"
+        "from pathlib import Path; from lococo.results.tables import write_result\n"
+        "write_result(Path('found'), 'lococo eval ppl', 'cpu', [{'nll': 1.0}])"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert json.loads((tmp_path / "found.json").read_text())["commit"] is None
+    table = (tmp_path / "found.md").read_text()
+    assert "commit" not in table and commit[:7] not in table and "| nll |" in table
+
+
+def test_a_result_has_one_commit_in_both_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("lococo.results.tables.own_commit", lambda package: f"of {package.name}")
+    write_result(tmp_path / "found", "lococo eval ppl", "cpu", [{"nll": 1.0}])
+    assert json.loads((tmp_path / "found.json").read_text())["commit"] == "of lococo"
+    assert "commit of lococo\n" in (tmp_path / "found.md").read_text()

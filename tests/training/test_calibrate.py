@@ -1,0 +1,546 @@
+"""``lococo calibrate`` from text to a heads folder: what stands in it is true, and a killed run goes on."""
+
+import json
+import os
+import random
+import re
+import runpy
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import WORDS, checkpoint, word_tokenizer  # noqa: F401
+from tiny import tiny_llama
+from torch import distributed
+
+import lococo
+from lococo.cli.main import _parser, main
+from lococo.config import LoCoCoConfig
+from lococo.data import windows as data
+from lococo.data.windows import DataConfig, prepare
+from lococo.heads import HEADS_NAME
+from lococo.methods import as_method, method_config
+from lococo.metrics import token_nlls
+from lococo.training import calibrate as module
+from lococo.training import gap, local
+from lococo.training.calibrate import calibrate
+from lococo.training.local import LocalConfig
+from lococo.training.objectives import Distill, NextToken
+from lococo.training.recipe import RECIPES, Recipe, adjusted
+
+LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
+FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
+WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "6"]
+SHORT = ["--steps", "4", "--windows-per-step", "2", "--budget-texts", "1", "--measure-every", "2"]
+SHORT += ["--local-steps", "3", "--local-texts", "4"]
+NOTHING = ["--objective", "none", "--budget-texts", "0"]
+
+
+def write_texts(path, count=240):
+    words = random.Random(3)  # the held-out ones are texts that H2O loses on
+    texts = [{"text": " ".join(words.choices(WORDS, k=LENGTH + 10)), "domain": f"d{i % 2}"} for i in range(count)]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts") / "words.jsonl")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, texts, cache):  # noqa: F811
+    """Calibrate by the command line; returns its status."""
+
+    def call(output, *options, num_slots=SLOTS):
+        arguments = ["--model", checkpoint, "--device", "cpu", "--dataset", texts, "--cache-dir", cache]
+        arguments += ["--output", output, "--num-slots", num_slots, "--block-size", BLOCK, *WINDOWS, *options]
+        return main(["calibrate", *map(str, arguments)])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def heads(run, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("heads") / "heads"
+    assert run(folder, *SHORT) == 0
+    return folder
+
+
+def data_config(texts, **changes):
+    values = dict(sources=(str(texts),), length=LENGTH, num_windows=6, num_heldout=2)
+    return DataConfig(**{**values, **changes})
+
+
+def heldout_windows(texts, cache):
+    return prepare(data_config(texts), word_tokenizer(), cache / "tokens")[1].ids
+
+
+def nll(model, windows, first=FIRST):
+    return sum(token_nlls(model, ids[None].long(), first).mean().item() for ids in windows) / len(windows)
+
+
+def content(folder):
+    return json.loads((folder / "lococo_config.json").read_text())
+
+
+def result(folder):
+    return json.loads((folder / "calibration.json").read_text())
+
+
+def rows(folder, *stages):
+    rows = result(folder)["rows"]
+    return [row for row in rows if not stages or row["stage"] in stages]
+
+
+def errors(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
+
+
+def assert_same_heads(folder, expected, atol=0.0):
+    actual, expected = load_file(folder / HEADS_NAME), load_file(expected / HEADS_NAME)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+# What is written
+
+
+def test_a_heads_folder_is_written_and_nothing_else(heads):
+    assert {path.name for path in heads.iterdir()} == FILES
+    assert [path.name for path in heads.parent.iterdir()] == ["heads"]
+    assert (heads / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert "gap_ratio" in (heads / "README.md").read_text()
+    training = content(heads)["training"]
+    assert training["objective"] == "Distill" and training["sources"] == ["words.jsonl"]
+    assert training["recipe"]["steps"] == 4 and training["recipe"]["local"]["steps"] == 3
+    assert training["command"].startswith("lococo calibrate --model")
+    assert not re.search(r"(^|[ =])/", training["command"]), "a folder of the author"
+
+
+def test_what_a_calibration_took_is_in_its_record(run, tmp_path):
+    began = time.monotonic()
+    assert run(tmp_path / "heads", *NOTHING) == 0
+    usage = result(tmp_path / "heads")["usage"]
+    assert 0 < usage["seconds"] < time.monotonic() - began and not usage["resumed"]
+    resident = psutil.Process().memory_info().rss
+    assert 0.3 * resident < usage["peak_memory_bytes"] < psutil.virtual_memory().total
+
+
+def test_recorded_figures_are_those_of_the_heads_in_the_folder(heads, texts, cache):
+    metrics, windows, model = content(heads)["metrics"], heldout_windows(texts, cache), tiny_llama()
+    measured = {}
+    for name in ("full", "h2o", "h2o-slot"):
+        with as_method(model, method_config(name, SLOTS, BLOCK)):
+            measured[name] = nll(model, windows)
+    assert metrics["heldout_nll_full"] == pytest.approx(measured["full"], rel=1e-6)
+    assert metrics["heldout_nll_h2o"] == pytest.approx(min(measured["h2o"], measured["h2o-slot"]), rel=1e-6)
+    assert measured["h2o"] != pytest.approx(measured["h2o-slot"], rel=1e-3)
+    lococo.patch_model(model, heads=heads)
+    assert metrics["heldout_nll"] == pytest.approx(nll(model, windows), rel=1e-6)
+    full, h2o = metrics["heldout_nll_full"], metrics["heldout_nll_h2o"]
+    assert h2o > full + 0.1
+    assert metrics["gap_ratio"] == pytest.approx((metrics["heldout_nll"] - full) / (h2o - full))
+    assert (metrics["heldout_windows"], metrics["length"], metrics["first"]) == (2, LENGTH, FIRST)
+
+
+def test_rows_tell_what_happened(heads):
+    metrics = content(heads)["metrics"]
+    assert [row["step"] for row in rows(heads, "end-to-end") if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(heads, "end-to-end") if "gap_ratio" in row] == [2, 4]
+    assert [row["layer"] for row in rows(heads, "local") if "error" in row] == [0, 1]
+    for row in rows(heads):
+        if "gap_ratio" in row:
+            full, h2o = metrics["heldout_nll_full"], metrics["heldout_nll_h2o"]
+            assert row["gap_ratio"] == pytest.approx((row["heldout_nll"] - full) / (h2o - full))
+    (saved,) = rows(heads, "saved")
+    assert saved["gap_ratio"] == metrics["gap_ratio"]
+    assert saved["gap_ratio"] != rows(heads, "start")[0]["gap_ratio"]
+
+
+def test_budgets_are_within_the_average_and_in_the_rows(heads):
+    slots = content(heads)["config"]["slots_per_head"]
+    assert [len(layer) for layer in slots] == [2, 2]
+    counts = [count for layer in slots for count in layer]
+    assert 0.9 * SLOTS < sum(counts) / 4 <= SLOTS and len(set(counts)) > 1
+    assert [row["slots"] for row in rows(heads, "budgets")] == counts
+
+
+def test_every_stage_changes_every_head(heads, run, tmp_path):
+    assert run(tmp_path / "start", *SHORT, "--objective", "none", "--local-steps", "0") == 0
+    assert run(tmp_path / "local", *SHORT, "--objective", "none") == 0
+    start, local, both = (load_file(folder / HEADS_NAME) for folder in (tmp_path / "start", tmp_path / "local", heads))
+    for name in start:
+        assert not torch.equal(start[name], local[name]) and not torch.equal(local[name], both[name]), name
+    assert {row["stage"] for row in rows(tmp_path / "start")} == {"budgets", "start", "saved"}
+    assert content(tmp_path / "start")["training"]["objective"] is None
+    model = tiny_llama()
+    torch.manual_seed(0)
+    lococo.patch_model(model, LoCoCoConfig.from_pretrained(tmp_path / "start"))
+    lococo.save_heads(model, tmp_path / "expected", dtype=torch.bfloat16)
+    assert_same_heads(tmp_path / "start", tmp_path / "expected")
+
+
+def test_the_model_is_as_it_was(texts, cache, tmp_path):
+    model, expected = tiny_llama(), tiny_llama()
+    config, recipe = RECIPES["default"](SLOTS, BLOCK)
+    recipe = adjusted(recipe, _parser().parse_args(["calibrate", "--model", "m", "--output", "o", *SHORT]))
+    places = dict(work_dir=tmp_path / "work", cache_dir=cache, first=FIRST)
+    made = calibrate(
+        model, word_tokenizer(), config, data_config(texts), recipe, tmp_path / "heads", dtype=None, **places
+    )
+    assert not lococo.is_patched(model) and not any(module.training for module in model.modules())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.requires_grad and ours.grad is None
+    assert made == rows(tmp_path / "heads") and made[-1]["stage"] == "end-to-end"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / HEADS_NAME).values()} == {torch.float32}
+
+
+def test_running_again_replaces_the_folder(run, tmp_path, capsys):
+    for seed in ("1", "2"):
+        assert run(tmp_path / "heads", *NOTHING, "--seed", seed) == 0
+        assert f"--seed {seed}" in content(tmp_path / "heads")["training"]["command"]
+        assert {path.name for path in (tmp_path / "heads").iterdir()} == FILES
+        assert "heads: gap ratio " in capsys.readouterr().out
+    (tmp_path / "heads" / "mine.txt").write_text("mine")
+    assert run(tmp_path / "heads", *NOTHING) == 2
+    assert "also holds mine.txt" in errors(capsys)[0]
+
+
+def test_where_h2o_loses_nothing_there_is_no_gap(run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr("lococo.training.gap.mean_nll", lambda *arguments: 2.0)
+        assert run(tmp_path / "heads", *SHORT, "--cache-dir", tmp_path / "cache") == 0
+    assert "heads: gap ratio - (" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "heads").iterdir()} == FILES
+    measured = [row for row in rows(tmp_path / "heads") if "gap_ratio" in row]
+    assert len(measured) >= 4 and all(row["gap_ratio"] is None and row["heldout_nll"] == 2.0 for row in measured)
+    metrics = content(tmp_path / "heads")["metrics"]
+    assert metrics["gap_ratio"] is None and metrics["heldout_nll_h2o"] == metrics["heldout_nll_full"] == 2.0
+    lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
+
+
+@pytest.mark.parametrize("h2o", [1.0, 1.000001, 0.9])
+def test_gap_of_training_has_the_guard_of_all(h2o, monkeypatch):
+    monkeypatch.setattr(gap, "mean_nll", lambda *arguments: 1.5)
+    measured = gap.GapRatio(None, FIRST, 1.0, h2o).measure(None)
+    assert measured == {"heldout_nll": 1.5, "gap_ratio": None}
+    assert gap.GapRatio(None, FIRST, 1.0, 2.0).measure(None)["gap_ratio"] == 0.5
+
+
+def test_calibrate_is_a_name_of_the_package_and_imported_when_asked_for():
+    assert lococo.calibrate is calibrate
+    with pytest.raises(AttributeError, match="has no attribute 'calibrated'"):
+        _ = lococo.calibrated
+    script = "import sys, lococo; print({'datasets', 'matplotlib', 'lococo.training'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_tokens_and_figures_are_shared_between_runs(run, heads, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_find_windows", None)
+    assert run(tmp_path / "more-slots", *NOTHING, num_slots=24) == 0
+    measured, original = [], gap.mean_nll
+    monkeypatch.setattr(gap, "mean_nll", lambda *arguments: measured.append(1) or original(*arguments))
+    assert run(tmp_path / "again", *NOTHING) == 0
+    assert len(measured) == 2, "the start and the end; baselines are there"
+
+
+# Going on
+
+
+def stop_in(name, when):
+    """Replacement of a function that stops the program when it is called for the n-th time, after the call."""
+
+    def replace(monkeypatch, holder):
+        original, calls = getattr(holder, name), []
+
+        def stopped(*arguments, **options):
+            calls.append(1)
+            if len(calls) == when:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(holder, name, stopped)
+
+    return replace
+
+
+STOPS = {
+    "recording the third text": (stop_in("record", 3), local),
+    "learning the second layer": (stop_in("train_layer", 2), local),
+    "between the stages": (stop_in("_train_end_to_end", 1), module),
+    "step three": (stop_in("on_step_end", 3), gap.MeasureGap),
+    "saving": (stop_in("save_calibrated", 1), module),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        replace, holder = STOPS[stop]
+        replace(patched, holder)
+        run(tmp_path / "heads", *SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.work"]
+    capsys.readouterr()
+    assert run(tmp_path / "heads", *SHORT) == 2
+    (error,) = errors(capsys)
+    assert "heads.work holds an unfinished run: resume it (--resume) or remove that folder" in error
+    assert run(tmp_path / "heads", *SHORT, "--resume", "--seed", "1") == 2
+    assert "holds a run with another data: resume it with the same arguments" in errors(capsys)[0]
+    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
+    assert_same_heads(tmp_path / "heads", heads)
+    assert rows(tmp_path / "heads") == rows(heads)
+    assert result(tmp_path / "heads")["usage"]["resumed"]
+    assert not (tmp_path / "heads.work").exists()
+
+
+def test_stopped_before_there_is_a_work_folder(heads, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_in("allocate", 1)(patched, module)
+        run(tmp_path / "heads", *SHORT)
+
+    def recorded_again(*arguments, **options):
+        raise AssertionError("the errors are remembered")
+
+    monkeypatch.setattr("lococo.training.budgets.record", recorded_again)
+    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
+    assert_same_heads(tmp_path / "heads", heads)
+
+
+def test_resumed_after_its_last_step_with_windows_left(run, tmp_path, monkeypatch):
+    short = [*NOTHING, "--objective", "next-token", "--steps", "2", "--measure-every", "1"]
+    assert run(tmp_path / "whole", *short) == 0
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_in("save_calibrated", 1)(patched, module)
+        run(tmp_path / "cut", *short)
+    assert run(tmp_path / "cut", *short, "--resume") == 0
+    assert_same_heads(tmp_path / "cut", tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_folder_of_something_else_is_neither_resumed_nor_removed(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert run(tmp_path / "heads", *NOTHING, "--resume", "--work-dir", tmp_path / "mine") == 2
+    assert "mine holds thesis.txt, so it is no run to resume" in errors(capsys)[0]
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+# Recipes
+
+
+def test_the_paper_recipe_is_that_of_the_paper():
+    config, recipe = RECIPES["paper"](512, 512)
+    assert (recipe.steps, recipe.windows_per_step, recipe.learning_rate) == (200, 128, 5e-2)
+    assert 128 * 4096 == 524_288 and recipe.windows_needed == 200 * 128
+    assert type(recipe.objective) is NextToken and recipe.objective.backprop_tokens == 4 * 512
+    assert (recipe.budget_texts, recipe.local, recipe.scalar_lr_factor) == (0, None, 1.0)
+    assert config == LoCoCoConfig.reference(512, block_size=512)
+    assert (config.normalization, config.init_std, config.head_rank) == ("softmax", 1.0, None)
+
+
+def test_the_paper_recipe_runs(run, tmp_path):
+    assert run(tmp_path / "heads", "--recipe", "paper", "--steps", "2", "--windows-per-step", "2") == 0
+    written = content(tmp_path / "heads")
+    config = written["config"]
+    assert (config["normalization"], config["num_heavy"], config["slots_per_head"]) == ("softmax", SLOTS // 2, None)
+    assert written["training"]["objective"] == "NextToken"
+    assert [row["learning_rate"] for row in rows(tmp_path / "heads") if "loss" in row] == [5e-2, 2.5e-2]
+    weight = load_file(tmp_path / "heads" / HEADS_NAME)["layers.0.conv.weight"].float()
+    assert weight.std() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("block_size", [8, 512, 1024, 2048])
+def test_back_propagation_reaches_over_a_block(block_size):
+    for make in RECIPES.values():
+        _, recipe = make(4096, block_size)
+        assert recipe.objective.backprop_tokens >= 2 * block_size
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ([], {}),
+        (["--steps", "7"], {"steps": 7}),
+        (["--windows-per-step", "3"], {"windows_per_step": 3}),
+        (["--learning-rate", "0.5"], {"learning_rate": 0.5}),
+        (["--budget-texts", "0"], {"budget_texts": 0}),
+        (["--local-texts", "5"], {"local_texts": 5}),
+        (["--measure-every", "9"], {"measure_every": 9}),
+        (["--local-steps", "4"], {"local": LocalConfig(steps=4)}),
+        (["--local-steps", "0"], {"local": None}),
+        (["--objective", "none"], {"objective": None}),
+        (["--objective", "none", "--steps", "0"], {"objective": None, "steps": 0}),
+        (["--objective", "next-token"], {"objective": NextToken(backprop_tokens=1024)}),
+        (["--objective", "distill"], {"objective": Distill(backprop_tokens=1024)}),
+        (["--backprop-tokens", "99"], {"objective": Distill(backprop_tokens=99)}),
+        (["--backprop-tokens", "0"], {"objective": Distill()}),
+        (["--objective", "next-token", "--backprop-tokens", "0"], {"objective": NextToken()}),
+    ],
+)
+def test_options_change_the_recipe(options, changes):
+    parsed = _parser().parse_args(["calibrate", "--model", "m", "--output", "o", *options])
+    recipe = adjusted(Recipe(), parsed)
+    assert recipe == Recipe(**changes)
+    local_first = Recipe(local=LocalConfig(steps=9, learning_rate=0.1), objective=None)
+    kept = adjusted(local_first, parsed)
+    if "local" not in changes:
+        assert kept.local == local_first.local
+    elif changes["local"]:
+        assert kept.local == LocalConfig(steps=4, learning_rate=0.1)
+
+
+def test_windows_needed_are_those_of_the_hungriest_stage():
+    assert Recipe().windows_needed == 50
+    assert Recipe(steps=3, windows_per_step=4).windows_needed == 12
+    assert Recipe(objective=None).windows_needed == 6
+    assert Recipe(objective=None, budget_texts=0).windows_needed == 1
+    assert Recipe(objective=None, local=LocalConfig()).windows_needed == 12
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
+        (["--block-size", "0"], "block_size must be an integer of at least 1, got 0"),
+        (["--steps", "0"], "steps must be at least 1 with an objective"),
+        (["--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
+        (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
+        (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
+        (["--backprop-tokens", "-1"], "backprop_tokens must be a whole number of at least 1"),
+        (["--budget-texts", "-1"], "budget_texts must be at least 0, got -1"),
+        (["--local-steps", "-1"], "local steps must be at least 1, got -1"),
+        (["--local-steps", "3", "--local-texts", "2"], "local_texts must be more than the 2"),
+        (["--measure-every", "0"], "measure_every must be at least 1, got 0"),
+        (["--windows", "0"], "num_windows must be a whole number of at least 1, got 0"),
+        (["--heldout", "0"], "num_heldout must be at least 1"),
+        (["--length", "1"], "length must be a whole number of at least 2, got 1"),
+        (["--first", "80"], "first must lie between 1 and 79 for windows of 80, got 80"),
+        (["--first", "0"], "first must lie between 1 and 79"),
+        (["--length", "25", "--first", "9"], "too short for num_slots=16 and block_size=8: .* evicted after 24"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--dtype", "float33"], "--dtype must be float32, bfloat16, ..., got 'float33'"),
+        (["--device", "gpu"], "--device must be cpu, cuda, cuda:1, ..., got 'gpu'"),
+        (["--deepspeed", "missing.json"], "missing.json: no such DeepSpeed config file"),
+        (["--output", "."], "has no lococo_config.json and is not empty"),
+    ],
+)
+def test_bad_arguments_are_one_line_before_a_model_is_loaded(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "words.jsonl", 1)
+    arguments = ["--model", "no-model", "--dataset", "words.jsonl", "--output", "heads", "--num-slots", str(SLOTS)]
+    assert main(["calibrate", *arguments, "--block-size", str(BLOCK), *WINDOWS, *options]) == 2
+    (error,) = errors(capsys)
+    assert re.search(message, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["words.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text-column", "body"], "no column 'body'"),
+        (["--boundaries", "none"], "EOS"),
+        (["--length", "200"], "not one training window of 200 tokens"),
+    ],
+)
+def test_what_the_text_is_not_like_is_one_line(options, message, run, tmp_path, capsys):
+    assert run(tmp_path / "heads", *NOTHING, *options) == 2
+    (error,) = errors(capsys)
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+# Several processes
+
+
+def calibrate_tiny(folder, windows_per_step=2):
+    """Float32 heads after every stage, in one process or in one of two."""
+    recipe = Recipe(
+        budget_texts=2,
+        local=LocalConfig(steps=3),
+        local_texts=4,
+        objective=Distill(backprop_tokens=20),
+        steps=3,
+        windows_per_step=windows_per_step,
+        measure_every=2,
+    )
+    config = LoCoCoConfig(SLOTS, block_size=BLOCK, head_rank=4, kernel_size=5, gate_init=0.2)
+    places = dict(work_dir=folder / "work", cache_dir=folder / "cache", first=FIRST)
+    texts = data_config(folder / "words.jsonl")
+    # In float32 the order of a sum decides over weights whose gradient is near Adam's epsilon.
+    model = tiny_llama().double()
+    return calibrate(model, word_tokenizer(), config, texts, recipe, folder / "heads", dtype=None, **places)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_heads_of_one(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        write_texts(folder / "words.jsonl")
+    alone = calibrate_tiny(folders[0])
+    command = [sys.executable, __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen([*command, str(rank), str(folders[1])], env=environment) for rank in range(2)]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert_same_heads(folders[1] / "heads", folders[0] / "heads", atol=1e-9)
+    assert sorted(path.name for path in folders[1].iterdir()) == ["cache", "heads", "words.jsonl"]
+    together = rows(folders[1] / "heads")
+    assert [row.keys() for row in together] == [row.keys() for row in alone]
+    assert content(folders[1] / "heads")["metrics"] == pytest.approx(
+        content(folders[0] / "heads")["metrics"], abs=1e-9
+    )
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    launched = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(**launched, MASTER_ADDR="localhost", MASTER_PORT="0")
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    time.sleep(3 * rank)  # the first process must not begin before the last has looked at the work folder
+    with pytest.raises(ValueError, match="windows_per_step=3 must be a multiple of 2 processes"):
+        calibrate_tiny(folder, windows_per_step=3)
+    calibrate_tiny(folder)
+    distributed.destroy_process_group()
+
+
+# The example
+
+
+def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path, monkeypatch, capsys):  # noqa: F811
+    script = Path(__file__).parents[2] / "examples" / "calibrate.py"
+    arguments = ["--model", checkpoint, "--data", texts, "--output", tmp_path / "heads"]
+    arguments += ["--num-slots", SLOTS, "--length", LENGTH, "--steps", 2]
+    monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "perplexity with the full cache: " in printed and "with 16 slots per layer: " in printed
+    model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
+    untrained = LoCoCoConfig.from_pretrained(tmp_path / "heads").gate_init
+    assert all((head.gate != untrained).any() for head in lococo.state.head_modules(model).values())
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))
