@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from lococo.data.texts import read_documents
+from lococo.data.documents import documents
 from lococo.models.chatglm.tokenizer import end_ids, fast_tokenizer, tokenizer_config
 
 TOKENS_PER_STEP = 4096
@@ -103,7 +103,7 @@ def main() -> None:
 
     backend = fast_tokenizer(options.tokenizer / "tokenizer.model", generation=3)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer_config(generation=3))
-    texts = [document["text"] for path in options.data for document in read_documents(path)]
+    texts = [document["text"] for document in documents(list(map(str, options.data)), in_order=True)]
     lessons = Lessons(tokenizer(texts).input_ids, options.steps, options.repeated)
     model = tiny_glm(tokenizer)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo.cli.long import add_long_command
-from lococo.data.texts import PROOF_PILE, Cut, read_file, read_windows
+from lococo.data.texts import Cut, read_texts, read_windows
 from lococo.evaluation import ppl_table
 from lococo.loading import add_model_options, load
 from lococo.methods import plan_runs

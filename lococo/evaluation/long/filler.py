@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lococo.data.texts import read_documents
+from lococo.data.documents import documents
 
 _NOUNS = (
     "river garden teacher window market letter bridge kitchen farmer valley candle station meadow basket clock road"
@@ -23,11 +23,11 @@ class Filler:
     Parameters
     ----------
     paths : sequence of Path
-        ``.txt`` or ``.jsonl`` files; none: sentences are generated.
+        Files or folders, as in ``documents``; none: sentences are generated.
     """
 
     def __init__(self, paths: Sequence[Path] = ()) -> None:
-        texts = [document["text"] for path in paths for document in read_documents(path)]
+        texts = [document["text"] for document in documents(list(map(str, paths)), in_order=True)]
         self.words = [word for text in texts for word in text.split()] or _generated(random.Random(0), sentences=4000)
         self.starts = [0, *(place for place in range(1, len(self.words)) if _ends(self.words[place - 1]))]
 
