@@ -1,0 +1,51 @@
+"""What commands say on the terminal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WIDTH = 100  # columns of a table, at most
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Rows as a table of at most 100 columns of text; what is the same in all of them stands below it, once.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        All with the same keys.
+    columns : sequence of str, optional
+        Keys to show. None: all.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    shown = [name for name in columns or rows[0] if any(row[name] is not None for row in rows)]
+    alike = [name for name in shown if len(rows) > 1 and all(row[name] == rows[0][name] for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in (name for name in shown if name not in alike):
+        is_number = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in shown if name not in alike))
+    console = Console(width=min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), highlight=False)
+    console.print(table)
+    if alike:
+        console.print(", ".join(f"{name.replace('_', ' ')} {_cell(rows[0][name])}" for name in alike), markup=False)
+
+
+def print_written(output: Path) -> None:
+    """Where the files of a result are."""
+    print(f"{output}.json: the result; its table (.md) and pictures (.png) lie beside it")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
