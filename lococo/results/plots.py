@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-NOTHING = math.nan  # a gap in a line, a bar that is left out
+GAP = math.nan  # in a line, or a bar that is left out
+THIN = {"marker": "", "linewidth": 1}  # a line of many points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ class HeatMap:
             bar.ax.yaxis.set_major_formatter("{x:.0f}")
             bar.ax.yaxis.set_minor_formatter("{x:.0f}")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
-        axes.set_title(self.title, fontsize=8)
+        axes.set_title(self.title, fontsize=9)
 
 
 _BAND = {"color": "#dd8452", "alpha": 0.35, "linewidth": 0}
@@ -268,7 +269,7 @@ def picture(
             if legend == "panel" and axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=8)
     if legend == "figure" and named:
-        columns = max(1, min(len(named), int(size[0] / (0.085 * max(map(len, named)) + 0.5))))
+        columns = max(1, min(len(named), int(size[0] / (0.075 * max(map(len, named)) + 0.5))))
         figure.legend(
             list(named.values()), list(named), frameon=False, loc="outside upper center", ncols=columns, fontsize=9
         )
