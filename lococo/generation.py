@@ -196,9 +196,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def prompt_ids(
-    tokenizer: Any, text: str, question: str | None = None, max_tokens: int | None = None
-) -> torch.Tensor:
+def prompt_ids(tokenizer: Any, text: str, question: str | None = None, max_tokens: int | None = None) -> torch.Tensor:
     """(1, tokens) ids of a text, cut to its first tokens, with the question after it in the model's chat format.
 
     Raises

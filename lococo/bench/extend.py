@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.heap import freed_blocks_returned
 from lococo.bench.meter import Meter
-from lococo.bench.topic import Cell, random_ids
+from lococo.bench.topic import Cell, Topic, random_ids
 from lococo.bench.train import Train
 from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
+from lococo.methods import Run
 from lococo.state import is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 
@@ -38,6 +39,10 @@ class Extend(Train):
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.depth = depth
+
+    def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
+        """Every method at every length; all learn to predict the next token."""
+        return Topic.groups(self, runs, lengths, batches)
 
     def settings(self) -> dict[str, int]:
         """The depth."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lococo.cache.cache import LoCoCoCache, Memory
 from lococo.compat import with_cache
 from lococo.generation import cache_bytes
 from lococo.kernels import scoring as kernels
+from lococo.methods import Run
 from lococo.models import base_shape, find_decoder
 from lococo.state import head_modules
 
@@ -48,6 +49,15 @@ class Score(Topic):
     def settings(self) -> dict[str, Any]:
         """See ``Topic``."""
         return {"block_size": self.block_size}
+
+    def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
+        """A group for every number of slots, which says the length."""
+        budgets = dict.fromkeys(run.num_slots for run in runs if run.num_slots)
+        return [
+            [Cell(run, slots + self.block_size, batch) for run in runs if run.num_slots in (None, slots)]
+            for batch in batches
+            for slots in budgets
+        ]
 
     def tokens(self, cell: Cell) -> None:
         """None: one layer is not a model."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lococo.bench.grid import Grid
 from lococo.bench.limits import Limits
+from lococo.bench.pictures import plot
 from lococo.bench.topic import Cell
+from lococo.results.tables import beside, write_result
 
 # What the Markdown table shows; the JSON has all.
 COLUMNS = (
@@ -127,3 +133,13 @@ def _median_beside(grid: Grid, cell: Cell, method: str) -> float | None:
 def columns(topic: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the columns that the Markdown table of a topic shows."""
     return [name for name in (*COLUMNS, *EXTRA_COLUMNS.get(topic, ())) if rows and name in rows[0]]
+
+
+def write_grid(grid: Grid, rows: Sequence[dict[str, Any]], output: Path, command: str) -> None:
+    """Write ``<output>.json``, ``.md`` and, if matplotlib is installed, ``.png``."""
+    shown = columns(grid.topic.name, rows)
+    write_result(output, command, grid.device, rows, shown, limits=dataclasses.asdict(grid.limits()))
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{output}: no picture, matplotlib is not installed", file=sys.stderr)
+    else:
+        plot(grid.topic.name, rows, beside(output, ".png"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +67,10 @@ class Topic(abc.ABC):
         """
         if cell.length < 1:
             raise ValueError(f"lengths must be at least 1, got {cell.length}")
+
+    def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
+        """The cells to measure, in groups that are compared with each other."""
+        return [[Cell(run, length, batch) for run in runs] for batch in batches for length in lengths]
 
     @abc.abstractmethod
     def tokens(self, cell: Cell) -> int | None:

@@ -14,11 +14,13 @@ from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, Topic, random_ids
 from lococo.config import LoCoCoConfig
+from lococo.methods import Run
 from lococo.state import head_modules, is_patched
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Caches, NextToken, Objective, WindowLoss
 from lococo.training.recipe import default_recipe
 
+OBJECTIVES = ("distill", "next-token")
 Loss = Callable[[torch.Tensor, Caches, int, int], torch.Tensor]
 
 
@@ -30,10 +32,25 @@ class Train(Topic):
     weights (and biases) alone, so that what is measured is the cheapest training of a model through that cache. The
     full cache's back-propagation goes through the whole window at once, as without LoCoCo. Steps have size zero: the
     model stays as it is.
+
+    Parameters
+    ----------
+    objectives : sequence of str
+        What heads are trained for, of ``distill`` and ``next-token``: each has cells of its own.
     """
 
     name = "train"
     unit = "token"
+
+    def __init__(self, objectives: Sequence[str] = ("distill",)) -> None:
+        for objective in objectives:
+            if objective not in OBJECTIVES:
+                raise ValueError(f"objectives must be of {', '.join(OBJECTIVES)}, got {objective!r}")
+        self.objectives = objectives
+
+    def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
+        """Cells of methods with heads once for each objective."""
+        return [with_objectives(group, self.objectives) for group in super().groups(runs, lengths, batches)]
 
     def check(self, cell: Cell) -> None:
         """Refuse a window without a token to predict."""

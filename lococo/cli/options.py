@@ -6,27 +6,16 @@ No file of this package imports torch or Transformers before a command runs: hel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 MODEL, METHOD, TEXT, TRAINING, RUN, MEASURED = "Model", "Method", "Text", "Training", "Run", "What is measured"
 
-# Names of lococo.methods, lococo.bench.shapes and lococo.extension, which tests compare; those modules need torch.
-Preset = Literal[
-    "streaming",
-    "streaming-absolute",
-    "h2o",
-    "h2o-slot",
-    "lococo-uncalibrated",
-    "lococo-uncalibrated-slot",
-    "lococo-paper",
-    "lococo-reference",
-]
-Method = Literal["full", Preset]
-NUM_SLOTS = 512  # of LoCoCoConfig
+NUM_SLOTS = 512  # of LoCoCoConfig, which needs torch
+METHODS = "full, streaming, h2o, h2o-slot, lococo-uncalibrated, lococo-paper, lococo-reference, ..."
 
 
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:
@@ -52,9 +41,7 @@ class ModelOptions:
         """Model and tokenizer, on another device if so told."""
         from lococo import loading
 
-        return loading.load_model(
-            self.model, gguf_file=self.gguf_file, device=device or self.device, dtype=self.dtype
-        )
+        return loading.load_model(self.model, gguf_file=self.gguf_file, device=device or self.device, dtype=self.dtype)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, without the model."""
@@ -67,7 +54,7 @@ NumSlots = Annotated[int, option(METHOD, "KV slots per layer and KV head (M).")]
 SlotCounts = Annotated[list[int], option(METHOD, "KV slots per layer and KV head (M), one number or several.")]
 BlockSize = Annotated[int, option(METHOD, "Tokens read between two compressions (B).")]
 OwnBlockSize = Annotated[
-    int | None, option(METHOD, "Tokens read between two compressions (B). [dim]\\[default: M, at most 512][/dim]")
+    int | None, option(METHOD, "Tokens read between two compressions (B).", show_default="M, at most 512")
 ]
 Heads = Annotated[
     str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block.", metavar="HEADS")
@@ -75,15 +62,17 @@ Heads = Annotated[
 ComparedHeads = Annotated[
     list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)
 ]
-Methods = Annotated[str, option(METHOD, "What is compared, joined by commas; eval ppl --help lists the names.")]
+MethodName = Annotated[str, option(METHOD, f"One of {METHODS}", metavar="METHOD")]
+MethodNames = Annotated[str, option(METHOD, f"What is compared, joined by commas: {METHODS}", metavar="METHODS")]
 
 Data = Annotated[
     list[str] | None,
     option(
         TEXT,
         "Texts to measure on: files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders, or Hub ids such as "
-        "org/name:configuration. [dim]\\[default: Proof-Pile-2 of the Hub][/dim]",
+        "org/name:configuration.",
         metavar="DATA",
+        show_default="Proof-Pile-2 of the Hub",
     ),
 ]
 TextColumn = Annotated[str, option(TEXT, "Name of the text in a document of --data.")]
@@ -91,14 +80,74 @@ First = Annotated[int, option(TEXT, "First token of a window that counts.")]
 Documents = Annotated[int, option(TEXT, "Windows of each file; with --sliding documents.")]
 
 TimeLimit = Annotated[float | None, option(RUN, "Seconds after which it ends; the same command goes on.")]
-WorkDir = Annotated[Path | None, option(RUN, "State of the run. [dim]\\[default: OUTPUT.work][/dim]")]
+WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="OUTPUT.work")]
 Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.")]
 Seed = Annotated[int, option(RUN, "Of what is drawn by chance.")]
 
 
-def work_folder(work_dir: Path | None, output: Path) -> Path:
-    """Where a run keeps its state: beside the output unless told."""
-    return work_dir or output.absolute().with_name(f"{output.absolute().name}.work")  # "." has no name
+@dataclasses.dataclass(frozen=True)
+class DatasetOptions:
+    """Text to train on."""
+
+    dataset: Annotated[
+        list[str] | None,
+        option(
+            TEXT,
+            "Texts to train on: files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders, or Hub ids such as "
+            "org/name or org/name:configuration.",
+            metavar="DATA",
+            show_default="togethercomputer/RedPajama-Data-1T-Sample",
+        ),
+    ] = None
+    text_column: Annotated[str, option(TEXT, "Name of the text in a document.")] = "text"
+    windows: Annotated[int | None, option(TEXT, "Training windows.", show_default="as many as the training reads")] = (
+        None
+    )
+    boundaries: Annotated[str, option(TEXT, "Between documents: reset or none.")] = "reset"
+    seed: Annotated[int, option(TEXT, "Of what is drawn by chance.")] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRunOptions:
+    """Where a training writes and keeps its state, and how it goes on."""
+
+    output: Annotated[Path, option(RUN, "Folder to write.")]
+    work_dir: WorkDir = None
+    cache_dir: Annotated[Path, option(RUN, "Token windows and figures that other runs use, too.")] = Path(
+        "~/.cache/lococo"
+    )
+    resume: Annotated[bool, option(RUN, "Go on with the run in the work folder.", "--resume")] = False
+    deepspeed: Annotated[
+        str | None, option(RUN, "zero2 for our ZeRO-2, or a DeepSpeed config file.", metavar="CONFIG")
+    ] = None
+
+    @property
+    def work_folder(self) -> Path:
+        """Where the state is: beside the output unless told."""
+        output = self.output.absolute()  # "." has no name
+        return self.work_dir or output.with_name(f"{output.name}.work")
+
+    @property
+    def training_arguments(self) -> dict[str, Any] | None:
+        """What ``transformers.TrainingArguments`` are told besides.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such DeepSpeed config.
+        ImportError
+            If DeepSpeed is not installed.
+        """
+        from lococo.training.window_trainer import DEEPSPEED_ZERO2
+
+        if self.deepspeed is None:
+            return None
+        path = str(DEEPSPEED_ZERO2) if self.deepspeed == "zero2" else self.deepspeed
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such DeepSpeed config file")
+        if not importlib.util.find_spec("deepspeed"):
+            raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
+        return {"deepspeed": path}
 
 
 def names_of(joined: str) -> list[str]:
@@ -106,3 +155,6 @@ def names_of(joined: str) -> list[str]:
     return [name for name in joined.split(",") if name]
 
 
+def block_of(num_slots: int, block_size: int | None) -> int:
+    """Tokens between two compressions: as many as slots, at most 512, unless told."""
+    return min(num_slots, 512) if block_size is None else block_size

@@ -53,23 +53,22 @@ def spread(words: Sequence[str], lists: Collection[str]) -> list[str]:
     return found
 
 
-def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
+def add_command(app: typer.Typer, name: str, function: Callable[..., Any]) -> None:
     """Make a function a command of an app; its docstring is the help."""
     app.command(name, cls=Command)(laid_out(function))
 
 
-def laid_out(function: Callable[..., None]) -> Callable[..., None]:
+def laid_out(function: Callable[..., Any]) -> Callable[..., None]:
     """A function that takes the fields of its parameters that are dataclasses one by one, each as an option."""
     signature = inspect.signature(function, eval_str=True)
-    groups = {
+    groups: dict[str, Any] = {
         name: parameter.annotation
         for name, parameter in signature.parameters.items()
         if dataclasses.is_dataclass(parameter.annotation)
     }
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        group = groups.get(name)
-        parameters += inspect.signature(group, eval_str=True).parameters.values() if group else [parameter]
+        parameters += _parameters(groups[name]) if name in groups else [parameter]
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
 
     @functools.wraps(function)
@@ -82,3 +81,12 @@ def laid_out(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    """The parameters that make a dataclass."""
+    found = []
+    for name, parameter in inspect.signature(group, eval_str=True).parameters.items():
+        factory = group.__dataclass_fields__[name].default_factory
+        found.append(parameter if factory is dataclasses.MISSING else parameter.replace(default=factory()))
+    return found

@@ -91,6 +91,11 @@ def local_files(source: str) -> list[Path] | None:
     )
 
 
+def single_files(sources: Iterable[str | Path]) -> list[str]:
+    """Sources that each are one file, or of the Hub: a folder is as many as it has files."""
+    return [str(file) for source in map(str, sources) for file in local_files(source) or (source,)]
+
+
 def check_sources(sources: Sequence[str], text_column: str = "text") -> None:
     """Refuse sources that hold no text, before any longer work: of every local one a document is read.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lococo.data.documents import documents, local_files
+from lococo.data.documents import documents, local_files, single_files
 
 # Files of the test split: `datasets` no longer runs the script that this dataset comes with.
 PROOF_PILE = {
@@ -193,7 +193,6 @@ def read_windows(
         for domain, source in PROOF_PILE.items():
             texts = [dataclasses.replace(text, domain=domain) for text in read_texts(source, tokenizer, cut)]
             found += cut.windows(source, texts)
-    for source in map(str, sources or ()):
-        for file in local_files(source) or [source]:
-            found += cut.windows(str(file), read_texts(str(file), tokenizer, cut, text_column))
+    for file in single_files(sources or ()):
+        found += cut.windows(file, read_texts(file, tokenizer, cut, text_column))
     return found
