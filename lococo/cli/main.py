@@ -50,8 +50,9 @@ def _usage_error(error: Any) -> str:
 def _app() -> typer.Typer:
     app = _group("Long texts in a fixed number of key-value slots.")
     app.callback()(_root)
-    for name, function in {"generate": generate, "calibrate": calibrate, "extend": extend}.items():
-        add_command(app, name, function)
+    add_command(app, "generate", generate)
+    add_command(app, "calibrate", calibrate)
+    add_command(app, "extend", extend)
     evaluations = _group("Measure quality.")
     add_command(evaluations, "ppl", evaluate.perplexity)
     add_command(evaluations, "tasks", evaluate.tasks)
