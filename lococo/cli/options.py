@@ -44,9 +44,11 @@ class ModelOptions:
         return loading.load_model(self.model, gguf_file=self.gguf_file, device=device or self.device, dtype=self.dtype)
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer, without the model."""
+        """The tokenizer, without the model; what the model will be told is checked, too."""
         from lococo import loading
 
+        loading.chosen_device(self.device)
+        loading.chosen_dtype(self.dtype)
         return loading.load_tokenizer(self.model, self.gguf_file)
 
 

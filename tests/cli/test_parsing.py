@@ -132,7 +132,9 @@ def test_a_table_fits_and_says_once_what_is_alike(capsys):
         {"method": "lococo-uncalibrated-slot", **{f"figure_{index}": 1.23456 * index * row for index in range(9)}}
         for row in (1, 2)
     ]
-    rows = [{**row, "block_size": 128, "nothing": None, "some": "long words " * int(9 * row["figure_1"])} for row in rows]
+    rows = [
+        {**row, "block_size": 128, "nothing": None, "some": "long words " * int(9 * row["figure_1"])} for row in rows
+    ]
     print_table(rows)
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines()[:-1])) <= 100

@@ -384,13 +384,13 @@ def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
         (["--tasks", "arc_easy:7"], "arc_easy: 7 shots need as many examples, there are 6"),
         (["--tasks", "triviaqa:6"], "triviaqa: 6 shots leave none of the 6 items"),
         (["--tasks", "arc_easy:2", "--data-dir", "nowhere"], "arc_easy needs just one file test*.json*, found none"),
-        (["--tasks", "arc_easy:2", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--tasks", "arc_easy:2", "--limit", "0"], "Invalid value for '--limit'"),
         (["--tasks", "arc_easy:2", "--methods", "h20"], "unknown method 'h20'"),
         (["--tasks", "arc_easy:2", "--heads", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_arguments_are_one_line(data, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr("lococo.cli.main.load", lambda options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
     assert main(["eval", "tasks", "--model", "x", "--data-dir", str(data), *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
     assert len(errors) == 1 and message in errors[0]
