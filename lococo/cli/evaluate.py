@@ -1,4 +1,4 @@
-"""The commands ``lococo eval ppl``, ``extended``, ``tasks`` and ``long``."""
+"""The commands ``lococo eval ppl``, ``extended``, ``tasks`` and ``needles``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lococo.cli.long import add_long_command
+from lococo.cli.needles import add_needles_command
 from lococo.data.texts import PROOF_PILE, Cut, read_file, read_windows
 from lococo.evaluation.perplexity import ALL_DOMAINS, evaluate_perplexity
 from lococo.loading import add_model_options, load
@@ -21,8 +21,8 @@ def add_eval_commands(commands: Any) -> None:
     """Add a parser for everything that can be measured."""
     _add_perplexity(commands.add_parser("ppl", help="perplexity by length, domain, method and number of slots"))
     _add_extended(commands.add_parser("extended", help="perplexity of extended models by length"))
-    _add_tasks(commands.add_parser("tasks", help="accuracy by few-shot task and method"))
-    add_long_command(commands.add_parser("long", help="answers about long documents by method"))
+    _add_tasks(commands.add_parser("tasks", help="scores by task of lm-eval and method"))
+    add_needles_command(commands.add_parser("needles", help="numbers hidden in long texts, by depth and length"))
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,11 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:SHOTS",
         help=f"(default: {' '.join(TASKS)})",
     )
-    parser.add_argument("--data-dir", type=Path, help="folder with a folder of files per task (default: the Hub)")
+    parser.add_argument("--include-path", type=Path, help="folder of task files in lm-eval's format, of local data")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+    parser.add_argument(
+        "--truncate", choices=["middle"], help="leave out the middle of questions that are too long by themselves"
+    )
     parser.add_argument("--methods", default="full,streaming,h2o,lococo-uncalibrated", help="(default: %(default)s)")
     parser.add_argument("--num-slots", type=int, nargs="+", default=[128], help="(default: 128)")
     parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
@@ -140,16 +144,16 @@ def _check_files(paths: Sequence[Path]) -> None:
 
 
 def _tasks(options: argparse.Namespace) -> None:
-    from lococo.evaluation import task_table
+    from lococo.evaluation.tasks import evaluate_tasks, read_tasks
 
     for name in ("limit", "max_length"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     heads = [str(folder) for folder in options.heads]
     runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, heads)
-    tasks = task_table.read_tasks(options.tasks, options.data_dir, options.seed)
+    tasks = read_tasks(options.tasks, options.include_path, options.seed, options.chat)
     model, tokenizer = load(options)
-    rows = task_table.run(
+    rows = evaluate_tasks(
         model,
         tokenizer,
         tasks,
@@ -158,6 +162,7 @@ def _tasks(options: argparse.Namespace) -> None:
         options.command_line,
         limit=options.limit,
         max_length=options.max_length,
+        truncate=options.truncate,
         checkpoint=options.model,
         seed=options.seed,
     )

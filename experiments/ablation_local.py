@@ -1,6 +1,6 @@
 """What to fuse and how, on a real model: one change at a time to the heads of some layers, trained layer by layer.
 
-python examples/ablation_local.py --model folder --data texts.jsonl --heads calibrated-heads
+python -m experiments.ablation_local --model folder --data texts.jsonl --heads calibrated-heads
 
 No pass through the model is needed once its layers are recorded, so a variant takes a minute. Errors are those of the
 attention output as the loss feels it, on texts that were not learned from, relative to plain token selection with the
@@ -10,19 +10,17 @@ slots per head of the given heads. Writes docs/results/ablation_local.{json,md,p
 import argparse
 import dataclasses
 import functools
-import shlex
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.common import command_of, plot_before_and_after
 from lococo import LoCoCoConfig
 from lococo.compression.fusion import FusionHead
 from lococo.data.windows import DataConfig, prepare
-from lococo.evaluation.pictures import plot_before_and_after
 from lococo.models import base_shape
 from lococo.results.journal import Journal
 from lococo.results.tables import write_result
@@ -119,7 +117,7 @@ def main() -> None:
         means = {key: statistics.fmean(row[key] for row in layers) for key in layers[0]}
         by_layer = {f"layer {layer}": row["trained"] for layer, row in zip(options.layers, layers, strict=True)}
         rows.append({"variant": name, **means, **by_layer})
-    write_result(options.output, shlex.join(["python", *sys.argv]), CPU, rows)
+    write_result(options.output, command_of("ablation_local"), CPU, rows)
     before, after = ([row[stage] for row in rows] for stage in ("untrained", "trained"))
     labels = [row["variant"] for row in rows]
     plot_before_and_after(labels, before, after, "error (1 is token selection)", options.output.with_suffix(".png"))

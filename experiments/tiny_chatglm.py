@@ -1,6 +1,6 @@
 """A ChatGLM small enough to be trained on a CPU in minutes: a model of Chinese text to try calibration on.
 
-python examples/tiny_chatglm.py --tokenizer chatglm3-6b --data texts.jsonl --output folder
+python -m experiments.tiny_chatglm --tokenizer chatglm3-6b --data texts.jsonl --output folder
 """
 
 import argparse

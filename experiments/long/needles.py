@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lococo.evaluation.long.filler import ADJECTIVES, NOUNS, Filler, made_up_words
-from lococo.evaluation.long.items import Item, Task
-from lococo.evaluation.long.prompts import Prompts, fit
+from experiments.long.items import Item, Task
+from experiments.long.prompts import Prompts
+from lococo.evaluation.needles import ADJECTIVES, NOUNS, Filler, largest
 
 DEPTHS = 11  # from start to end in tenths
 Builder = Callable[[int, random.Random, Filler, float], Item]
@@ -131,7 +131,7 @@ def generated_task(
         def build(size: int, index: int = index, depth: float = depth) -> Item:
             return builder(size, random.Random(f"{seed} {name} {length} {index}"), filler, depth)
 
-        items.append(fit(build, count_tokens, least, length))
+        items.append(largest(build, count_tokens, least, length))
     return Task(name, metric, max_new_tokens, tuple(items), length=length)
 
 
@@ -180,3 +180,12 @@ def _story(
         (answer,),
         options=tuple(sorted({each for _, _, each in stories})),
     )
+
+
+def made_up_words(count: int, rng: random.Random) -> list[str]:
+    """So many different words of three syllables that mean nothing."""
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    return [
+        "".join(syllables[number // len(syllables) ** place % len(syllables)] for place in range(3))
+        for number in rng.sample(range(len(syllables) ** 3), count)
+    ]

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from lococo.evaluation.long.items import Item
-from lococo.evaluation.long.metrics import METRICS, aggregate
+from experiments.long.items import Item
+from experiments.long.metrics import METRICS, aggregate
 
 
 def score(metric, answer, *references, options=()):

@@ -1,12 +1,21 @@
-"""Local files of few-shot tasks, as rows in the form that lm-eval's own tasks read from the Hub."""
+"""Local files of few-shot tasks as task files of lm-eval: what ``lococo eval tasks --include-path FOLDER`` reads.
+
+python -m experiments.task_files --data-dir folder --output FOLDER
+
+``--data-dir`` holds a folder of files per task, as ``FILES`` names them. Their lines are checked, brought into the
+form that lm-eval's tasks have from the Hub, and written beside a task file that says where they are.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import lm_eval.tasks
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
@@ -85,6 +94,8 @@ class TaskFiles:
         Name of the split that lm-eval's task scores.
     convert : callable
         Makes a line a row in the Hub's form; raises if it cannot be scored.
+    own : str
+        lm-eval's own task file, in its folder of tasks.
     examples : str, optional
         Pattern of the file with examples. None: the last items of the scored one, which are then not scored.
     """
@@ -92,16 +103,17 @@ class TaskFiles:
     scored: str
     split: str
     convert: Callable[[Row], Row]
+    own: str
     examples: str | None = "train*.json*"
 
 
 FILES = {
-    "arc_easy": TaskFiles("test*.json*", "test", _arc),
-    "arc_challenge": TaskFiles("test*.json*", "test", _arc),
-    "hellaswag": TaskFiles("validation*.json*", "validation", _hellaswag),
-    "winogrande": TaskFiles("validation*.json*", "validation", _winogrande),
-    "race": TaskFiles("dev_high*.json*", "test", _race, "train_high*.json*"),
-    "triviaqa": TaskFiles("validation*.json*", "validation", _triviaqa, None),
+    "arc_easy": TaskFiles("test*.json*", "test", _arc, "arc/arc_easy.yaml"),
+    "arc_challenge": TaskFiles("test*.json*", "test", _arc, "arc/arc_challenge.yaml"),
+    "hellaswag": TaskFiles("validation*.json*", "validation", _hellaswag, "hellaswag/hellaswag.yaml"),
+    "winogrande": TaskFiles("validation*.json*", "validation", _winogrande, "winogrande/default.yaml"),
+    "race": TaskFiles("dev_high*.json*", "test", _race, "race/race.yaml", "train_high*.json*"),
+    "triviaqa": TaskFiles("validation*.json*", "validation", _triviaqa, "triviaqa/default.yaml", None),
 }
 
 
@@ -126,6 +138,26 @@ def local_splits(name: str, shots: int, data_dir: Path) -> dict[str, list[Row]]:
             )
         items, examples = items[: len(items) - shots], items[len(items) - shots :]
     return {files.split: items, "train": examples}
+
+
+def write_tasks(data_dir: Path, output: Path, names: Sequence[str] = tuple(FILES), shots: int = 50) -> None:
+    """Write the task files, and their data beside them.
+
+    Parameters
+    ----------
+    shots : int
+        Examples of a task that has no file with them.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        paths = {}
+        for split, rows in local_splits(name, shots, data_dir).items():
+            paths[split] = str((output / f"{name}-{split}.jsonl").absolute())
+            Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        own = Path(lm_eval.tasks.__path__[0], FILES[name].own)
+        content = {"include": str(own), "task": name, "dataset_path": "json", "dataset_name": None}
+        content |= {"dataset_kwargs": {"data_files": paths}, "training_split": "train", "fewshot_split": "train"}
+        (output / f"{name}.yaml").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
 
 
 def _only_file(folder: Path, pattern: str) -> Path:
@@ -154,3 +186,17 @@ def _read_rows(path: Path, convert: Callable[[Row], Row]) -> list[Row]:
     if not rows:
         raise ValueError(f"{path}: there is no row")
     return rows
+
+
+def main() -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with a folder of files per task")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES), help="(default: all)")
+    options = parser.parse_args()
+    write_tasks(options.data_dir, options.output, options.tasks)
+
+
+if __name__ == "__main__":
+    main()

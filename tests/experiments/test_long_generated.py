@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from test_cli import word_tokenizer
 
-from lococo.evaluation.long.filler import Filler, made_up_words
-from lococo.evaluation.long.needles import RULER, babi_stories, generated_task
-from lococo.evaluation.long.prompts import Prompts
+from experiments.long.needles import RULER, babi_stories, generated_task, made_up_words
+from experiments.long.prompts import Prompts
+from lococo.evaluation.needles import Filler
 
 BABI = Path(__file__).parents[2] / "../shared/data/eval/babi"
 STORIES = """1 John went to the hallway.
@@ -101,9 +101,8 @@ def test_asked_words_are_the_most_frequent(name, asked, length):
     assert counts[most[asked - 1]] > counts[most[asked]]
 
 
-def test_filler_comes_from_files_and_begins_again(tmp_path):
-    (tmp_path / "a.txt").write_text("One two three. Four five.")
-    filler = Filler([tmp_path / "a.txt"])
+def test_filler_comes_from_texts_and_begins_again():
+    filler = Filler(["One two three. Four five."])
     assert filler.take(7, 3) == ["Four", "five.", "One", "two", "three.", "Four", "five."]
     text = filler.hide([(0.5, "Here."), (0.5, "There.")], 5, random.Random(0))
     assert sorted(text.replace("Here. There. ", "").split()) == sorted(filler.words)

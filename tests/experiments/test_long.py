@@ -5,12 +5,11 @@ import torch
 from test_cli import TEXT, checkpoint, word_tokenizer  # noqa: F401
 from tiny import tiny_llama
 
+from experiments.long import __main__ as command
+from experiments.long import answers as long_answers
+from experiments.long.items import Item, Task
+from experiments.long.prompts import Prompts
 from lococo import LoCoCoConfig
-from lococo.cli import long as command
-from lococo.cli.main import main
-from lococo.evaluation.long import answers as long_answers
-from lococo.evaluation.long.items import Item, Task
-from lococo.evaluation.long.prompts import Prompts
 from lococo.methods import Run, as_method
 from lococo.results.journal import Journal
 
@@ -152,14 +151,14 @@ def leval(folder, count=3):
 def evaluate(checkpoint, tmp_path, *arguments):  # noqa: F811
     slots = ["--num-slots", "16", "--block-size", "8", "--max-new-tokens", "3", "--methods", "full,h2o"]
     output = ["--output", str(tmp_path / "out" / "long")]
-    return main(["eval", "long", "--model", str(checkpoint), *slots, *output, *arguments])
+    command.main(["--model", str(checkpoint), "--device", "cpu", *slots, *output, *arguments])
 
 
 def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  # noqa: F811
     tasks = ["--tasks", "scrolls-qasper", "ruler-niah_single", "--lengths", "300", "400", "--items", "3"]
-    assert evaluate(checkpoint, tmp_path, *tasks, *leval(tmp_path), "--limit", "2") == 0
+    evaluate(checkpoint, tmp_path, *tasks, *leval(tmp_path), "--limit", "2")
     content = json.loads((tmp_path / "out" / "long.json").read_text())
-    assert content["command"].startswith("lococo eval long ")
+    assert content["command"].startswith("python -m experiments.long --model ")
     rows = content["rows"]
     assert list(rows[0]) == [
         "task",
@@ -199,7 +198,8 @@ def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  
         (["--tasks", "ruler-niah_single", "--chat"], "--chat needs a tokenizer with a chat template"),
     ],
 )
-def test_bad_input_is_named_before_the_model_is_loaded(checkpoint, tmp_path, capsys, monkeypatch, arguments, message):  # noqa: F811
+def test_bad_input_is_named_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, arguments, message):  # noqa: F811
     monkeypatch.setattr(command, "load", lambda options: pytest.fail("the model is loaded"))
-    assert evaluate(checkpoint, tmp_path, *arguments, "--max-length", "2048") == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises((ValueError, OSError)) as error:
+        evaluate(checkpoint, tmp_path, *arguments, "--max-length", "2048")
+    assert message in str(error.value)

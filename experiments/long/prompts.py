@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lococo.evaluation.long.items import Item
+from experiments.long.items import Item
 
 
 class Prompts:
@@ -61,32 +61,6 @@ class Prompts:
             shorter = dataclasses.replace(item, document=document)
             surplus = len(self.ids(shorter)) - limit
         return shorter
-
-
-def fit(build: Callable[[int], Item], count: Callable[[Item], int], least: int, length: int) -> Item:
-    """The largest of items of growing size that has at most ``length`` tokens.
-
-    Parameters
-    ----------
-    build : callable
-        An item from a size of at least ``least``.
-    count : callable
-        Tokens of an item.
-
-    Raises
-    ------
-    ValueError
-        If the smallest is longer.
-    """
-    low, high = least, max(2 * least, 64)
-    if count(build(low)) > length:
-        raise ValueError(f"a length of {length} tokens is too short: this task needs {count(build(low))}")
-    while count(build(high)) <= length:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(build(middle)) <= length else (low, middle)
-    return build(low)
 
 
 def shared_start(sequences: Sequence[Sequence[int]]) -> int:

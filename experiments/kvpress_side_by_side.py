@@ -1,6 +1,6 @@
 """LoCoCo and kvpress side by side: the same texts, the same M entries per layer and KV head, in one process.
 
-python examples/kvpress_side_by_side.py --model folder --data texts.jsonl --heads calibrated-heads
+python -m experiments.kvpress_side_by_side --model folder --data texts.jsonl --heads calibrated-heads
 
 Needs kvpress (``make side-by-side`` makes an environment for it). Every window of ``--length`` tokens is read; its
 last block is predicted from M entries per layer and KV head whatever the method. What a method holds until then
@@ -14,8 +14,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +21,10 @@ from typing import Any
 
 import torch
 import transformers
-from kvpress_presses import (
+from tqdm import tqdm
+
+from experiments.common import add_model_options, command_of, load
+from experiments.kvpress_presses import (
     BLOCK,
     DENSE,
     READING,
@@ -33,11 +34,8 @@ from kvpress_presses import (
     nlls_while_reading,
     press_rows,
 )
-from kvpress_table import FULL, REFERENCE, Nlls, join, plot
-from tqdm import tqdm
-
+from experiments.kvpress_table import FULL, REFERENCE, Nlls, join, plot
 from lococo.data.texts import Cut, Window, read_windows
-from lococo.loading import add_model_options, load
 from lococo.methods import Run, as_method, plan_runs
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, token_nlls
 from lococo.results.journal import Journal
@@ -207,7 +205,7 @@ def main() -> None:
         kvzip = make_kvzip(model, tokenizer, num_slots, prompt, folder)
         found = measure(model, options.model, windows, runs, presses, kvzip, journal)
     rows = join(windows, found, reads, num_slots, BLOCK_SIZE)
-    command = shlex.join(["python", *sys.argv])
+    command = command_of("kvpress_side_by_side")
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]
     write_result(options.output, command, model.device, rows, shown, how(options.length, num_slots, windows))

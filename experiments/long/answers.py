@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from experiments.long.items import Item, Task
+from experiments.long.metrics import METRICS
+from experiments.long.prompts import Prompts, shared_start
 from lococo.compat import with_cache
-from lococo.evaluation.long.items import Item, Task
-from lococo.evaluation.long.metrics import METRICS
-from lococo.evaluation.long.prompts import Prompts, shared_start
 from lococo.generation import read_and_answer, read_tokens
 from lococo.methods import Run
 from lococo.results.journal import Journal

@@ -7,18 +7,15 @@ patched, a prompt at a time; and from ``lococo`` with more slots than a prompt h
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from experiments.common import add_model_options, command_of, load
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
-from lococo.evaluation.task_table import read_tasks
-from lococo.evaluation.tasks import FewShotTask
-from lococo.loading import add_model_options, load
+from lococo.evaluation.tasks import FewShotTask, read_tasks
 from lococo.results.tables import write_result
 
 HOW = (
@@ -33,7 +30,9 @@ def options_of_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_options(parser)
     parser.add_argument("--tasks", nargs="+", default=["arc_easy:5", "winogrande:5"], metavar="NAME:SHOTS")
-    parser.add_argument("--data-dir", type=Path, help="folder with a folder of files per task (default: the Hub)")
+    parser.add_argument(
+        "--include-path", type=Path, help="folder of task files in lm-eval's format (default: the Hub)"
+    )
     parser.add_argument("--num-slots", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--block-size", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--limit", type=int, default=25, help="questions per task (default: %(default)s)")
@@ -79,7 +78,7 @@ def compare(
 def main() -> None:
     """Ask both, and write the result."""
     options = options_of_command()
-    tasks = read_tasks(options.tasks, options.data_dir, seed=0)
+    tasks = read_tasks(options.tasks, options.include_path, seed=0)
     model, tokenizer = load(options)
     plain = PrefixLM(model, tokenizer=tokenizer)
     asked = [[task.prompt(plain, question).requests for question in task.questions(options.limit)] for task in tasks]
@@ -89,7 +88,7 @@ def main() -> None:
     rows = [
         compare(task, prompts, theirs, ours, options.num_slots) for task, prompts in zip(tasks, asked, strict=True)
     ]
-    command = shlex.join(["python", "examples/lm_eval_agreement.py", *sys.argv[1:]])
+    command = command_of("lm_eval_agreement")
     write_result(options.output, command, model.device, rows, how=HOW)
     print(*rows, sep="\n")
 

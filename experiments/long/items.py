@@ -39,7 +39,7 @@ class Task:
     Attributes
     ----------
     metric : str
-        A name in ``lococo.evaluation.long.metrics.METRICS``.
+        A name in ``experiments.long.metrics.METRICS``.
     first_line : bool
         Only the first line of an answer counts: after examples models answer in a line and write more examples.
     length : int, optional

@@ -1,6 +1,6 @@
 """What to fuse and how: one change at a time to the heads of a very small real model.
 
-python examples/ablation_stories260k.py stories260K.bin
+python -m experiments.ablation_stories260k stories260K.bin
 
 The model is llama2.c's stories260K (5 layers, 8 heads, 4 KV heads, 512 tokens), the texts are sampled from it. Every
 variant is calibrated by distillation and its gap ratio measured on other texts, before and after; writes
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stories260k import load_llama2c
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+from experiments.common import command_of, plot_before_and_after
+from experiments.stories260k import load_llama2c
 from lococo import LoCoCoConfig, patched
 from lococo.config import POSITIONS
-from lococo.evaluation.pictures import plot_before_and_after
 from lococo.metrics import gap_ratio, token_nlls
 from lococo.results.journal import Journal
 from lococo.results.tables import write_result
@@ -177,7 +177,7 @@ def main() -> None:
             before, after, gate = journal.measure([config.to_dict(), training], run)
             ratios = {"untrained": gap_ratio(before, full, [h2o]), "trained": gap_ratio(after, full, [h2o])}
             rows.append({"question": question, "variant": name, **ratios, "mean_gate": gate})
-    command = f"python examples/ablation_stories260k.py {options.model.name}"
+    command = command_of("ablation_stories260k", [options.model.name])
     write_result(options.output, command, "cpu", rows)
     labels = [f"{row['question']}: {row['variant']}" for row in rows]
     before, after = ([row[stage] for row in rows] for stage in ("untrained", "trained"))

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +11,15 @@ import torch
 from tiny import tiny_ids, tiny_llama
 from transformers import DynamicCache
 
+from experiments import kvpress_presses, kvpress_table
+from experiments import kvpress_side_by_side as side_by_side
+from experiments.kvpress_presses import BLOCK, DENSE, READING, PressRow
 from lococo import LoCoCoConfig
 from lococo.compat import OUTPUT_CACHE
 from lococo.data.texts import Window
 from lococo.methods import Run
 from lococo.metrics import token_nlls
 from lococo.results.journal import Journal
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import kvpress_presses  # noqa: E402
-import kvpress_side_by_side as side_by_side  # noqa: E402
-import kvpress_table  # noqa: E402
-from kvpress_presses import BLOCK, DENSE, READING, PressRow  # noqa: E402
 
 BLOCK_TOKENS, SLOTS, LENGTH = 8, 8, 40
 

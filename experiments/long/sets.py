@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lococo.evaluation.long import records
-from lococo.evaluation.long.items import Item, Task
-from lococo.evaluation.long.records import Reader, Record
+from experiments.long import records
+from experiments.long.items import Item, Task
+from experiments.long.records import Reader, Record
 
 
 @dataclasses.dataclass(frozen=True)

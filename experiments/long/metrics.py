@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lococo.evaluation.long.items import Item
+from experiments.long.items import Item
 
 
 def normalized_words(text: str) -> list[str]:

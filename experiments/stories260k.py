@@ -1,6 +1,6 @@
 """A very small real model with texts of its own: llama2.c's stories260K as a checkpoint folder.
 
-python examples/stories260k.py folder-of-stories260K.bin-and-tok512.bin --output .demo/stories260k
+python -m experiments.stories260k folder-of-stories260K.bin-and-tok512.bin --output .demo/stories260k
 
 The model (5 layers, 8 heads, 4 KV heads, 512 tokens) tells stories. They are written beside it, to calibrate on
 (train.jsonl) and to measure on (heldout.jsonl).

@@ -1,4 +1,4 @@
-"""``lococo eval long``: the command, and the rows it writes."""
+"""The command, and the rows it writes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from lococo.evaluation.long.answers import answers
-from lococo.evaluation.long.filler import Filler
-from lococo.evaluation.long.items import Item, Task
-from lococo.evaluation.long.metrics import aggregate
-from lococo.evaluation.long.needles import BABILONG, RULER, babi_file, generated_task
-from lococo.evaluation.long.pictures import plot_needles, plot_scores
-from lococo.evaluation.long.prompts import Prompts
-from lococo.evaluation.long.sets import LONGBENCH, SCROLLS, SETS
-from lococo.loading import add_model_options, load, load_tokenizer, longest_text
+from experiments.common import add_model_options, command_of, load, load_tokenizer
+from experiments.long.answers import answers
+from experiments.long.items import Item, Task
+from experiments.long.metrics import aggregate
+from experiments.long.needles import BABILONG, RULER, babi_file, generated_task
+from experiments.long.prompts import Prompts
+from experiments.long.sets import LONGBENCH, SCROLLS, SETS
+from lococo.data.documents import documents
+from lococo.evaluation.needles import Filler
+from lococo.files import write_whole
 from lococo.methods import Run, as_method, plan_runs
 from lococo.results.journal import Journal
+from lococo.results.plots import GAP, Bars, HeatMap, Series, picture
 from lococo.results.tables import beside, markdown_table, write_result
 
 GROUPS = {"scrolls": tuple(SCROLLS), "longbench": tuple(LONGBENCH), "ruler": tuple(RULER), "babilong": BABILONG}
 
 
-def add_long_command(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.long", description=__doc__)
     add_model_options(parser)
     parser.add_argument(
         "--tasks", nargs="+", required=True, help=f"{', '.join(GROUPS)} or one of theirs (scrolls-qasper), squality"
@@ -56,15 +60,17 @@ def add_long_command(parser: argparse.ArgumentParser) -> None:
     generated.add_argument("--items", type=int, default=22, help="per task and length (default: %(default)s)")
     generated.add_argument("--filler", type=Path, nargs="+", default=[], help=".txt or .jsonl (default: made up)")
     parser.add_argument("--output", type=Path, default=Path("docs/results/long"), help="(default: %(default)s)")
-    parser.set_defaults(run=_long)
+    return parser.parse_args(arguments)
 
 
-def _long(options: argparse.Namespace) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Answer what the command line asks."""
+    options = parse(arguments)
     names = task_names(options.tasks)
     runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, list(map(str, options.heads)))
     _check(options, names)
     sets = [SETS[name].task(name, options.data_dir, options.limit, options.seed) for name in names if name in SETS]
-    filler = Filler(options.filler)
+    filler = Filler(document["text"] for document in documents(list(map(str, options.filler))))
     prompts = Prompts(load_tokenizer(options), options.chat)
     generated = [
         generated_task(name, prompts, filler, length, options.items, options.seed, options.data_dir)
@@ -73,10 +79,10 @@ def _long(options: argparse.Namespace) -> None:
         for length in options.lengths
     ]
     tasks = [_shorter_answers(task, options.max_new_tokens) for task in (*sets, *generated)]
-    limit = options.max_length or longest_text(options)
+    limit = options.max_length or _longest_text(options)
     texts = [(task, fitting(prompts, task, runs, limit, options.truncate)) for task in tasks]
     model, _ = load(options)
-    rows = run(model, prompts, texts, runs, options.output, options.command_line)
+    rows = run(model, prompts, texts, runs, options.output, command_of("long", arguments))
     print(markdown_table(rows))
 
 
@@ -110,7 +116,13 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
 
 def _need(module: str, package: str) -> None:
     if not importlib.util.find_spec(module):
-        raise ImportError(f"eval long needs the package {package}: pip install {package}")
+        raise ImportError(f"this needs the package {package}: pip install {package}")
+
+
+def _longest_text(options: argparse.Namespace) -> int:
+    """Tokens that the model was made for."""
+    config = AutoConfig.from_pretrained(options.model, gguf_file=options.gguf_file)
+    return config.get_text_config().max_position_embeddings
 
 
 def _shorter_answers(task: Task, max_new_tokens: int | None) -> Task:
@@ -169,9 +181,9 @@ def run(
                 rows.append(_row(prompts, task, items, each, figures))
                 needles += _by_depth(rows[-1], items, figures)
     write_result(output, command, model.device, rows, needles=needles)
-    plot_scores(rows, beside(output, ".png"))
+    write_whole(beside(output, ".png"), scores_picture(rows))
     if needles:
-        plot_needles(needles, beside(output, "_needles.png"))
+        write_whole(beside(output, "_needles.png"), needles_picture(needles))
     journal.finish()
     return rows
 
@@ -204,3 +216,45 @@ def _by_depth(row: dict[str, Any], items: Sequence[Item], figures: Sequence[Sequ
         {**what, "depth": depth, "items": len(scores), "score": sum(scores) / len(scores)}
         for depth, scores in by_depth.items()
     ]
+
+
+def scores_picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A bar per task and method, with its standard error."""
+    found = {(_task(row), _method(row)): row for row in rows}
+    tasks, methods = (list(dict.fromkeys(names)) for names in (map(_task, rows), map(_method, rows)))
+    series = []
+    for method in methods:
+        shown = [found.get((task, method), {"score": GAP, "stderr": None}) for task in tasks]
+        low, high = ([row["score"] + sign * (row["stderr"] or 0) for row in shown] for sign in (-1, 1))
+        series.append(Series(method, [row["score"] for row in shown], low=low, high=high))
+    panel = Bars(tasks, series, label="score, with its standard error", limits=(0, 1))
+    return picture([[panel]], (8, 1.5 + 0.18 * len(tasks) * (len(methods) + 1)))
+
+
+def needles_picture(needles: Sequence[dict[str, Any]]) -> bytes:
+    """A heat map per task and method: what was found, by depth of the needle and length of the text."""
+    found = {(row["task"], _method(row), row["depth"], row["length"]): row["score"] for row in needles}
+    tasks = list(dict.fromkeys(row["task"] for row in needles))
+    methods = list(dict.fromkeys(map(_method, needles)))
+    lengths, depths = (sorted({row[name] for row in needles}) for name in ("length", "depth"))
+
+    def panel(task: str, method: str) -> HeatMap:
+        values = [[found.get((task, method, depth, length), GAP) for length in lengths] for depth in depths]
+        names = {"xticks": list(map(str, lengths)), "yticks": [f"{depth:.0%}" for depth in depths]}
+        return HeatMap(values, f"{task}\n{method}", **names, limits=(0, 1), colors="RdYlGn")
+
+    grid = [[panel(task, method) for method in methods] for task in tasks]
+    size = (1.5 + 2.4 * len(methods), 0.6 + 2.4 * len(tasks))
+    return picture(grid, size, xlabel="tokens", ylabel="depth of the needle")
+
+
+def _task(row: dict[str, Any]) -> str:
+    return f"{row['task']} {row['length']}"
+
+
+def _method(row: dict[str, Any]) -> str:
+    return f"{row['method']} {row['num_slots']}" if row["num_slots"] else row["method"]
+
+
+if __name__ == "__main__":
+    main()

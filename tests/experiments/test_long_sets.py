@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from lococo.evaluation.long import records
-from lococo.evaluation.long.metrics import METRICS
-from lococo.evaluation.long.sets import LONGBENCH, SCROLLS, SETS
+from experiments.long import records
+from experiments.long.metrics import METRICS
+from experiments.long.sets import LONGBENCH, SCROLLS, SETS
 
 DATA = Path(__file__).parents[2] / "../shared/data/eval"
 
