@@ -1,4 +1,4 @@
-"""The commands ``lococo bench memory | prefill | decode | train | extend | score | targets``."""
+"""The commands ``lococo bench memory | prefill | decode | train | extend | score``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from typing import Any
 
 from lococo.bench.decode import Decode
 from lococo.bench.extend import Extend
-from lococo.bench.grid import Grid, Subject
 from lococo.bench.memory import cache_growth
-from lococo.bench.pictures import plot
 from lococo.bench.prefill import Prefill
+from lococo.bench.runner import Cell, Grid, Subject, Topic, columns, plot, rows_of
 from lococo.bench.score import Score
 from lococo.bench.shapes import SHAPES, build
-from lococo.bench.table import columns, rows_of
-from lococo.bench.targets import target_rows
-from lococo.bench.topic import Cell, Topic
 from lococo.bench.train import Train, with_objectives
 from lococo.loading import add_model_options, chosen_device, chosen_dtype, load
 from lococo.methods import plan_runs
@@ -58,7 +54,6 @@ def add_bench_commands(commands: Any) -> None:
     )
     _add_grid("extend", extend)
     _add_grid("score", commands.add_parser("score", help="scoring of heavy hitters: share of a layer's time, bytes"))
-    _add_targets(commands.add_parser("targets", help="what was wanted beside what the result files say"))
 
 
 def _add_grid(topic: str, parser: argparse.ArgumentParser) -> None:
@@ -87,20 +82,6 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, default=512, help="tokens between two readings (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results/memory"), help="(default: %(default)s)")
     parser.set_defaults(run=_memory)
-
-
-def _add_targets(parser: argparse.ArgumentParser) -> None:
-    folder = Path("docs/results")
-    parser.add_argument("--results", type=Path, default=folder, help="folder of result files (default: %(default)s)")
-    parser.set_defaults(run=_targets)
-
-
-def _targets(options: argparse.Namespace) -> None:
-    if not options.results.is_dir():
-        raise ValueError(f"--results must be a folder of result files, got {options.results}")
-    rows = target_rows(options.results)
-    write_result(options.results / "targets", options.command_line, "cpu", rows)
-    print(markdown_table(rows))
 
 
 def _memory(options: argparse.Namespace) -> None:
@@ -142,13 +123,13 @@ def _write(grid: Grid, output: Path, command: str) -> None:
     rows = rows_of(grid)
     if not rows:
         return
-    shown = columns(grid.topic.name, rows)
+    shown = columns(grid.topic, rows)
     write_result(output, command, grid.device, rows, shown, limits=dataclasses.asdict(grid.limits()))
     print(markdown_table([{name: row[name] for name in shown} for row in rows]))
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{output}: no picture, matplotlib is not installed", file=sys.stderr)
     else:
-        plot(grid.topic.name, rows, beside(output, ".png"))
+        plot(grid.topic, rows, beside(output, ".png"))
 
 
 def _subject(options: argparse.Namespace) -> Subject:

@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import sys, torch
 from pathlib import Path
-from lococo.bench.heap import freed_blocks_returned, trim_heap
+from lococo.bench.meter import freed_blocks_returned, trim_heap
 
 def resident():
     return 4096 * int(Path("/proc/self/statm").read_text().split()[1])

@@ -6,10 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from lococo.bench import targets as targets_module
-from lococo.bench.figures import calibration_minutes, ceiling_share, growth, least, most, over_full, score_tensor_share
-from lococo.bench.targets import OPEN, PRESET, SHIPPED, TARGETS, Target, target_rows
-from lococo.cli.main import main
+from experiments import targets as targets_module
+from experiments.targets import (
+    OPEN,
+    PRESET,
+    SHIPPED,
+    TARGETS,
+    Target,
+    calibration_minutes,
+    ceiling_share,
+    growth,
+    least,
+    main,
+    most,
+    over_full,
+    score_tensor_share,
+    target_rows,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 CARD = "NVIDIA H100 80GB HBM3"
@@ -138,10 +151,11 @@ def test_sources_are_files_that_commands_write():
 
 
 def test_command_writes_the_table(tmp_path, capsys):
-    assert main(["bench", "targets", "--results", str(tmp_path / "missing")]) == 2
+    with pytest.raises(SystemExit):
+        main(["--results", str(tmp_path / "missing")])
     assert "--results must be a folder of result files" in capsys.readouterr().err
     shutil.copy(RESULTS / "bench_decode_cpu.json", tmp_path)
-    assert main(["bench", "targets", "--results", str(tmp_path)]) == 0
+    main(["--results", str(tmp_path)])
     content = json.loads((tmp_path / "targets.json").read_text())
     assert content["rows"] == target_rows(tmp_path)
     device = json.loads((RESULTS / "bench_decode_cpu.json").read_text())["device"]

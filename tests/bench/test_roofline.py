@@ -6,7 +6,7 @@ from tiny import tiny_ids, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from lococo import LoCoCoConfig, patched
-from lococo.bench.counts import (
+from lococo.bench.roofline import (
     Sizes,
     cache_size,
     decode_memory,
