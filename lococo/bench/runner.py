@@ -469,6 +469,7 @@ def plot(topic: Topic, rows: Sequence[Row], path: Path) -> None:
     grid = topic.panels(measured) if any(row["median"] is not None for row in rows) else []
     if not grid:
         return
-    title = f"{rows[0]['shape']}, {rows[0]['dtype']}; dotted: the least time the device allows"
+    limits = "; dotted: the least time the device allows" if isinstance(grid[0][0], Lines) else ""
+    title = f"{rows[0]['shape']}, {rows[0]['dtype']}{limits}"
     size = (max(7, 4 * len(grid[0])), 1 + 3.8 * len(grid))
     write_whole(path, picture(grid, size, title=title, share=True))

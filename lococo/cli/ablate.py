@@ -155,13 +155,11 @@ def _ablate(options: argparse.Namespace) -> None:
     work_dir = options.work_dir or beside(options.output, ".work")
     plan.check(work_dir)
 
-    from lococo.ablation.pictures import plot_rows
-    from lococo.ablation.run import finish, run
-    from lococo.ablation.table import COLUMNS, rows_of
+    from lococo.ablation.run import COLUMNS, evaluate_ablation, finish, plot_rows, rows_of
 
     model, tokenizer = load(options)
     texts = read_windows(options.data, tokenizer, cut)
-    losses, finished = run(model, tokenizer, plan, texts, work_dir, options.command_line, deadline)
+    losses, finished = evaluate_ablation(model, tokenizer, plan, texts, work_dir, options.command_line, deadline)
     rows = rows_of(losses, plan.methods, finished, options.length)
     remaining = plan.cells[len(finished) :]
     if rows:
