@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
 
 from lococo import LoCoCoConfig, chunks, patched
-from lococo.bench.counts import Sizes
-from lococo.bench.dispatch import HeldBytes
+from lococo.bench.meter import HeldBytes
+from lococo.bench.roofline import Sizes
 from lococo.chunks import FREE_SHARE, chunk_size, free_memory, prefill_chunk
 
 M, B = 16, 8

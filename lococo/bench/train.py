@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.meter import Meter
-from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.bench.roofline import Sizes, Work, train_memory, train_work
+from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.config import LoCoCoConfig
 from lococo.methods import Run
 from lococo.state import head_modules, is_patched
@@ -41,6 +41,7 @@ class Train(Topic):
 
     name = "train"
     unit = "token"
+    columns = ("objective",)
 
     def __init__(self, objectives: Sequence[str] = ("distill",)) -> None:
         for objective in objectives:
@@ -62,19 +63,19 @@ class Train(Topic):
         return 1
 
     def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """See ``Topic``."""
+        """A token's share of a step."""
         distills = cell.objective == "distill"
         step = train_work(sizes, cell.run.config, cell.length - 1, cell.batch, distills)
         tokens = cell.batch * (cell.length - 1)
         return Work(step.flops / tokens, step.bytes / tokens)
 
     def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """See ``Topic``."""
+        """Weights, and what a chunk keeps for the backward."""
         chunk = None if cell.run.config is None else objective_of(cell).backprop_tokens
         return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, chunk)
 
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """See ``Topic``."""
+        """Take one step of size zero."""
         ids = random_ids(model, cell.batch, cell.length)
         caches = Caches(model) if is_patched(model) else None
         with learning(model) as parameters:

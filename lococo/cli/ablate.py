@@ -101,10 +101,8 @@ def ablate(
 
     Example: lococo eval ablate --model MODEL --dataset texts.jsonl --data heldout.jsonl --kernel-size 3 7 41
     """
-    from lococo.ablation.pictures import plot_rows
     from lococo.ablation.plan import describe, plan_ablation
-    from lococo.ablation.run import finish, run
-    from lococo.ablation.table import COLUMNS, rows_of
+    from lococo.ablation.run import COLUMNS, evaluate_ablation, finish, plot_rows, rows_of
     from lococo.data.texts import Cut, read_windows
     from lococo.results.deadline import Deadline
     from lococo.results.tables import beside, write_result
@@ -135,7 +133,7 @@ def ablate(
     plan.check(state)
     texts = read_windows(data, source.load_tokenizer(), cut, text_column)
     model, tokenizer = source.load()
-    losses, finished = run(model, tokenizer, plan, texts, state, context.obj, deadline)
+    losses, finished = evaluate_ablation(model, tokenizer, plan, texts, state, context.obj, deadline)
     rows = rows_of(losses, plan.methods, finished, length)
     remaining = [cell.name for cell in plan.cells[len(finished) :]]
     if rows:

@@ -29,8 +29,7 @@ from lococo.cli.options import (
 from lococo.cli.terminal import print_table, print_written
 
 if TYPE_CHECKING:
-    from lococo.bench.grid import Subject
-    from lococo.bench.topic import Topic
+    from lococo.bench.runner import Subject, Topic
 
 Lengths = Annotated[list[int], option(MEASURED, "Tokens.", "--lengths")]
 Batches = Annotated[list[int], option(MEASURED, "Texts at once.", "--batches")]
@@ -51,7 +50,7 @@ class SubjectOptions:
     def load(self) -> Subject:
         """The model that is measured."""
         from lococo import loading
-        from lococo.bench.grid import Subject
+        from lococo.bench.runner import Subject
         from lococo.bench.shapes import build
 
         if self.shape:
@@ -198,8 +197,7 @@ def _measure(
     lengths: list[int],
 ) -> None:
     """Measure a topic, also after an error or an interrupt write what has been measured, and show it."""
-    from lococo.bench.grid import Grid
-    from lococo.bench.table import columns, rows_of, write_grid
+    from lococo.bench.runner import Grid, write_grid
     from lococo.loading import chosen_device
     from lococo.methods import plan_runs
     from lococo.results.journal import Journal
@@ -219,10 +217,9 @@ def _measure(
     try:
         remaining = grid.run()
     finally:
-        rows = rows_of(grid)
+        rows = write_grid(grid, output, context.obj)
         if rows:
-            write_grid(grid, rows, output, context.obj)
-            print_table(rows, columns(topic.name, rows))
+            print_table(rows)
             print_written(output)
     if remaining:
         print(f"{output}: the time limit left {len(remaining)} cells; the same command goes on with", file=sys.stderr)

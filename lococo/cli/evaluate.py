@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from lococo.cli.options import (
     METHOD,
     TEXT,
     BlockSize,
+    Chat,
     ComparedHeads,
     Data,
     Documents,
@@ -19,6 +20,7 @@ from lococo.cli.options import (
     ModelOptions,
     NumSlots,
     Output,
+    Seed,
     SlotCounts,
     TextColumn,
     names_of,
@@ -113,8 +115,11 @@ def tasks(
     source: ModelOptions,
     *,
     tasks: Annotated[
-        list[str], option(TEXT, "Tasks of lm-eval, and how many examples.", metavar="NAME:SHOTS")
+        list[str], option(TEXT, "Tasks of lm-eval, each with its number of examples.", metavar="NAME:SHOTS")
     ] = TASKS,
+    include_path: Annotated[
+        Path | None, option(TEXT, "Folder of task files in lm-eval's format, of local data.", metavar="FOLDER")
+    ] = None,
     limit: Annotated[int | None, option(TEXT, "Questions per task.", show_default="all", min=1)] = None,
     max_length: Annotated[
         int | None,
@@ -122,35 +127,37 @@ def tasks(
             TEXT, "Tokens of a prompt with its answer; longer ones lose examples.", show_default="the model's", min=1
         ),
     ] = None,
-    seed: Annotated[int, option(TEXT, "Of the choice of examples.")] = 0,
+    truncate: Annotated[
+        Literal["middle"] | None, option(TEXT, "Leave out the middle of questions that are too long by themselves.")
+    ] = None,
+    chat: Chat = False,
+    seed: Seed = 0,
     methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated",
     heads: ComparedHeads = [],
     num_slots: SlotCounts = [128],
     block_size: BlockSize = 128,
-    data_dir: Annotated[
-        Path | None, option(TEXT, "Folder with a folder of files per task.", show_default="the Hub")
-    ] = None,
     output: Output = Path("tasks"),
 ) -> None:
-    """Accuracy by few-shot task and method.
+    """Scores by task of lm-eval and method.
 
     Example: lococo eval tasks --model MODEL --tasks arc_easy:40 race:2 --num-slots 256 --heads heads/
     """
-    from lococo.evaluation import task_table
+    from lococo.evaluation.tasks import evaluate_tasks, read_tasks
     from lococo.methods import plan_runs
 
     runs = plan_runs(names_of(methods), num_slots, block_size, heads)
-    wanted = task_table.read_tasks(tasks, data_dir, seed)
+    read = read_tasks(tasks, include_path, seed, chat)
     model, tokenizer = source.load()
-    rows = task_table.run(
+    rows = evaluate_tasks(
         model,
         tokenizer,
-        wanted,
+        read,
         runs,
         output,
         context.obj,
         limit=limit,
         max_length=max_length,
+        truncate=truncate,
         checkpoint=source.model,
         seed=seed,
     )

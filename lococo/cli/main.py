@@ -16,6 +16,7 @@ from lococo.cli.convert_chatglm import convert_chatglm
 from lococo.cli.extend import extend
 from lococo.cli.generate import generate
 from lococo.cli.inspect import inspect
+from lococo.cli.needles import needles
 from lococo.cli.parsing import Group, add_command
 from lococo.version import __version__
 
@@ -56,6 +57,7 @@ def _app() -> typer.Typer:
     evaluations = _group("Measure quality.")
     add_command(evaluations, "ppl", evaluate.perplexity)
     add_command(evaluations, "tasks", evaluate.tasks)
+    add_command(evaluations, "needles", needles)
     add_command(evaluations, "extended", evaluate.extended)
     add_command(evaluations, "ablate", ablate)
     app.add_typer(evaluations, name="eval")

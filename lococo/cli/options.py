@@ -84,7 +84,8 @@ Documents = Annotated[int, option(TEXT, "Windows of each file; with --sliding do
 TimeLimit = Annotated[float | None, option(RUN, "Seconds after which it ends; the same command goes on.")]
 WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="OUTPUT.work")]
 Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.")]
-Seed = Annotated[int, option(RUN, "Of what is drawn by chance.")]
+Seed = Annotated[int, option(TEXT, "Of what is drawn by chance.")]
+Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.", "--chat")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tiny import tiny_llama
 
 from lococo.ablation import run
 from lococo.ablation.grid import KINDS, Axes, combined
-from lococo.ablation.pictures import plot_rows
+from lococo.ablation.run import plot_rows
 from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
 from lococo.evaluation.perplexity import DocumentLosses, gap_change

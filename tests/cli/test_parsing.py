@@ -22,6 +22,7 @@ COMMANDS = [
     ["extend"],
     ["eval", "ppl"],
     ["eval", "tasks"],
+    ["eval", "needles"],
     ["eval", "extended"],
     ["eval", "ablate"],
     ["inspect"],
