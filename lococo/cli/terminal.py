@@ -11,7 +11,7 @@ WIDTH = 100  # columns of a table, at most
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Rows as a table of at most 100 columns of text; what is the same in all of them stands below it, once.
+    """Rows as a table of at most 100 columns of text; names and counts that are the same in all stand below it, once.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = 
     if not rows:
         return
     shown = [name for name in columns or rows[0] if any(row[name] is not None for row in rows)]
-    alike = [name for name in shown if len(rows) > 1 and all(row[name] == rows[0][name] for row in rows)]
+    alike = [name for name in shown if len(rows) > 1 and _is_setting([row[name] for row in rows])]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in (name for name in shown if name not in alike):
         is_number = all(isinstance(row[name], int | float | None) for row in rows)
@@ -43,6 +43,11 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = 
 def print_written(output: Path) -> None:
     """Where the files of a result are."""
     print(f"{output}.json: the result; its table (.md) and pictures (.png) lie beside it")
+
+
+def _is_setting(values: Sequence[Any]) -> bool:
+    """Whether values are the same name or count in all rows; what is measured is shown row by row."""
+    return len(set(values)) == 1 and not isinstance(values[0], float)
 
 
 def _cell(value: Any) -> str:

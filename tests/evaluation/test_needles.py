@@ -113,4 +113,5 @@ def test_command(checkpoint, tmp_path, capsys):  # noqa: F811
     content = json.loads((tmp_path / "needles.json").read_text())
     assert len(content["rows"]) == 4 and content["command"].startswith("lococo eval needles --model ")
     assert (tmp_path / "needles.png").read_bytes().startswith(b"\x89PNG")
-    assert "| h2o | 16 | 8 | 200 | 2 |" in capsys.readouterr().out
+    assert "h2o" in capsys.readouterr().out
+    assert "| h2o | 16 | 8 | 200 | 2 |" in (tmp_path / "needles.md").read_text()
