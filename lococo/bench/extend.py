@@ -14,7 +14,7 @@ from lococo.bench.heap import freed_blocks_returned
 from lococo.bench.meter import Meter
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train
-from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
+from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.state import is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 
@@ -67,8 +67,8 @@ class Extend(Train):
             if meter.watches_memory:
                 stack.enter_context(freed_blocks_returned())
                 saved = stack.enter_context(saved_bytes())
-            stack.enter_context(as_it_was(model))
-            learner = let_learn(adapted(model, adapter_config(model)))
+            stack.enter_context(restored(model))
+            learner = unfreeze(adapted(model, adapter_config(model)))
             if cell.run.config is None:
                 checkpoint_layers(model)
             caches = Caches(learner) if is_patched(learner) else None

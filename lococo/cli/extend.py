@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo.extension.folder import METHODS
-from lococo.extension.rope_scaling import ROPE_TYPES, Stretch
+from lococo.extension.rope_scaling import ROPE_TYPES, RopeScaling
 from lococo.heads import read_heads_config
 from lococo.loading import add_model_options, load, longest_text
 from lococo.results.deadline import Deadline, OutOfTime
@@ -72,10 +72,10 @@ def _extend(options: argparse.Namespace) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
     deadline = Deadline(options.time_limit)
-    stretch = Stretch(options.factor, options.original_length or longest_text(options), options.rope_type)
+    rope_scaling = RopeScaling(options.factor, options.original_length or longest_text(options), options.rope_type)
     recipe = ExtensionRecipe(
         method=options.method,
-        stretch=stretch,
+        rope_scaling=rope_scaling,
         config=_config(options),
         rank=options.lora_rank,
         alpha=options.lora_alpha,
@@ -88,7 +88,7 @@ def _extend(options: argparse.Namespace) -> None:
     )
     data = DataConfig(
         sources=tuple(options.dataset or [DEFAULT_DATASET]),
-        length=options.length or stretch.length,
+        length=options.length or rope_scaling.length,
         num_windows=recipe.windows_needed if options.windows is None else options.windows,
         num_heldout=0,
         heldout_share=0.0,

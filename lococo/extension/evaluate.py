@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lococo.data.texts import Text, Window, sliding_windows
 from lococo.evaluation.ppl_pictures import plot_by_length
 from lococo.evaluation.ppl_table import ALL_DOMAINS, DocumentLosses, digest, mean_nll
-from lococo.extension.adapters import as_it_was
+from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
 from lococo.methods import Run, as_method
 from lococo.results.tables import Journal, beside, write_result
@@ -65,7 +65,7 @@ class Reader:
             with as_method(model, self.run.config, self.run.heads):
                 yield model
         else:
-            with as_it_was(model):
+            with restored(model):
                 yield load_extended(model, self.folder)
 
 

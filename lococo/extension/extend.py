@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from lococo.data.documents import local_files
 from lococo.data.windows import DataConfig, Windows, prepare
-from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
+from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.extension.folder import check_extension_folder, merge_extended, save_extended
 from lococo.extension.longlora import shifted_sparse
 from lococo.extension.recipe import ExtensionRecipe
 from lococo.extension.report import record_files
-from lococo.extension.rope_scaling import stretch_positions
+from lococo.extension.rope_scaling import scale_positions
 from lococo.extension.sharding import gathered, sharded_arguments
 from lococo.extension.trainer import ExtensionTrainer, load_parts
 from lococo.files import write_whole
@@ -158,8 +158,8 @@ def extend_context(
             write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
     dtype = model.dtype  # what learns is wider
     # What could put a sharded model together again would keep the memory of the whole one.
-    restored = contextlib.nullcontext() if shard else as_it_was(model)
-    with restored, extended_for_training(model, recipe, heads, data.seed) as learner:
+    kept = contextlib.nullcontext() if shard else restored(model)
+    with kept, extended_for_training(model, recipe, heads, data.seed) as learner:
         precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
         sharding = sharded_arguments() if shard else {}
         given = {**precision, **sharding, "seed": data.seed, **(training_arguments or {})}
@@ -183,8 +183,8 @@ def extended_for_training(
 ) -> Iterator[Any]:
     """A model inside a ``with`` block, ready to be trained: stretched, with adapters, and its cache in force."""
     extension = recipe.extension
-    if extension.stretch:
-        stretch_positions(model, extension.stretch)
+    if extension.rope_scaling:
+        scale_positions(model, extension.rope_scaling)
     torch.manual_seed(seed)  # first weights of adapters and heads
     learner = adapted(model, adapter_config(model, recipe.rank, recipe.alpha))
     in_force = patched(learner, recipe.config) if recipe.config else contextlib.nullcontext()
@@ -193,7 +193,7 @@ def extended_for_training(
     with in_force:
         if heads is not None:
             load_heads(learner, heads)
-        let_learn(learner)
+        unfreeze(learner)
         if recipe.config is None:  # its memory grows with the window
             checkpoint_layers(model)
         yield learner.train()
@@ -202,9 +202,9 @@ def extended_for_training(
 def _check_model(model: PreTrainedModel, recipe: ExtensionRecipe) -> None:
     if is_patched(model):
         raise ValueError("the model is patched: call lococo.unpatch_model first")
-    with as_it_was(model):
-        if recipe.extension.stretch:
-            stretch_positions(model, recipe.extension.stretch)
+    with restored(model):
+        if recipe.extension.rope_scaling:
+            scale_positions(model, recipe.extension.rope_scaling)
         adapter_config(model, recipe.rank, recipe.alpha)
 
 

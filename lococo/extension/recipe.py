@@ -7,7 +7,7 @@ from typing import Any
 
 from lococo.config import LoCoCoConfig
 from lococo.extension.folder import METHODS, Extension
-from lococo.extension.rope_scaling import Stretch
+from lococo.extension.rope_scaling import RopeScaling
 from lococo.training.objectives import NextToken
 
 
@@ -20,7 +20,7 @@ class ExtensionRecipe:
     method : {"lococo", "h2o", "streaming", "full", "longlora"}
         The cache that the model learns to read with. "longlora" trains on shifted sparse attention and reads, as
         "full", with the full cache.
-    stretch : Stretch
+    rope_scaling : RopeScaling
         Positions of the longer texts. A cache with positions of its own ("streaming", ``positions="slot"``) leaves
         them as they are.
     config : LoCoCoConfig, optional
@@ -49,7 +49,7 @@ class ExtensionRecipe:
     """
 
     method: str
-    stretch: Stretch
+    rope_scaling: RopeScaling
     config: LoCoCoConfig | None
     rank: int = 8
     alpha: int = 16
@@ -79,7 +79,9 @@ class ExtensionRecipe:
     def extension(self) -> Extension:
         """What such a run makes."""
         keeps_positions = self.config is not None and self.config.positions == "slot"
-        return Extension(self.method, self.stretch.length, None if keeps_positions else self.stretch, self.config)
+        return Extension(
+            self.method, self.rope_scaling.length, None if keeps_positions else self.rope_scaling, self.config
+        )
 
     @property
     def objective(self) -> NextToken:

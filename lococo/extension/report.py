@@ -42,7 +42,9 @@ def _picture(rows: Sequence[dict[str, Any]], recipe: ExtensionRecipe) -> bytes:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-    axes.set(xlabel="step", ylabel="nats per token", title=f"training loss, {recipe.method}, {recipe.stretch.length}")
+    axes.set(
+        xlabel="step", ylabel="nats per token", title=f"training loss, {recipe.method}, {recipe.rope_scaling.length}"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")

@@ -19,7 +19,7 @@ from lococo.files import write_whole
 from lococo.results.deadline import Deadline
 from lococo.state import head_modules, lococo_config
 from lococo.training.frozen import only_heads_learn
-from lococo.training.record import LayerRecord, felt_error, read_record, record
+from lococo.training.record import LayerRecord, fisher_error, read_record, record
 
 TENSORS = ("query", "key", "value", "output", "gradient")
 FACTS = ("scale", "window", "softcap")
@@ -116,7 +116,7 @@ def train_locally(
     """Train the head of every layer on recordings, layer after layer; no pass through the model.
 
     The loss is the error of the attention output over the unrolled segments as the next-token loss feels it
-    (``felt_error``), relative to that of plain token selection, so that every text counts alike.
+    (``fisher_error``), relative to that of plain token selection, so that every text counts alike.
 
     Parameters
     ----------
@@ -205,4 +205,4 @@ def train_layer(
 def _summed_error(
     entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: Compressor | None = None
 ) -> torch.Tensor:
-    return felt_error(read_record(entry, config, layer_idx, head), entry).sum()
+    return fisher_error(read_record(entry, config, layer_idx, head), entry).sum()

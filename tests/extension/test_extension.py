@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from extension_worker import CONFIGS, STRETCH, recipe
+from extension_worker import CONFIGS, SCALING, recipe
 from peft import PeftModel
 from test_families import build
 from tiny import tiny_ids, tiny_llama
@@ -18,7 +18,8 @@ import lococo
 from lococo.cli.main import main
 from lococo.data.windows import DataConfig
 from lococo.extension.extend import extend_context
-from lococo.extension.rope_scaling import Stretch, stretch_positions
+from lococo.extension.folder import Extension, read_extension
+from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.results.deadline import Deadline, OutOfTime
 
 IDS = tiny_ids(2, 64, seed=1)
@@ -94,7 +95,7 @@ def test_loaded_model_reads_as_it_was_trained(made):
     loaded = logits(model)
     plain = tiny_llama()
     if method != "streaming":
-        stretch_positions(plain, STRETCH)
+        scale_positions(plain, SCALING)
     if CONFIGS[method]:
         lococo.patch_model(plain, CONFIGS[method])
     assert (loaded - logits(plain)).abs().max() > 0.05
@@ -140,7 +141,7 @@ def test_merging_in_memory_keeps_the_cache(made):
 
 def test_adapters_load_with_plain_peft(made):
     method, folder, _ = made
-    base = tiny_llama() if method == "streaming" else stretch_positions(tiny_llama(), STRETCH)
+    base = tiny_llama() if method == "streaming" else scale_positions(tiny_llama(), SCALING)
     model = PeftModel.from_pretrained(base, folder / "out" / "adapter")
     if method == "lococo":
         lococo.patch_model(model, CONFIGS[method], heads=folder / "out" / "heads")
@@ -166,7 +167,7 @@ def test_families_extend_alike(family, tokenizer, text, tmp_path):
 
 
 def test_positions_that_cannot_be_stretched_leave_the_model_as_it_was(tokenizer, text, tmp_path):
-    model = stretch_positions(tiny_llama(), Stretch(2, 16, "yarn"))
+    model = scale_positions(tiny_llama(), RopeScaling(2, 16, "yarn"))
     before, config = logits(model), model.config.to_dict()
     with pytest.raises(ValueError, match="already stretched with 'yarn'"):
         extend(model, tokenizer, text, tmp_path)
@@ -236,6 +237,13 @@ def test_another_run_is_not_gone_on_with(tokenizer, text, tmp_path):
 def folder(made, tmp_path):
     """A copy of a folder, to be spoiled."""
     return shutil.copytree(made[1] / "out", tmp_path / "copy")
+
+
+def test_folders_that_call_the_scaling_by_its_old_name_are_read(made):
+    _, folder, _ = made
+    extension, content = read_extension(folder / "out")
+    values = dict(content["extension"])
+    assert Extension.from_dict({"stretch": values.pop("rope_scaling"), **values}) == extension
 
 
 def assert_as_it_was(model):
@@ -332,7 +340,7 @@ def test_command_extends_by_a_factor(method, checkpoint, text, tmp_path, capsys)
     model = lococo.load_extended(checkpoint, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["length"] == 64
-    assert record["recipe"]["stretch"]["factor"] == 4.0
+    assert record["recipe"]["rope_scaling"]["factor"] == 4.0
     assert logits(model).isfinite().all()
 
 
