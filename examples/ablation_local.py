@@ -24,7 +24,8 @@ from lococo.compression.fusion import FusionHead
 from lococo.data.windows import DataConfig, prepare
 from lococo.evaluation.pictures import plot_before_and_after
 from lococo.models import base_shape
-from lococo.results.tables import Journal, write_result
+from lococo.results.journal import Journal
+from lococo.results.tables import write_result
 from lococo.training.local import LocalConfig, Recordings, train_layer
 from lococo.training.record import fisher_error, read_record
 

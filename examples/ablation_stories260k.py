@@ -20,10 +20,10 @@ from transformers import LlamaForCausalLM
 
 from lococo import LoCoCoConfig, patched
 from lococo.config import POSITIONS
-from lococo.evaluation.gap import gap_ratio
 from lococo.evaluation.pictures import plot_before_and_after
-from lococo.metrics import token_nlls
-from lococo.results.tables import Journal, write_result
+from lococo.metrics import gap_ratio, token_nlls
+from lococo.results.journal import Journal
+from lococo.results.tables import write_result
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Distill, WindowLoss

@@ -37,11 +37,11 @@ from kvpress_table import FULL, REFERENCE, Nlls, join, plot
 from tqdm import tqdm
 
 from lococo.data.texts import Cut, Window, read_windows
-from lococo.evaluation.gap import CONFIDENCE, RESAMPLES, SEED
 from lococo.loading import add_model_options, load
 from lococo.methods import Run, as_method, plan_runs
-from lococo.metrics import token_nlls
-from lococo.results.tables import Journal, beside, markdown_table, write_result
+from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, token_nlls
+from lococo.results.journal import Journal
+from lococo.results.tables import beside, markdown_table, write_result
 
 KVPRESS = "0.5.5"
 BLOCK_SIZE = 128

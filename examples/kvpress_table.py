@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lococo.data.texts import Window
-from lococo.evaluation.gap import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
+from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
 
 FULL, REFERENCE, OURS = "full", "h2o", "lococo"
 MEASURED = ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")

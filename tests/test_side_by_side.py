@@ -17,7 +17,7 @@ from lococo.compat import OUTPUT_CACHE
 from lococo.data.texts import Window
 from lococo.methods import Run
 from lococo.metrics import token_nlls
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import kvpress_presses  # noqa: E402

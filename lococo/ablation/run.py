@@ -17,12 +17,12 @@ from lococo.ablation.grid import Cell
 from lococo.config import CONFIG_NAME
 from lococo.data.texts import Window
 from lococo.data.windows import DataConfig
-from lococo.evaluation.ppl_table import Losses, measure_losses
+from lococo.evaluation.perplexity import Losses, measure_losses
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
 from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 from lococo.training.calibrate import calibrate, check_calibration, weights_identity
 from lococo.training.recipe import Recipe
 from lococo.training.runs import check_same_run

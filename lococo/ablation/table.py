@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lococo.ablation.run import Measured
-from lococo.evaluation.ppl_table import ALL_DOMAINS, Losses, gap_change, loss_row
+from lococo.evaluation.perplexity import ALL_DOMAINS, Losses, gap_change, loss_row
 from lococo.methods import Run
 
 BASELINE = "baseline"

@@ -18,7 +18,8 @@ from lococo.bench.meter import Meter, is_out_of_memory, release_memory
 from lococo.bench.topic import Cell, Topic
 from lococo.methods import as_method
 from lococo.results.deadline import Deadline, OutOfTime
-from lococo.results.tables import Journal, device_name
+from lococo.results.journal import Journal
+from lococo.results.tables import device_name
 
 GIB = 2**30
 

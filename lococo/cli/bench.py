@@ -13,7 +13,6 @@ from lococo.bench.decode import Decode
 from lococo.bench.extend import Extend
 from lococo.bench.grid import Grid, Subject
 from lococo.bench.memory import cache_growth
-from lococo.bench.methods import plan_bench
 from lococo.bench.pictures import plot
 from lococo.bench.prefill import Prefill
 from lococo.bench.score import Score
@@ -23,7 +22,9 @@ from lococo.bench.targets import target_rows
 from lococo.bench.topic import Cell, Topic
 from lococo.bench.train import Train, with_objectives
 from lococo.loading import add_model_options, chosen_device, chosen_dtype, load
-from lococo.results.tables import Journal, beside, markdown_table, write_result
+from lococo.methods import plan_runs
+from lococo.results.journal import Journal
+from lococo.results.tables import beside, markdown_table, write_result
 
 METHODS = {
     "prefill": "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
@@ -161,7 +162,7 @@ def _plan(options: argparse.Namespace) -> tuple[Topic, list[list[Cell]]]:
     """The topic, and its cells in groups that are compared with each other."""
     if min(options.batches) < 1:
         raise ValueError(f"batches must be at least 1, got {min(options.batches)}")
-    runs = plan_bench(options.methods.split(","), options.num_slots, options.block_size, options.heads)
+    runs = plan_runs(options.methods.split(","), options.num_slots, options.block_size, options.heads, name_heads=True)
     if options.topic == "score":
         groups = [
             [Cell(run, slots + options.block_size, batch) for run in runs if run.num_slots in (None, slots)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from lococo.cli.long import add_long_command
 from lococo.data.texts import PROOF_PILE, Cut, read_file, read_windows
-from lococo.evaluation import ppl_table
+from lococo.evaluation.perplexity import ALL_DOMAINS, evaluate_perplexity
 from lococo.loading import add_model_options, load
 from lococo.methods import plan_runs
 from lococo.results.tables import markdown_table
@@ -108,8 +108,8 @@ def _perplexity(options: argparse.Namespace) -> None:
     _check_files(options.data or [])
     model, tokenizer = load(options)
     texts = read_windows(options.data, tokenizer, cut)
-    rows = ppl_table.run(model, texts, runs, options.first, options.output, options.command_line)
-    print(markdown_table([row for row in rows if row["domain"] == ppl_table.ALL_DOMAINS]))
+    rows = evaluate_perplexity(model, texts, runs, options.first, options.output, options.command_line)
+    print(markdown_table([row for row in rows if row["domain"] == ALL_DOMAINS]))
 
 
 def _extended(options: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def _extended(options: argparse.Namespace) -> None:
         each for found in texts for each in extended.cut_alike(found, lengths, options.first, options.documents)
     ]
     rows = extended.run(model, windows, readers, options.first, options.output, options.command_line)
-    print(markdown_table([row for row in extended.by_length(rows) if row["domain"] == ppl_table.ALL_DOMAINS]))
+    print(markdown_table([row for row in extended.by_length(rows) if row["domain"] == ALL_DOMAINS]))
 
 
 def _check_files(paths: Sequence[Path]) -> None:

@@ -22,7 +22,8 @@ from lococo.evaluation.long.prompts import Prompts
 from lococo.evaluation.long.sets import LONGBENCH, SCROLLS, SETS
 from lococo.loading import add_model_options, load, load_tokenizer, longest_text
 from lococo.methods import Run, as_method, plan_runs
-from lococo.results.tables import Journal, beside, markdown_table, write_result
+from lococo.results.journal import Journal
+from lococo.results.tables import beside, markdown_table, write_result
 
 GROUPS = {"scrolls": tuple(SCROLLS), "longbench": tuple(LONGBENCH), "ruler": tuple(RULER), "babilong": BABILONG}
 

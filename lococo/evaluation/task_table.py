@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lococo.evaluation.harness import PrefixLM
 from lococo.evaluation.tasks import FewShotTask, parse_tasks
 from lococo.methods import Run, as_method
-from lococo.results.tables import Journal, beside, write_result
+from lococo.results.journal import Journal
+from lococo.results.tables import beside, write_result
 
 Outcome = dict[str, Any]
 

@@ -15,12 +15,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Text, Window, sliding_windows
-from lococo.evaluation.ppl_pictures import plot_by_length
-from lococo.evaluation.ppl_table import ALL_DOMAINS, DocumentLosses, digest, mean_nll
+from lococo.evaluation.perplexity import ALL_DOMAINS, DocumentLosses, digest, plot_by_length
 from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
 from lococo.methods import Run, as_method
-from lococo.results.tables import Journal, beside, write_result
+from lococo.metrics import mean_nll
+from lococo.results.journal import Journal
+from lococo.results.tables import beside, write_result
 
 HOW = (
     "The same tokens count at every length: windows slide over the first {longest} tokens of each document, overlap "

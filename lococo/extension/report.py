@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from lococo.data.documents import local_files
 from lococo.data.windows import DataConfig
 from lococo.extension.folder import RECORD_NAMES
 from lococo.extension.recipe import ExtensionRecipe
+from lococo.results.plots import THIN, Lines, Series, picture
 from lococo.results.tables import result_content
 from lococo.training.report import without_folders
 
@@ -37,15 +37,6 @@ def record_files(
 
 
 def _picture(rows: Sequence[dict[str, Any]], recipe: ExtensionRecipe) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-    axes.set(
-        xlabel="step", ylabel="nats per token", title=f"training loss, {recipe.method}, {recipe.rope_scaling.length}"
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
-    return content.getvalue()
+    loss = Series("", [row["loss"] for row in rows], [row["step"] for row in rows], style=THIN)
+    title = f"training loss, {recipe.method}, {recipe.rope_scaling.length}"
+    return picture([[Lines([loss], title, "step", "nats per token")]], (6, 3.6))

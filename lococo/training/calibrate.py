@@ -22,7 +22,8 @@ from lococo.files import write_whole
 from lococo.heads import check_heads_folder, load_heads
 from lococo.patch import patched
 from lococo.results.deadline import Deadline
-from lococo.results.tables import Journal, peak_memory
+from lococo.results.journal import Journal
+from lococo.results.tables import peak_memory
 from lococo.state import head_modules
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.frozen import checksums

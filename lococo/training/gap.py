@@ -8,17 +8,16 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.gap import gap_ratio
 from lococo.methods import as_method, method_config
-from lococo.metrics import token_nlls
-from lococo.results.tables import Journal
+from lococo.metrics import gap_ratio, mean_nll
+from lococo.results.journal import Journal
 
 BASELINES = ("full", "h2o", "h2o-slot")
 
 
 @dataclasses.dataclass(frozen=True)
 class GapRatio:
-    """``lococo.evaluation.gap.gap_ratio`` on some windows: 0 is the full cache, 1 is H2O.
+    """``lococo.metrics.gap_ratio`` on some windows: 0 is the full cache, 1 is H2O.
 
     Attributes
     ----------
@@ -39,11 +38,6 @@ class GapRatio:
         """``heldout_nll`` and ``gap_ratio`` of a model as it is now patched."""
         nll = mean_nll(model, self.windows, self.first)
         return {"heldout_nll": nll, "gap_ratio": gap_ratio(nll, self.full, [self.h2o])}
-
-
-def mean_nll(model: PreTrainedModel, windows: torch.Tensor, first: int) -> float:
-    """Mean negative log-likelihood over the tokens of (texts, tokens) windows, from token ``first`` on."""
-    return torch.stack([token_nlls(model, ids[None].long(), first).double().mean() for ids in windows]).mean().item()
 
 
 def baselines(

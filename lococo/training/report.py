@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shlex
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from lococo.config import LoCoCoConfig
 from lococo.data.documents import local_files
 from lococo.data.windows import DataConfig
 from lococo.heads import ATTACHMENTS, save_heads
+from lococo.results.plots import THIN, HeatMap, Lines, Series, picture
 from lococo.results.tables import result_content
 from lococo.training.gap import GapRatio
 from lococo.training.recipe import Recipe
@@ -70,26 +70,19 @@ def without_folders(command: str) -> str:
 
 def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
     """PNG: slots per KV head, loss and gap ratio over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    budgets, losses, gaps = figure.subplots(1, 3)
+    budgets = None
     if config.slots_per_head:
-        image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2().numpy(), aspect="auto", cmap="viridis")
-        bar = figure.colorbar(image, ax=budgets)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.0f}")
-        budgets.yaxis.get_major_locator().set_params(integer=True)
-    budgets.set(xlabel="layer", ylabel="KV head", title=f"slots per head, {config.num_slots} on average")
+        by_head = list(zip(*config.slots_per_head, strict=True))
+        budgets = HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True)
     trained = [row for row in rows if "loss" in row]
-    losses.plot([row["step"] for row in trained], [row["loss"] for row in trained], linewidth=1)
-    losses.set(xlabel="step", title="training loss (nats per token)")
+    loss = Series("", [row["loss"] for row in trained], [row["step"] for row in trained], style=THIN)
     measured = [row for row in rows if row.get("gap_ratio") is not None and row["stage"] != "local"]
     ratios = [row["gap_ratio"] for row in measured]
-    gaps.plot([row["step"] for row in measured], ratios, marker="o")
-    gaps.set(xlabel="step", title="gap ratio on held-out text" if ratios else "no gap: H2O loses nothing")
-    gaps.set_ylim(1.1 * min([0.0, *ratios]), 1.1 * max([0.1, *ratios]))
-    for axes in (losses, gaps):
-        axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
-    return content.getvalue()
+    gaps = Lines(
+        [Series("", ratios, [row["step"] for row in measured])],
+        "gap ratio on held-out text" if ratios else "no gap: H2O loses nothing",
+        "step",
+        bottom=1.1 * min([0.0, *ratios]),
+        top=1.1 * max([0.1, *ratios]),
+    )
+    return picture([[budgets, Lines([loss], "training loss (nats per token)", "step"), gaps]], (11, 3.6))

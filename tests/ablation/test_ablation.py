@@ -16,12 +16,11 @@ from lococo.ablation.pictures import plot_rows
 from lococo.cli import ablate as command
 from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.gap import gap_ratio
-from lococo.evaluation.ppl_table import DocumentLosses, gap_change
+from lococo.evaluation.perplexity import DocumentLosses, gap_change
 from lococo.methods import Run, as_method
-from lococo.metrics import token_nlls
+from lococo.metrics import gap_ratio, token_nlls
 from lococo.results.deadline import Deadline, OutOfTime
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 from lococo.training import gap
 
 LENGTH, FIRST, SLOTS, BLOCK = 48, 24, 16, 8

@@ -15,16 +15,16 @@ from lococo.bench.counts import Work
 from lococo.bench.decode import Decode
 from lococo.bench.grid import Grid, Subject
 from lococo.bench.limits import Limits
-from lococo.bench.methods import plan_bench
 from lococo.bench.pictures import plot, thousands
 from lococo.bench.table import rows_of
 from lococo.bench.topic import Cell, Topic
 from lococo.cli.main import main
-from lococo.results.tables import Journal
+from lococo.methods import plan_runs
+from lococo.results.journal import Journal
 
 M, B = 16, 8
 CPU = torch.device("cpu")
-RUNS = plan_bench(["full", "streaming", "h2o"], [M], B)
+RUNS = plan_runs(["full", "streaming", "h2o"], [M], B)
 LIMITS = Limits(bytes_per_second=1e9, flops_per_second=1e6)
 
 
@@ -128,7 +128,7 @@ def test_a_run_goes_on_where_it_was_killed(model, tmp_path):
 def test_a_journal_is_not_taken_for_another_measurement(model, tmp_path):
     make_grid(model, Scripted(), tmp_path / "j", lengths=[32]).run()
     topic = Scripted()
-    other = plan_bench(["full", "streaming", "h2o"], [M], B // 2)
+    other = plan_runs(["full", "streaming", "h2o"], [M], B // 2)
     make_grid(model, topic, tmp_path / "j", lengths=[32], runs=other).run()
     assert {name for name, _ in topic.measured} == {"streaming", "h2o"}
     make_grid(tiny_llama(num_hidden_layers=1), topic := Scripted(), tmp_path / "j", lengths=[32]).run()

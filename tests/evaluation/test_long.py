@@ -12,7 +12,7 @@ from lococo.evaluation.long import answers as long_answers
 from lococo.evaluation.long.items import Item, Task
 from lococo.evaluation.long.prompts import Prompts
 from lococo.methods import Run, as_method
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 
 RUNS = [Run("full", None), Run("h2o", LoCoCoConfig.h2o(12, block_size=8))]
 

@@ -9,11 +9,21 @@ from tiny import tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig, patched
-from lococo.data.texts import Cut, Text, read_documents, read_file, read_proof_pile, read_windows
-from lococo.evaluation import perplexity, ppl_table, sliding_windows, token_nlls, windows
-from lococo.evaluation.gap import gap_interval, gap_ratio
+from lococo.data.texts import (
+    Cut,
+    Text,
+    read_documents,
+    read_file,
+    read_proof_pile,
+    read_windows,
+    sliding_windows,
+    windows,
+)
+from lococo.evaluation import perplexity as perplexity_module
 from lococo.methods import plan_runs
-from lococo.results.tables import Journal, markdown_table
+from lococo.metrics import gap_interval, gap_ratio, mean_nll, perplexity, token_nlls
+from lococo.results.journal import Journal
+from lococo.results.tables import markdown_table
 
 
 class Characters:
@@ -102,7 +112,7 @@ def run(model, corpus, output, methods=METHODS, length=40, budgets=(12,), **chan
     runs = plan_runs(methods, budgets, block_size=8, heads=changes.pop("heads", ()))
     lengths = length if isinstance(length, tuple) else (length,)
     texts = read_windows([corpus], Characters(), Cut(lengths, first=20, limit=3, **changes))
-    return ppl_table.run(model, texts, runs, first=20, output=output, command="command")
+    return perplexity_module.evaluate_perplexity(model, texts, runs, first=20, output=output, command="command")
 
 
 def test_table_holds_what_it_says(model, corpus, tmp_path):
@@ -132,16 +142,16 @@ def test_killed_run_goes_on_where_it_stopped(model, corpus, tmp_path, monkeypatc
         if len(calls) == 5:
             raise KeyboardInterrupt
         calls.append(args)
-        return token_nlls(*args)
+        return mean_nll(*args)
 
-    monkeypatch.setattr(ppl_table, "token_nlls", counted)
+    monkeypatch.setattr(perplexity_module, "mean_nll", counted)
     with pytest.raises(KeyboardInterrupt):
         run(model, corpus, tmp_path / "cut")
     assert not (tmp_path / "cut.json").exists()
     with (tmp_path / "cut.partial.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     again = []
-    monkeypatch.setattr(ppl_table, "token_nlls", lambda *args: again.append(args) or token_nlls(*args))
+    monkeypatch.setattr(perplexity_module, "mean_nll", lambda *args: again.append(args) or mean_nll(*args))
     assert run(model, corpus, tmp_path / "cut") == expected
     assert len(calls) + len(again) == 4 * 3
     assert not (tmp_path / "cut.partial.jsonl").exists()
@@ -229,7 +239,7 @@ def test_documents_of_the_same_place_in_two_files_stay_apart(model, tmp_path):
     def measure(*names):
         texts = read_windows([tmp_path / f"{name}.jsonl" for name in names], Characters(), cut)
         journal = Journal(tmp_path / f"{len(names)}{names[0]}.partial.jsonl")
-        return ppl_table.perplexity_rows(model, texts, [full], 20, journal)[0]
+        return perplexity_module.perplexity_rows(model, texts, [full], 20, journal)[0]
 
     both = measure("a", "b")
     assert both["documents"] == 2

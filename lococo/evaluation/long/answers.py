@@ -16,7 +16,7 @@ from lococo.evaluation.long.metrics import METRICS
 from lococo.evaluation.long.prompts import Prompts, shared_start
 from lococo.generation import read_and_answer, read_tokens
 from lococo.methods import Run
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 
 
 def answers(

@@ -1,12 +1,13 @@
-"""``lococo eval ppl``: perplexity by length, domain and method, with the gap ratio."""
+"""Perplexity by length, domain and method, with the gap ratio: its rows, its files and its pictures."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import math
+import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
-from lococo.evaluation.gap import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
-from lococo.evaluation.ppl_pictures import plot_by_domain, plot_by_length, plot_by_slots
+from lococo.files import write_whole
 from lococo.methods import Run, as_method
-from lococo.metrics import token_nlls
-from lococo.results.tables import Journal, beside, write_result
+from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio, mean_nll
+from lococo.results.journal import Journal
+from lococo.results.plots import Bars, Lines, Series, picture
+from lococo.results.tables import beside, write_result
 
+Row = dict[str, Any]
 ALL_DOMAINS = "all"
 H2O = ("h2o", "h2o-slot")
 
@@ -56,7 +59,7 @@ Losses = dict[Run, dict[tuple[int, str], DocumentLosses]]
 
 def perplexity_rows(
     model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One row per run, length and domain (and one for all domains).
 
     The gap ratio compares with H2O at the same number of slots and with the better of its two position modes in that
@@ -108,7 +111,7 @@ def gap_change(
     return ratio, low, high
 
 
-def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> dict[str, Any]:
+def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> Row:
     """Perplexity and gap ratio of a run, as a row of a result."""
     measured = losses[run][group]
     nll, tokens = measured.table
@@ -140,23 +143,27 @@ def digest(ids: torch.Tensor) -> str:
     return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
 
 
-def mean_nll(model: PreTrainedModel, ids: torch.Tensor, first: int) -> float:
-    """Nats per token over the tokens of a (1, tokens) text from token ``first`` on."""
-    return token_nlls(model, ids, first).mean().item()
-
-
-def run(
+def evaluate_perplexity(
     model: PreTrainedModel,
     texts: Sequence[Window],
     runs: Sequence[Run],
     first: int,
     output: Path,
     command: str,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure, write ``<output>.json``, ``.md`` and pictures, and return the rows. A killed run resumes.
 
     ``<output>.png`` shows domains; ``<output>_slots.png`` budgets and ``<output>_length.png`` lengths, where there are
     several.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not patched.
+    first : int
+        First token of a window that counts.
+    command : str
+        What made the result, as a user would type it.
     """
     journal = Journal(beside(output, ".partial.jsonl"))
     rows = perplexity_rows(model, texts, runs, first, journal)
@@ -174,3 +181,79 @@ def run(
         plot_by_length(rows, beside(output, "_length.png"))
     journal.finish()
     return rows
+
+
+def plot_by_domain(rows: Sequence[Row], path: Path) -> None:
+    """Loss over the full cache by domain and method, at the smallest number of slots and the largest length."""
+    rows = _longest(rows)
+    slots = min(row["num_slots"] for row in rows if row["num_slots"])
+    shown = [row for row in rows if row["num_slots"] == slots]
+    nll = {(row["domain"], row["method"]): row["nll"] for row in rows if row["num_slots"] in (None, slots)}
+    domains = _domains(shown)
+    lost = [
+        Series(method, [nll[domain, method] - nll[domain, "full"] for domain in domains])
+        for method in dict.fromkeys(row["method"] for row in shown)
+    ]
+    title = (
+        f"{slots} slots, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
+    )
+    panel = Bars(domains, lost, title, "loss over the full cache (nats per token)", upright=True)
+    write_whole(path, picture([[panel]], (10, 4.4)))
+
+
+def plot_by_slots(rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against the number of slots, a panel per domain and a line per method, at the largest length."""
+    _plot_by(_longest(rows), "num_slots", "slots per layer and KV head (M)", _method, path)
+
+
+def plot_by_length(rows: Sequence[Row], path: Path, cut: float = math.inf) -> None:
+    """Perplexity against the length, a panel per domain and a line per method and number of slots.
+
+    A panel ends at ``cut`` times its median, and says so, so that one line that goes far off hides no others.
+    """
+    several = len({row["num_slots"] for row in rows if row["num_slots"]}) > 1
+    _plot_by(rows, "length", "tokens in a text", _method_and_slots if several else _method, path, cut)
+
+
+def _method(row: Row) -> str:
+    return row["method"]
+
+
+def _method_and_slots(row: Row) -> str:
+    return f"{row['method']} {row['num_slots'] or ''}".strip()
+
+
+def _plot_by(
+    rows: Sequence[Row], x: str, label: str, name: Callable[[Row], str], path: Path, cut: float = math.inf
+) -> None:
+    domains, names = _domains(rows), list(dict.fromkeys(map(name, rows)))
+
+    def panel(domain: str) -> Lines:
+        lines, found = [], [row for row in rows if row["domain"] == domain]
+        for index, each in enumerate(names):
+            points = sorted((row for row in found if name(row) == each), key=lambda row: row[x] or 0)
+            if points:
+                places = [row[x] for row in points] if points[0][x] is not None else None
+                lines.append(Series(each, [row["ppl"] for row in points], places, style={"color": f"C{index}"}))
+        top = cut * statistics.median(row["ppl"] for row in found)
+        is_cut = max(row["ppl"] for row in found) > top
+        ticks = {tick: str(tick) for tick in sorted({row[x] for row in found if row[x] is not None})}
+        title = f"{domain}, cut at the top" if is_cut else domain
+        return Lines(lines, title, log="x", ticks=ticks, top=top if is_cut else None)
+
+    columns = min(len(domains), 4)
+    panels = [*map(panel, domains), *[None] * (-len(domains) % columns)]
+    grid = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    size = (max(6, 3.2 * columns), 2.8 * len(grid) + 0.8)
+    write_whole(path, picture(grid, size, xlabel=label, ylabel="perplexity (lower is better)"))
+
+
+def _domains(rows: Sequence[Row]) -> list[str]:
+    """In order, the one for all of them last."""
+    return sorted(dict.fromkeys(row["domain"] for row in rows), key=lambda domain: domain == ALL_DOMAINS)
+
+
+def _longest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of every domain's largest length."""
+    largest = {domain: max(row["length"] for row in rows if row["domain"] == domain) for domain in _domains(rows)}
+    return [row for row in rows if row["length"] == largest[row["domain"]]]
