@@ -104,7 +104,7 @@ def _check_texts(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace) -> tuple[LoCoCoConfig, Any]:
     """What all cells have in common, and how they are calibrated."""
-    from lococo.training.recipe import adjusted, default_recipe
+    from lococo.training.recipes import adjusted, default_recipe
 
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
@@ -112,7 +112,7 @@ def _recipe(options: argparse.Namespace) -> tuple[LoCoCoConfig, Any]:
     if is_local and options.learning_rate is not None:
         raise ValueError("--learning-rate is that of training from end to end, not of --objective local")
     base, recipe = default_recipe(1, options.block_size)
-    changes = argparse.Namespace(
+    changes: dict[str, Any] = dict(
         objective="none" if is_local else options.objective,
         steps=None if is_local else options.steps,
         local_steps=options.steps if is_local else None,
@@ -121,7 +121,7 @@ def _recipe(options: argparse.Namespace) -> tuple[LoCoCoConfig, Any]:
         backprop_tokens=None,
         **{name: getattr(options, name) for name in ("windows_per_step", "learning_rate", "budget_texts")},
     )
-    return base, adjusted(recipe, changes)
+    return base, adjusted(recipe, **changes)
 
 
 def _plan(options: argparse.Namespace) -> Any:

@@ -6,13 +6,11 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
 
 from lococo.extension.folder import METHODS
-from lococo.extension.rope_scaling import ROPE_TYPES, RopeScaling
-from lococo.heads import read_heads_config
+from lococo.extension.rope_scaling import ROPE_TYPES
 from lococo.loading import add_model_options, load, longest_text
-from lococo.results.deadline import Deadline, OutOfTime
+from lococo.results.deadline import OutOfTime
 
 
 def add_extend_command(parser: argparse.ArgumentParser) -> None:
@@ -64,80 +62,42 @@ def add_extend_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _extend(options: argparse.Namespace) -> None:
-    from lococo.data.windows import DEFAULT_DATASET, DataConfig
-    from lococo.extension.extend import check_extension, extend_context
-    from lococo.extension.recipe import ExtensionRecipe
-    from lococo.training.calibrate import this_process
+    from lococo.data.windows import DEFAULT_DATASET
+    from lococo.extension.extend import plan_extension
+    from lococo.training.runs import this_process
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
-    deadline = Deadline(options.time_limit)
-    rope_scaling = RopeScaling(options.factor, options.original_length or longest_text(options), options.rope_type)
-    recipe = ExtensionRecipe(
-        method=options.method,
-        rope_scaling=rope_scaling,
-        config=_config(options),
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        steps=options.steps,
-        windows_per_step=options.windows_per_step,
-        learning_rate=options.learning_rate,
-        heads_learning_rate=options.heads_learning_rate,
-        depth=options.depth or None,
-        save_every=options.save_every,
-    )
-    data = DataConfig(
-        sources=tuple(options.dataset or [DEFAULT_DATASET]),
-        length=options.length or rope_scaling.length,
-        num_windows=recipe.windows_needed if options.windows is None else options.windows,
-        num_heldout=0,
-        heldout_share=0.0,
-        boundaries=options.boundaries,
-        text_column=options.text_column,
-        seed=options.seed,
-    )
-    output = options.output.absolute()  # "." has no name
-    run: dict[str, Any] = {
-        "work_dir": options.work_dir or output.with_name(f"{output.name}.work"),
-        "resume": options.resume,
-        "merge_into": options.merge,
-        "shard": options.fsdp,
-    }
-    check_extension(data, options.output, **run)
+    if options.heads is not None and options.method != "lococo":
+        raise ValueError(f"--heads is for --method lococo, got --method {options.method}")
     deepspeed = deepspeed_file(options.deepspeed)
     if options.fsdp and deepspeed:
         raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
+    names = ["factor", "rope_type", "method", "num_slots", "block_size", "positions", "heads", "length", "boundaries"]
+    names += ["text_column", "seed", "work_dir", "cache_dir", "resume", "time_limit"]
+    names += ["steps", "windows_per_step", "learning_rate", "heads_learning_rate", "save_every"]
+    plan = plan_extension(
+        options.dataset or [DEFAULT_DATASET],
+        output=options.output,
+        original_length=options.original_length or longest_text(options),
+        num_windows=options.windows,
+        merge_into=options.merge,
+        shard=options.fsdp,
+        training_arguments={"deepspeed": deepspeed} if deepspeed else None,
+        command=options.command_line,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        depth=options.depth or None,
+        **{name: getattr(options, name) for name in names},
+    )
     process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
     model, tokenizer = load(argparse.Namespace(**{**vars(options), "device": "cpu"}) if options.fsdp else options)
     try:
-        rows = extend_context(
-            model,
-            tokenizer,
-            data,
-            recipe,
-            options.output,
-            cache_dir=options.cache_dir.expanduser(),
-            heads=options.heads,
-            training_arguments={"deepspeed": deepspeed} if deepspeed else None,
-            command=options.command_line,
-            deadline=deadline,
-            **run,
-        )
+        rows = plan.run(model, tokenizer).rows
     except OutOfTime:
-        process.print(f"out of time: the same command with --resume goes on from {run['work_dir']}")
+        process.print(f"out of time: the same command with --resume goes on from {plan.work}")
         return
     process.print(f"{options.output}: loss {rows[0]['loss']:.3f} at step 1, {rows[-1]['loss']:.3f} at the end")
-
-
-def _config(options: argparse.Namespace) -> Any:
-    from lococo.extension.recipe import extension_config
-
-    if options.heads is not None:
-        if options.method != "lococo":
-            raise ValueError(f"--heads is for --method lococo, got --method {options.method}")
-        return read_heads_config(options.heads)
-    block_size = min(options.num_slots, 512) if options.block_size is None else options.block_size
-    return extension_config(options.method, options.num_slots, block_size, options.positions)
 
 
 def deepspeed_file(wanted: str | None) -> str | None:

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lococo
 from lococo.cli.ablate import add_ablate_command
@@ -161,44 +160,37 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from lococo.data.windows import DEFAULT_DATASET, DataConfig
-    from lococo.training.calibrate import calibrate, check_calibration, this_process
-    from lococo.training.recipe import RECIPES, adjusted
+    from lococo.data.windows import DEFAULT_DATASET
+    from lococo.training.calibrate import plan_calibration
+    from lococo.training.runs import this_process
 
-    block_size = min(options.num_slots, 512) if options.block_size is None else options.block_size
-    config, recipe = RECIPES[options.recipe](options.num_slots, block_size)
-    recipe = adjusted(recipe, options)
-    data = DataConfig(
-        sources=tuple(options.dataset or [DEFAULT_DATASET]),
+    names = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
+    names += ["budget_texts", "local_texts", "measure_every"]
+    deepspeed = deepspeed_file(options.deepspeed)
+    plan = plan_calibration(
+        options.dataset or [DEFAULT_DATASET],
+        output=options.output,
+        num_slots=options.num_slots,
+        block_size=options.block_size,
+        recipe=options.recipe,
         length=options.length,
-        num_windows=recipe.windows_needed if options.windows is None else options.windows,
+        first=options.first,
+        num_windows=options.windows,
         num_heldout=options.heldout,
         boundaries=options.boundaries,
         text_column=options.text_column,
         seed=options.seed,
-    )
-    deepspeed = deepspeed_file(options.deepspeed)
-    output = options.output.absolute()  # "." has no name
-    work_dir = options.work_dir or output.with_name(f"{output.name}.work")
-    run: dict[str, Any] = dict(work_dir=work_dir, resume=options.resume, first=options.first)
-    check_calibration(config, data, recipe, options.output, **run)
-    process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
-    model, tokenizer = load(options)
-    rows = calibrate(
-        model,
-        tokenizer,
-        config,
-        data,
-        recipe,
-        options.output,
-        cache_dir=options.cache_dir.expanduser(),
+        work_dir=options.work_dir,
+        cache_dir=options.cache_dir,
+        resume=options.resume,
         training_arguments={"deepspeed": deepspeed} if deepspeed else None,
         command=options.command_line,
-        **run,
+        **{name: getattr(options, name) for name in names},
     )
+    process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
+    made = plan.run(*load(options))
     if process.is_main_process:
-        last = [row for row in rows if "gap_ratio" in row][-1]
-        ratio = "-" if last["gap_ratio"] is None else f"{last['gap_ratio']:.3f}"
+        ratio = "-" if made.gap_ratio is None else f"{made.gap_ratio:.3f}"
         print(f"{options.output}: gap ratio {ratio} (0 is the full cache, 1 is H2O, - where H2O loses nothing)")
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lococo.models import attention_layers, base_config, find_decoder
+from lococo.patch import unpatch_model
 from lococo.state import head_modules, is_patched
 from lococo.training.frozen import modes_kept
 
@@ -118,7 +119,7 @@ def checkpoint_layers(model: Any) -> None:
 def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
     """Undo at the end of a ``with`` block what an extension puts into a model.
 
-    Adapters and rotary embeddings leave for the modules that they took the place of; modes, ``requires_grad``, hooks,
+    A patch is taken out; adapters and rotary embeddings leave for the modules that they took the place of; modes, ``requires_grad``, hooks,
     what is noted on modules and the fields of configs are what they were. PEFT's own ``unload`` would leave trained
     copies of embeddings and norms in the model. Weights must not have been written to.
 
@@ -127,6 +128,7 @@ def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[N
     after_errors_only : bool
         Leave what was put in where the block ends without an error.
     """
+    was_patched = is_patched(model)
     children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     notes = [(vars(module), name, vars(module).get(name)) for module in model.modules() for name in NOTES]
     hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
@@ -134,6 +136,8 @@ def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[N
     fields = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
 
     def undo() -> None:
+        if is_patched(model) and not was_patched:
+            unpatch_model(model)
         for parent, name, child in children:
             setattr(parent, name, child)
         for attributes, name, before in notes:

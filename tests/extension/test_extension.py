@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import lococo
 from lococo.cli.main import main
 from lococo.data.windows import DataConfig
-from lococo.extension.extend import extend_context
+from lococo.extension.extend import ExtensionRun
 from lococo.extension.folder import Extension, read_extension
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.results.deadline import Deadline, OutOfTime
@@ -51,11 +51,10 @@ def write_documents(path, rows):
 
 
 def extend(model, tokenizer, text, folder, method="lococo", **options):
-    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0, heldout_share=0.0)
-    places = dict(work_dir=folder / "work", cache_dir=folder / "cache")
-    changes = options.pop("changes", {})
-    how = recipe(method, **changes)
-    return extend_context(model, tokenizer, data, how, folder / "out", **{**places, **options})
+    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0)
+    places = dict(output=folder / "out", work_dir=folder / "work", cache_dir=folder / "cache")
+    how = recipe(method, **options.pop("changes", {}))
+    return ExtensionRun(data=data, recipe=how, **places, **options).run(model, tokenizer).rows
 
 
 @torch.no_grad()
@@ -315,6 +314,39 @@ def test_outputs_that_hold_something_else_are_refused(tokenizer, text, tmp_path)
 def test_recipes_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+# The function
+
+
+@pytest.mark.parametrize("method", ["lococo", "longlora"])
+def test_the_function_makes_what_the_command_makes(method, checkpoint, text, tokenizer, tmp_path):
+    more = ["--factor", 4, "--device", "cpu", "--method", method]
+    assert command(checkpoint, text, tmp_path / "command", *more) == 0
+    model, told = AutoModelForCausalLM.from_pretrained(checkpoint), []
+    made = lococo.extend_context(
+        model,
+        tokenizer,
+        [{"text": json.loads(line)["text"]} for line in text.read_text().splitlines()],
+        factor=4,
+        output=tmp_path / "out",
+        method=method,
+        num_slots=16,
+        block_size=8,
+        steps=2,
+        windows_per_step=1,
+        cache_dir=tmp_path,
+        on_progress=told.append,
+    )
+    assert made.folder == tmp_path / "out" and made.rows == told and [row["step"] for row in told] == [1, 2]
+    folders = (tmp_path / "command" / "out", made.folder)
+    assert torch.equal(*(logits(lococo.load_extended(checkpoint, folder)) for folder in folders))
+    assert not lococo.is_patched(model) and not hasattr(model, "peft_config")
+
+
+def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
+    with pytest.raises(ValueError, match=r'heads are for method="lococo", got method=\'full\''):
+        lococo.extend_context(tiny_llama(), tokenizer, text, output=tmp_path / "out", method="full", heads="somewhere")
 
 
 # The command
