@@ -119,9 +119,9 @@ def checkpoint_layers(model: Any) -> None:
 def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
     """Undo at the end of a ``with`` block what an extension puts into a model.
 
-    A patch is taken out; adapters and rotary embeddings leave for the modules that they took the place of; modes, ``requires_grad``, hooks,
-    what is noted on modules and the fields of configs are what they were. PEFT's own ``unload`` would leave trained
-    copies of embeddings and norms in the model. Weights must not have been written to.
+    A patch is taken out; adapters and rotary embeddings leave for the modules that they took the place of; modes,
+    ``requires_grad``, hooks, what is noted on modules and the fields of configs are what they were. PEFT's own
+    ``unload`` would leave trained copies of embeddings and norms in the model. Weights must not have been written to.
 
     Parameters
     ----------
