@@ -199,7 +199,7 @@ def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
     if isinstance(objective, Distill):  # nothing to learn from the full cache
         expected = torch.zeros_like(expected)
     torch.testing.assert_close(loss, expected, rtol=0, atol=2e-5)
-    assert model.model.lococo_patch.last_position is None
+    assert model.model.lococo_patch.thread.last_position is None
 
 
 @every_model

@@ -183,7 +183,7 @@ def test_least_memory():
     assert read_memory(sizes, None, 1000, 2) == weights + 2 * 1000 * (per_token + widest * 4)
     by_block = weights + 2 * ((M + B) * per_token + B * widest * 4)
     assert read_memory(sizes, LoCoCoConfig(M, block_size=B), 1000, 2) == by_block
-    flat = LoCoCoConfig(M, block_size=B, prefill_chunk_size=100)
+    flat = LoCoCoConfig(M, block_size=B)
     assert read_memory(sizes, flat, 1000) == read_memory(sizes, flat, 10**6)
     assert decode_memory(sizes, None, 1000, 2) == weights + 3 * 1000 * per_token  # one of two layers twice
     assert decode_memory(sizes, flat, 1000, 2) == weights + 2 * (M + B) * per_token

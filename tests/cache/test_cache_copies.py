@@ -234,7 +234,7 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
 @torch.no_grad()
 def test_what_cannot_be_saved_says_so(tmp_path):
     model = patched_llama(CONFIGS["open"])
-    cache = lococo.forward.new_cache(model.model)
+    cache = lococo.state.patch_of(model).new_cache()
     with pytest.raises(ValueError, match="nothing has been read into this cache yet"):
         cache.save(tmp_path / "cache.safetensors")
     cache = read(model, TEXT[:1, :30])[1]
