@@ -1,5 +1,7 @@
 """Every family of models that goes through the attention interface obeys the same laws; the others are refused."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -106,9 +108,9 @@ def build(family, **overrides):
 
 def patch(model, config, **changes):
     """Patch with heads that are the same for the same config."""
-    values = {**config.to_dict(), **changes}
+    chunk = changes.pop("prefill_chunk_size", None)
     torch.manual_seed(1)
-    return lococo.patch_model(model, LoCoCoConfig.from_dict(values))
+    return lococo.patch_model(model, dataclasses.replace(config, **changes), prefill_chunk_size=chunk)
 
 
 def read(model, ids, split=None, mask=None):
