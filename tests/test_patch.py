@@ -46,7 +46,7 @@ def test_patching_twice_says_so_in_a_line():
         lococo.patch_model(model, LoCoCoConfig(32))
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
 def test_every_attention_may_be_asked_for(attention):
     model = tiny_llama()
     with lococo.patched(model, SMALL, attention=attention):
