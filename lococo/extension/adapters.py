@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lococo.models import attention_layers, base_config, find_decoder
+from lococo.models import base_config, find_family
 from lococo.patch import unpatch_model
 from lococo.state import head_modules, is_patched
 from lococo.training.frozen import modes_kept
@@ -54,10 +54,11 @@ def adapter_config(model: nn.Module, rank: int = 8, alpha: int = 16) -> Any:
         if value < 1:
             raise ValueError(f"LoRA's {name} must be at least 1, got {value}")
     peft = _peft()
-    decoder = find_decoder(model)
+    family = find_family(model)
+    decoder = family.decoder
     linear = {
         name
-        for layer in attention_layers(decoder).values()
+        for layer in family.layers.values()
         for name, module in layer.named_children()
         if isinstance(module, nn.Linear)
     }

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lococo.models.chatglm.family import is_remote_chatglm
-from lococo.models.transformers import find_decoder
+from lococo.models import find_family
 
 ROPE_TYPES = ("linear", "yarn", "dynamic")
 
@@ -67,13 +66,10 @@ def scale_positions(model: nn.Module, scaling: RopeScaling) -> nn.Module:
     ValueError
         If the model's positions cannot be stretched; says why. The model is then as it was.
     """
-    decoder: Any = find_decoder(model)
-    name = type(model).__name__
-    if is_remote_chatglm(decoder):
-        raise ValueError(
-            f"{name} in ChatGLM's own code cannot be extended: write it as Transformers' own GLM first "
-            "(lococo convert-chatglm SRC DST)"
-        )
+    family, name = find_family(model), type(model).__name__
+    decoder = family.decoder
+    if family.instead is not None:
+        raise ValueError(f"{name} in code of its own cannot be extended: {family.instead}")
     rotary: Any = getattr(decoder, "rotary_emb", None)
     if [module for module in decoder.modules() if hasattr(module, "inv_freq")] != [rotary]:
         raise ValueError(f"{name} cannot be extended: its layers do not share one rotary embedding")
