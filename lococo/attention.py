@@ -9,77 +9,18 @@ from typing import Any, cast
 
 import torch
 
-from lococo.cache.cache import LayerCache, LoCoCoCache
+from lococo.cache.cache import LayerCache
 from lococo.cache.memory import Memory
-from lococo.cache.plan import Plan, RaggedSegment, Row, Segment, plan_call
+from lococo.cache.plan import Plan, RaggedSegment, Segment
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
+from lococo.context import ForwardContext
 from lococo.kernels import scoring as kernels
 from lococo.masks import padding_mask, window_of
 from lococo.models.rotary import RotaryTable
 
 NAME = "lococo"
-
-
-@dataclasses.dataclass
-class Call:
-    """One forward of a patched decoder, shared by its layers.
-
-    Attributes
-    ----------
-    plan : Plan
-        For ``config.num_slots``.
-    cache : LoCoCoCache, optional
-        None where nothing is remembered after the call.
-    rotary_tables : dict
-        ``RotaryTable`` (or None) by layer index.
-    rows, real
-        What the plan was made from, as in ``plan_call``, for heads with another number of slots.
-    earlier : list of torch.Tensor
-        Last hidden states of the chunks read before this one.
-    plans : dict
-        Plans by number of slots and device, for models spread over several.
-    is_recorded : bool
-        Whoever made the call replays it, and keeps the books.
-    hands_out : bool
-        Whoever called the model wants the cache.
-    ends_text : bool
-        It is the last piece of a text that the decoder's hook reads in pieces.
-    read : set of int
-        Layers that have read it.
-    """
-
-    config: LoCoCoConfig
-    plan: Plan
-    cache: LoCoCoCache | None
-    rotary_tables: dict[int, RotaryTable | None]
-    rows: Sequence[Row] = (Row(),)
-    real: Sequence[Sequence[bool]] | None = None
-    earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    plans: dict[tuple[int, torch.device], Plan] = dataclasses.field(default_factory=dict)
-    is_recorded: bool = False
-    hands_out: bool = False
-    ends_text: bool = False
-    read: set[int] = dataclasses.field(default_factory=set)
-
-    def plan_for(self, config: LoCoCoConfig, device: torch.device) -> Plan:
-        """The plan for heads with a config, on a device."""
-        key = (config.num_slots, device)
-        if key not in self.plans:
-            if config.num_slots == self.config.num_slots:
-                self.plans[key] = self.plan.to(device)
-            else:
-                self.plans[key] = plan_call(self.rows, self.plan.places.shape[1], config, self.real, device)
-        return self.plans[key]
-
-    def layer(self, layer_idx: int, window: int | None) -> LayerCache:
-        """What the layer remembers, about to read the call: in the cache, or until this call ends."""
-        self.read.add(layer_idx)
-        if self.cache is None:
-            return LayerCache(self.config, layer_idx, window)
-        self.cache.is_reading = not self.is_recorded
-        return self.cache.layers[layer_idx].look_back(window)
 
 
 @torch.compiler.disable
@@ -93,7 +34,7 @@ def lococo_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    lococo: Call | None = None,
+    lococo: ForwardContext | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of patched models, registered as ``"lococo"``.
@@ -107,7 +48,7 @@ def lococo_attention(
         (batch, heads, tokens, head_dim), rotated.
     key, value : torch.Tensor
         (batch, kv_heads, tokens, head_dim), keys rotated.
-    lococo : Call
+    lococo : ForwardContext
         Put in by the hook on the decoder.
 
     Returns
@@ -133,7 +74,7 @@ def lococo_attention(
     fusing = head if window is None else None
     layer = lococo.layer(module.layer_idx, window)
     plan_for = functools.partial(lococo.plan_for, device=query.device)
-    dtype, kernel = query.dtype, lococo.config.attention
+    dtype, kernel = query.dtype, lococo.attention
     query, key, value = _of_one_kind(layer, query, key, value)
     # Under autocast places in the text, scores and weights of blends would be rounded to half precision.
     with kernels.without_autocast(query.device.type):
@@ -170,7 +111,7 @@ def read_layer(
     rotary: RotaryTable | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    kernel: str | None = None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Attention of one layer over what it remembers, each group of heads over its own memory.
 
@@ -184,15 +125,14 @@ def read_layer(
         (batch, heads, tokens, head_dim), rotated.
     key, value : torch.Tensor
         (batch, kv_heads, tokens, head_dim), keys rotated.
-    kernel : str, optional
-        As ``LoCoCoConfig.attention``. None: that of the layer's config.
+    kernel : str
+        Name of the attention kernel.
 
     Returns
     -------
     torch.Tensor
         (batch, heads, tokens, head_dim).
     """
-    kernel = kernel or layer.config.attention
 
     def reader(memory: Memory) -> _Reader:
         return _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap, kernel)

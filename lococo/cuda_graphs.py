@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lococo.attention import Call
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.plan import Plan, plan_call
 from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
 from lococo.compression.base import Compressor
-from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
-from lococo.models import base_shape
-from lococo.state import HEAD, Patch, head_modules, patched_decoder
+from lococo.context import ForwardContext, ForwardRequest
+from lococo.forward import after_forward, ask_for_last_states, before_forward
+from lococo.inputs import padded_columns
+from lococo.state import HEAD, patch_of
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -159,10 +159,10 @@ class StepGraph:
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
         plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
-        call = Call(cache.config, plan, cache, {}, is_recorded=True)
+        context = ForwardContext(cache.config, plan, cache, {}, is_recorded=True)
 
         def forward() -> Any:
-            with asking(model, Request(call=call)):
+            with patch_of(model).asking(ForwardRequest(context=context)):
                 return type(model).__call__(
                     model, self.input_ids, position_ids=self.position_ids, **with_cache(model, cache), use_cache=True
                 )
@@ -214,12 +214,11 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     cache = kwargs.get(cache_argument(model), kwargs.get(OLD_CACHE_NAME))
     if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
         return call(*args, **kwargs)
-    decoder, input_ids = patched_decoder(model), kwargs["input_ids"]
-    patch: Patch = decoder.lococo_patch
+    patch, input_ids = patch_of(model), kwargs["input_ids"]
     plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
     if not plan.is_step:
         return call(**kwargs)
-    step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
+    step = ForwardContext(cache.config, plan, cache, cache.rotary_tables, cache.rows)
     plan_for = functools.partial(step.plan_for, device=input_ids.device)
     graph = _graphs.get(cache)
     if graph is not None and not graph.is_current():
@@ -230,7 +229,7 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
         return call(**kwargs)
     heads = fusion_heads(model) if graph is None else graph.heads
     for layer, head in zip(cache.layers, heads, strict=True):
-        layer.open_steps(plan_for, head, decoder.config.num_attention_heads)
+        layer.open_steps(plan_for, head, patch.decoder.config.num_attention_heads)
 
     def without_graph(error: Exception) -> Any:
         _graphs[cache] = None
@@ -260,12 +259,12 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
 
 def fusion_heads(model: nn.Module) -> list[Compressor | None]:
     """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
-    heads = head_modules(model)
-    return [heads.get(index) for index in range(base_shape(model)["num_layers"])]
+    patch = patch_of(model)
+    return [patch.heads.get(index) for index in patch.layers]
 
 
 def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
-    input_ids, decoder = arguments.get("input_ids"), patched_decoder(model)
+    input_ids, patch = arguments.get("input_ids"), patch_of(model)
     if input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type not in RECORDERS:
         return False
     wanted = {name for name, value in arguments.items() if value is not None and value is not False}
@@ -274,11 +273,11 @@ def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any])
         wanted <= ARGUMENTS
         and cache.num_steps >= STEPS_BEFORE_RECORDING
         and not cache.is_reading
-        and cache.config.has_method_of(decoder.lococo_patch.config)
+        and cache.config == patch.config
         and cache.batch_size == input_ids.shape[0]
         and (cache not in _graphs or _graphs[cache] is not None)
         and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
-        and not decoder.lococo_patch.is_suspended
+        and not patch.is_suspended
         and not torch.is_grad_enabled()
         and not model.training
         and not torch.is_autocast_enabled(input_ids.device.type)
@@ -292,7 +291,7 @@ def _can_record(model: nn.Module) -> bool:
     Rotary embeddings that ask the host for the length of the text have hooks of their own, see ``whole_text``.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    return patched_decoder(model).lococo_patch.can_record and len(devices) == 1 and not _has_foreign_hooks(model)
+    return patch_of(model).can_record and len(devices) == 1 and not _has_foreign_hooks(model)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -300,9 +299,9 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _has_foreign_hooks(model: nn.Module) -> bool:
-    ours = {before_forward, after_forward, ask_for_last_logits}
+    ours = {before_forward, after_forward, ask_for_last_states}
     return any(
-        hook not in ours and getattr(hook, "__module__", None) not in IDLE_HOOKS
+        getattr(hook, "func", hook) not in ours and getattr(hook, "__module__", None) not in IDLE_HOOKS
         for module in model.modules()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
         for hook in hooks.values()

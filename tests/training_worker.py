@@ -29,9 +29,9 @@ CONFIG = lococo.LoCoCoConfig(
 TASKS = {"full": NextToken(), "truncated": Distill(backprop_tokens=20, next_token_weight=0.3)}
 
 
-def patched_tiny(config=CONFIG, dtype=torch.float64, **overrides):
+def patched_tiny(config=CONFIG, dtype=torch.float64, prefill_chunk_size=None, **overrides):
     """A patched model in evaluation mode, with the same random heads every time."""
-    model = lococo.patch_model(tiny_llama(**overrides), config).to(dtype)
+    model = lococo.patch_model(tiny_llama(**overrides), config, prefill_chunk_size=prefill_chunk_size).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for head in head_modules(model).values():

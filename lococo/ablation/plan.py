@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from lococo.ablation.grid import Axes
@@ -10,9 +9,7 @@ from lococo.ablation.run import Plan
 from lococo.data.documents import local_files
 from lococo.data.windows import DEFAULT_DATASET, DataConfig
 from lococo.methods import plan_runs
-from lococo.training.local import LocalConfig
-from lococo.training.objectives import NextToken
-from lococo.training.recipe import Recipe, default_recipe
+from lococo.training.recipes import Recipe, adjusted, default_recipe
 
 NEEDED = ("full", "h2o")
 OBJECTIVES = ("distill", "next-token", "local")
@@ -130,17 +127,15 @@ def _recipe(
         raise ValueError(f"--steps must be at least 1, got {steps}")
     if objective == "local" and learning_rate is not None:
         raise ValueError("--learning-rate is that of training from end to end, not of --objective local")
-    recipe = dataclasses.replace(
+    is_local = objective == "local"
+    return adjusted(
         recipe,
-        budget_texts=budget_texts,
+        objective="none" if is_local else objective,
+        steps=None if is_local else steps,
+        local_steps=steps if is_local else None,
+        local_texts=windows if is_local else None,
         windows_per_step=windows_per_step,
+        learning_rate=learning_rate,
+        budget_texts=budget_texts,
         measure_every=max(1, steps // 4),  # and as often the state is saved
-        learning_rate=learning_rate or recipe.learning_rate,
     )
-    if objective == "local":
-        local_texts = recipe.local_texts if windows is None else windows
-        return dataclasses.replace(recipe, objective=None, local=LocalConfig(steps=steps), local_texts=local_texts)
-    if objective == "next-token" and recipe.objective:
-        next_token = NextToken(backprop_tokens=recipe.objective.backprop_tokens)
-        return dataclasses.replace(recipe, objective=next_token, steps=steps)
-    return dataclasses.replace(recipe, steps=steps)

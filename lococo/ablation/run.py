@@ -24,9 +24,9 @@ from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Band, Bars, Lines, Panel, Series, picture
-from lococo.training.calibrate import calibrate, check_calibration, weights_identity
-from lococo.training.recipe import Recipe
-from lococo.training.runs import check_same_run
+from lococo.training.calibrate import Calibration
+from lococo.training.recipes import Recipe
+from lococo.training.runs import check_same_run, plain, weights_identity
 
 Row = dict[str, Any]
 RUN_NAME = "ablation.json"
@@ -69,23 +69,31 @@ class Plan:
                 f"{work_dir} has no {RUN_NAME}, so it is no run to go on with: give a new --work-dir"
             )
         for cell in self.cells:
-            places = {"output": _heads(work_dir, cell), "work_dir": _unfinished(work_dir, cell)}
-            check_calibration(cell.config, self.data, self.recipe_of(cell), resume=True, first=self.first, **places)
+            self.calibration_of(cell, work_dir).check()
 
-    def recipe_of(self, cell: Cell) -> Recipe:
-        """How a cell is calibrated."""
-        return self.recipe if cell.config.num_fused else dataclasses.replace(self.recipe, local=None, objective=None)
+    def calibration_of(self, cell: Cell, work_dir: Path, **more: Any) -> Calibration:
+        """How a cell is calibrated; more fields of ``Calibration`` may be said."""
+        recipe = self.recipe
+        if not cell.config.num_fused:  # no head to train
+            recipe = dataclasses.replace(recipe, local=None, objective=None)
+        return Calibration(
+            config=cell.config,
+            data=dataclasses.replace(self.data, seed=cell.seed),
+            recipe=recipe,
+            output=_heads(work_dir, cell),
+            work_dir=work_dir / "unfinished" / cell.name,
+            cache_dir=work_dir / "cache",
+            recordings_dir=work_dir / f"recordings-{cell.seed}",
+            resume=True,
+            first=self.first,
+            dtype=None,
+            **more,
+        )
 
     def description(self, model: PreTrainedModel) -> dict[str, Any]:
         """What all cells share, as plain JSON values; the grid may grow."""
-        content = {
-            "model": weights_identity(model),
-            "data": dataclasses.asdict(self.data),
-            "recipe": dataclasses.asdict(self.recipe),
-            "objective": self.recipe.objective_name,
-            "first": self.first,
-        }
-        return json.loads(json.dumps(content))
+        recipe = {"recipe": self.recipe, "objective": self.recipe.objective_name}
+        return plain({"model": weights_identity(model), "data": self.data, **recipe, "first": self.first})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,22 +171,7 @@ def _calibrated(
 ) -> Measured:
     heads = _heads(work_dir, cell)
     if not (heads / CONFIG_NAME).is_file():
-        calibrate(
-            model,
-            tokenizer,
-            cell.config,
-            dataclasses.replace(plan.data, seed=cell.seed),
-            plan.recipe_of(cell),
-            heads,
-            work_dir=_unfinished(work_dir, cell),
-            cache_dir=work_dir / "cache",
-            resume=True,
-            first=plan.first,
-            dtype=None,
-            command=command,
-            recordings_dir=work_dir / f"recordings-{cell.seed}",
-            deadline=deadline,
-        )
+        plan.calibration_of(cell, work_dir, command=command, deadline=deadline).run(model, tokenizer)
     config = read_heads_config(heads)
     trained = Run("lococo", config, str(heads))
     if not config.num_fused:
@@ -188,10 +181,6 @@ def _calibrated(
 
 def _heads(work_dir: Path, cell: Cell) -> Path:
     return work_dir / "heads" / cell.name
-
-
-def _unfinished(work_dir: Path, cell: Cell) -> Path:
-    return work_dir / "unfinished" / cell.name
 
 
 def finish(work_dir: Path) -> None:

@@ -13,7 +13,7 @@ from lococo.bench.meter import Meter, freed_blocks_returned
 from lococo.bench.roofline import Sizes, Work, train_memory, train_work
 from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.bench.train import Train
-from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
+from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.methods import Run
 from lococo.state import is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
@@ -72,8 +72,8 @@ class Extend(Train):
             if meter.watches_memory:
                 stack.enter_context(freed_blocks_returned())
                 saved = stack.enter_context(saved_bytes())
-            stack.enter_context(as_it_was(model))
-            learner = let_learn(adapted(model, adapter_config(model)))
+            stack.enter_context(restored(model))
+            learner = unfreeze(adapted(model, adapter_config(model)))
             if cell.run.config is None:
                 checkpoint_layers(model)
             caches = Caches(learner) if is_patched(learner) else None

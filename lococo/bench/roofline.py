@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lococo.bench.meter import Meter
-from lococo.chunks import token_bytes
 from lococo.config import LoCoCoConfig
-from lococo.models import base_config, base_shape, find_decoder
+from lococo.models import base_config, base_shape, find_family
+from lococo.prefill import token_bytes
 
 ATTEMPTS = 10
 # Bytes copied and side of the matrices, too large for any cache and fast to measure.
@@ -71,7 +71,7 @@ class Sizes:
         """Sizes of an unpatched causal language model."""
         config = base_config(model).get_text_config()
         embeddings, logits = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        matrices = [parameter for parameter in find_decoder(model).parameters() if parameter.dim() > 1]
+        matrices = [parameter for parameter in find_family(model).decoder.parameters() if parameter.dim() > 1]
         model_bytes = sum(parameter.nbytes for parameter in model.parameters())
         return cls(
             **base_shape(model),
@@ -173,7 +173,7 @@ def cache_size(sizes: Sizes, config: LoCoCoConfig | None, tokens: int, batch: in
 
 def read_memory(sizes: Sizes, config: LoCoCoConfig | None, tokens: int, batch: int = 1) -> int:
     """Least bytes in use while a text is read: weights, cache, and the widest activations of one layer."""
-    at_once = tokens if config is None else min(tokens, config.prefill_chunk_size or config.block_size)
+    at_once = tokens if config is None else min(tokens, config.block_size)
     return sizes.model_bytes + cache_size(sizes, config, tokens, batch) + at_once * batch * sizes.token_bytes
 
 

@@ -20,7 +20,7 @@ from lococo.compat import with_cache
 from lococo.generation import cache_bytes
 from lococo.kernels import scoring as kernels
 from lococo.methods import Run
-from lococo.models import base_shape, find_decoder
+from lococo.models import base_shape, find_family
 from lococo.results.plots import Bars, Panel, Series
 from lococo.state import head_modules
 
@@ -81,7 +81,7 @@ class Score(Topic):
                 cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
             else:
                 cache = compressed_cache(model, config, cell.batch)
-        decoder, ids = find_decoder(model), random_ids(model, cell.batch, self.block_size)
+        decoder, ids = find_family(model).decoder, random_ids(model, cell.batch, self.block_size)
         with meter.lap():
             decoder(input_ids=ids, **with_cache(decoder, cache), use_cache=True)
         seconds = meter.seconds()[0] / base_shape(model)["num_layers"]
@@ -128,7 +128,7 @@ def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[]
     bias = memory.entries.log_mass if head is not None and not head.is_closed else None
     visibility, scale = kernels.Visibility(bias=bias), 1 / math.sqrt(head_dim)
     with torch.no_grad():
-        lse = kernels.attend_and_lse(query, keys, memory.values, scale, visibility, config.attention)[1]
+        lse = kernels.attend_and_lse(query, keys, memory.values, scale, visibility, "auto")[1]
     mass = functools.partial(kernels.attention_mass, query, keys, scale, visibility, lse=lse)
     return functools.partial(mass, squared=config.score_power == 2, delay=config.score_delay)
 

@@ -18,7 +18,7 @@ from lococo.methods import Run
 from lococo.state import head_modules, is_patched
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Caches, NextToken, Objective, WindowLoss
-from lococo.training.recipe import default_recipe
+from lococo.training.recipes import default_recipe
 
 OBJECTIVES = ("distill", "next-token")
 Loss = Callable[[torch.Tensor, Caches, int, int], torch.Tensor]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,9 +16,9 @@ from lococo.cli.options import (
     NumSlots,
     OwnBlockSize,
     TrainingRunOptions,
-    block_of,
     option,
 )
+from lococo.cli.terminal import print_progress, ratio_text
 
 RECIPE = "as the recipe says"
 
@@ -65,58 +64,31 @@ def calibrate(
 
     Example: lococo calibrate --model MODEL --num-slots 256 --dataset texts.jsonl --output heads/
     """
-    from lococo.data.windows import DEFAULT_DATASET, DataConfig, prepare
-    from lococo.training import calibrate as calibration
-    from lococo.training.recipe import RECIPES, adjusted
+    from lococo.training.calibrate import plan_calibration
 
-    if recipe not in RECIPES:
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    config, chosen = RECIPES[recipe](num_slots, block_of(num_slots, block_size))
-    chosen = adjusted(
-        chosen,
-        argparse.Namespace(
-            objective=objective,
-            steps=steps,
-            windows_per_step=windows_per_step,
-            learning_rate=learning_rate,
-            backprop_tokens=backprop_tokens,
-            budget_texts=budget_texts,
-            local_steps=local_steps,
-            local_texts=local_texts,
-            measure_every=measure_every,
-        ),
-    )
-    data = DataConfig(
-        sources=tuple(text.dataset or [DEFAULT_DATASET]),
+    plan = plan_calibration(
+        num_slots=num_slots,
+        block_size=block_size,
+        recipe=recipe,
         length=length,
-        num_windows=chosen.windows_needed if text.windows is None else text.windows,
+        first=first,
         num_heldout=heldout,
-        boundaries=text.boundaries,  # type: ignore[arg-type]
-        text_column=text.text_column,
-        seed=text.seed,
-        heldout_share=0.05 if heldout_share is None else heldout_share,
-    )
-    state: dict[str, Any] = {"work_dir": run.work_folder, "resume": run.resume, "first": first}
-    cache_dir = run.cache_dir.expanduser()
-    calibration.check_calibration(config, data, chosen, run.output, **state)
-    training_arguments = run.training_arguments
-    process = calibration.this_process(on_cpu=source.device == "cpu")  # "cuda" is its own GPU from here on
-    with process.main_process_first():
-        prepare(data, source.load_tokenizer(), cache_dir / "tokens")  # what is wrong with the data is said at once
-    model, tokenizer = source.load()
-    rows = calibration.calibrate(
-        model,
-        tokenizer,
-        config,
-        data,
-        chosen,
-        run.output,
-        cache_dir=cache_dir,
-        training_arguments=training_arguments,
+        heldout_share=heldout_share,
+        objective=objective,
+        steps=steps,
+        windows_per_step=windows_per_step,
+        learning_rate=learning_rate,
+        backprop_tokens=backprop_tokens,
+        budget_texts=budget_texts,
+        local_steps=local_steps,
+        local_texts=local_texts,
+        measure_every=measure_every,
         command=context.obj,
-        **state,
+        on_progress=print_progress,
+        **text.arguments(),
+        **run.arguments(),
     )
-    if process.is_main_process:
-        last = [row for row in rows if "gap_ratio" in row][-1]
-        ratio = "-" if last["gap_ratio"] is None else f"{last['gap_ratio']:.3f}"
-        print(f"{run.output}: gap ratio {ratio} (0 is the full cache, 1 is H2O, - where H2O loses nothing)")
+    process = run.process(source)
+    plan.read_data(source.load_tokenizer())
+    made = plan.run(*source.load())
+    process.print(f"{made.folder}: gap ratio {ratio_text(made.gap_ratio)} (0 is the full cache, 1 is H2O)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,6 @@ from lococo.cli.options import (
     OwnBlockSize,
     TimeLimit,
     TrainingRunOptions,
-    block_of,
     option,
 )
 
@@ -64,74 +63,45 @@ def extend(
 
     Example: lococo extend --model MODEL --factor 8 --num-slots 512 --dataset books.jsonl --output longer/
     """
-    from lococo.data.windows import DEFAULT_DATASET, DataConfig, prepare
-    from lococo.extension.extend import check_extension, extend_context
-    from lococo.extension.recipe import ExtensionRecipe, extension_config
-    from lococo.extension.rope_scaling import Stretch
-    from lococo.heads import read_heads_config
+    from lococo.extension.extend import plan_extension
     from lococo.loading import longest_text
-    from lococo.results.deadline import Deadline, OutOfTime
-    from lococo.training.calibrate import this_process
+    from lococo.results.deadline import OutOfTime
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
-    deadline = Deadline(time_limit)
-    if heads is not None and method != "lococo":
-        raise ValueError(f"--heads is for --method lococo, got --method {method}")
-    config = (
-        read_heads_config(heads)
-        if heads
-        else extension_config(method, num_slots, block_of(num_slots, block_size), positions)
-    )
-    stretch = Stretch(factor, original_length or longest_text(source.model, source.gguf_file), rope_type)
-    recipe = ExtensionRecipe(
+    if fsdp and run.deepspeed:
+        raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
+    plan = plan_extension(
+        factor=factor,
+        original_length=original_length or longest_text(source.model, source.gguf_file),
+        rope_type=rope_type,
         method=method,
-        stretch=stretch,
-        config=config,
-        rank=lora_rank,
-        alpha=lora_alpha,
+        num_slots=num_slots,
+        block_size=block_size,
+        positions=positions,
+        heads=heads,
+        length=length,
         steps=steps,
         windows_per_step=windows_per_step,
         learning_rate=learning_rate,
         heads_learning_rate=heads_learning_rate,
+        rank=lora_rank,
+        alpha=lora_alpha,
         depth=depth or None,
         save_every=save_every,
+        shard=fsdp,
+        merge_into=merge,
+        time_limit=time_limit,
+        command=context.obj,
+        **text.arguments(),
+        **run.arguments(),
     )
-    data = DataConfig(
-        sources=tuple(text.dataset or [DEFAULT_DATASET]),
-        length=length or stretch.length,
-        num_windows=recipe.windows_needed if text.windows is None else text.windows,
-        num_heldout=0,
-        heldout_share=0.0,
-        boundaries=text.boundaries,  # type: ignore[arg-type]
-        text_column=text.text_column,
-        seed=text.seed,
-    )
-    state: dict[str, Any] = {"work_dir": run.work_folder, "resume": run.resume, "merge_into": merge, "shard": fsdp}
-    cache_dir = run.cache_dir.expanduser()
-    check_extension(data, run.output, **state)
-    training_arguments = run.training_arguments
-    if fsdp and training_arguments:
-        raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
-    process = this_process(on_cpu=source.device == "cpu")  # "cuda" is its own GPU from here on
-    with process.main_process_first():
-        prepare(data, source.load_tokenizer(), cache_dir / "tokens")  # what is wrong with the data is said at once
+    process = run.process(source)
+    plan.read_data(source.load_tokenizer())
     model, tokenizer = source.load("cpu" if fsdp else None)
     try:
-        rows = extend_context(
-            model,
-            tokenizer,
-            data,
-            recipe,
-            run.output,
-            cache_dir=cache_dir,
-            heads=heads,
-            training_arguments=training_arguments,
-            command=context.obj,
-            deadline=deadline,
-            **state,
-        )
+        rows = plan.run(model, tokenizer).rows
     except OutOfTime:
-        process.print(f"out of time: the same command with --resume goes on from {run.work_folder}")
+        process.print(f"out of time: the same command with --resume goes on from {plan.work}")
         return
     process.print(f"{run.output}: loss {rows[0]['loss']:.3f} at step 1, {rows[-1]['loss']:.3f} at the end")

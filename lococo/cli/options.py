@@ -6,7 +6,6 @@ No file of this package imports torch or Transformers before a command runs: hel
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +108,18 @@ class DatasetOptions:
     boundaries: Annotated[str, option(TEXT, "Between documents: reset or none.")] = "reset"
     seed: Annotated[int, option(TEXT, "Of what is drawn by chance.")] = 0
 
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``lococo.calibrate`` and ``lococo.extend_context``."""
+        from lococo.data.windows import DEFAULT_DATASET
+
+        return {
+            "dataset": self.dataset or [DEFAULT_DATASET],
+            "text_column": self.text_column,
+            "num_windows": self.windows,
+            "boundaries": self.boundaries,
+            "seed": self.seed,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRunOptions:
@@ -124,15 +135,8 @@ class TrainingRunOptions:
         str | None, option(RUN, "zero2 for our ZeRO-2, or a DeepSpeed config file.", metavar="CONFIG")
     ] = None
 
-    @property
-    def work_folder(self) -> Path:
-        """Where the state is: beside the output unless told."""
-        output = self.output.absolute()  # "." has no name
-        return self.work_dir or output.with_name(f"{output.name}.work")
-
-    @property
-    def training_arguments(self) -> dict[str, Any] | None:
-        """What ``transformers.TrainingArguments`` are told besides.
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``lococo.calibrate`` and ``lococo.extend_context``.
 
         Raises
         ------
@@ -141,16 +145,21 @@ class TrainingRunOptions:
         ImportError
             If DeepSpeed is not installed.
         """
-        from lococo.training.window_trainer import DEEPSPEED_ZERO2
+        from lococo.training.window_trainer import deepspeed_arguments
 
-        if self.deepspeed is None:
-            return None
-        path = str(DEEPSPEED_ZERO2) if self.deepspeed == "zero2" else self.deepspeed
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such DeepSpeed config file")
-        if not importlib.util.find_spec("deepspeed"):
-            raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
-        return {"deepspeed": path}
+        return {
+            "output": self.output,
+            "work_dir": self.work_dir,
+            "cache_dir": self.cache_dir,
+            "resume": self.resume,
+            "training_arguments": deepspeed_arguments(self.deepspeed) if self.deepspeed else None,
+        }
+
+    def process(self, source: ModelOptions) -> Any:
+        """One process of a distributed run, which is here; from now on "cuda" is its own GPU."""
+        from lococo.training.runs import this_process
+
+        return this_process(on_cpu=source.device == "cpu")
 
 
 def names_of(joined: str) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 WIDTH = 100  # columns of a table, at most
 
@@ -43,6 +45,18 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = 
 def print_written(output: Path) -> None:
     """Where the files of a result are."""
     print(f"{output}.json: the result; its table (.md) and pictures (.png) lie beside it")
+
+
+def print_progress(row: Mapping[str, Any]) -> None:
+    """What a calibration has just measured: the gap ratio, and now and then the loss on its way."""
+    if "gap_ratio" in row:
+        place = f"step {row['step']}" if row["step"] else "before training"
+        tqdm.write(f"{place}: gap ratio {ratio_text(row['gap_ratio'])}, held-out loss {row['heldout_nll']:.4f}")
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A gap ratio; where H2O loses nothing there is none."""
+    return "- (H2O loses nothing)" if ratio is None else f"{ratio:.3f}"
 
 
 def _is_setting(values: Sequence[Any]) -> bool:

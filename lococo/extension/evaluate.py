@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.data.documents import single_files
 from lococo.data.texts import Cut, Text, Window, read_texts, sliding_windows
 from lococo.evaluation.perplexity import ALL_DOMAINS, DocumentLosses, digest, plot_by_length
-from lococo.extension.adapters import as_it_was
+from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
 from lococo.methods import Run, as_method
 from lococo.metrics import mean_nll
@@ -82,7 +82,7 @@ class Reader:
             with as_method(model, self.run.config, self.run.heads):
                 yield model
         else:
-            with as_it_was(model):
+            with restored(model):
                 yield load_extended(model, self.folder)
 
 

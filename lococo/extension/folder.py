@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from lococo.config import LoCoCoConfig
-from lococo.extension.adapters import as_it_was, load_adapter
-from lococo.extension.rope_scaling import Stretch, stretch_positions
+from lococo.extension.adapters import load_adapter, restored
+from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.files import check_replaceable, new_folder, write_whole
 from lococo.heads import save_heads
 from lococo.models import base_config, base_shape
@@ -38,7 +38,7 @@ class Extension:
         How it was trained. "full" and "longlora" read with the full cache.
     length : int
         Tokens of the texts it was trained on.
-    stretch : Stretch, optional
+    rope_scaling : RopeScaling, optional
         None where positions are those inside the cache.
     config : LoCoCoConfig, optional
         The compressed cache it reads with. None for the full cache.
@@ -46,7 +46,7 @@ class Extension:
 
     method: str
     length: int
-    stretch: Stretch | None
+    rope_scaling: RopeScaling | None
     config: LoCoCoConfig | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,11 +56,14 @@ class Extension:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Extension:
         """An extension from ``to_dict`` output."""
-        stretch, config = values["stretch"], values["config"]
+        scaling, config = (
+            values.get("rope_scaling", values.get("stretch")),
+            values["config"],
+        )  # "stretch" in old folders
         return cls(
             values["method"],
             values["length"],
-            stretch and Stretch(**stretch),
+            scaling and RopeScaling(**scaling),
             config and LoCoCoConfig.from_dict(config),
         )
 
@@ -177,9 +180,9 @@ def load_extended(base: nn.Module | str | os.PathLike, folder: str | os.PathLike
             f"{folder} extends {content['base']['name']} of shape {content['base']['shape']}, the model has shape "
             f"{_shape(base)}"
         )
-    with as_it_was(base, after_errors_only=True):
-        if extension.stretch:
-            stretch_positions(base, extension.stretch)
+    with restored(base, after_errors_only=True):
+        if extension.rope_scaling:
+            scale_positions(base, extension.rope_scaling)
         model = load_adapter(base, Path(folder, ADAPTER_FOLDER))
         if extension.config:
             heads = Path(folder, HEADS_FOLDER)

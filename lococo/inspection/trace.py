@@ -13,9 +13,9 @@ from lococo.cache.plan import Compression
 from lococo.compression.base import Compressor
 from lococo.compression.select import Budget, mixing
 from lococo.config import LoCoCoConfig
-from lococo.forward import Request, asking, new_cache
+from lococo.context import ForwardRequest
 from lococo.models.rotary import RotaryTable
-from lococo.state import patched_decoder
+from lococo.state import patch_of
 
 KINDS = ("sink", "heavy", "recent", "fused", "open")
 
@@ -109,12 +109,13 @@ def trace(model: Any, input_ids: torch.Tensor) -> list[Trace]:
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be one row (1, tokens), got {tuple(input_ids.shape)}")
-    cache = new_cache(patched_decoder(model))
+    patch = patch_of(model)
+    cache = patch.new_cache()
     for layer in cache.layers:
         layer.groups = [(TracedMemory(memory.config, layer.window), heads) for memory, heads in layer.groups]
     ids = input_ids.to(model.device)
     places = torch.arange(ids.shape[1], device=ids.device)[None]  # ChatGLM's own code does not count
-    with asking(model, Request(cache=cache, keep=1)):
+    with patch.asking(ForwardRequest(cache=cache, keep=1)):
         model(ids, position_ids=places, use_cache=True)
     found = []
     for index, layer in enumerate(cache.layers):

@@ -301,7 +301,7 @@ ATTENTIONS: Registry[Callable] = Registry("attention", _check)
 
 
 def register_attention(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: an attention kernel for reading that ``LoCoCoConfig(attention=name)`` finds.
+    """Decorator: an attention kernel for reading that ``patch_model(model, attention=name)`` finds.
 
     The function takes query (batch, heads, queries, head_dim), key and value (batch, kv_heads, entries, head_dim), all
     of one type, scale, a ``Visibility``, dropout and whether the log-sum-exp is wanted. It returns the output, as the

@@ -14,26 +14,35 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the training modes of modules and ``requires_grad`` of parameters back at the end of a ``with`` block."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
 def only_heads_learn(model: nn.Module) -> Iterator[nn.Module]:
     """A patched model inside a ``with`` block: heads trainable in float32 or wider, the rest frozen, no dropout.
 
     Afterwards modes, flags and the heads' dtype are what they were.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     heads = [(head, next(head.parameters()).dtype) for head in head_modules(model).values()]
-    try:
+    with modes_kept(model):
         model.eval().requires_grad_(False)
         for head, dtype in heads:
             head.requires_grad_(True).to(torch.promote_types(dtype, torch.float32))
-        yield model
-    finally:
-        for head, dtype in heads:
-            head.to(dtype)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        for module, mode in modes:
-            module.training = mode
+        try:
+            yield model
+        finally:
+            for head, dtype in heads:
+                head.to(dtype)
 
 
 @contextlib.contextmanager

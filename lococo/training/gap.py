@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
@@ -54,13 +56,22 @@ def baselines(
 
 
 class MeasureGap(TrainerCallback):
-    """Logs the gap ratio every so many steps."""
+    """Measures the gap ratio every so many steps, and logs it.
 
-    def __init__(self, model: PreTrainedModel, gap: GapRatio, every: int) -> None:
-        self.model, self.gap, self.every = model, gap, every
+    Parameters
+    ----------
+    tell : callable
+        Called with every row of the log that is added.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, gap: GapRatio, every: int, tell: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        self.model, self.gap, self.every, self.tell = model, gap, every, tell
 
     def on_step_end(self, args, state, control, **kwargs):
-        """See ``TrainerCallback``."""
+        """Measure, if it is the step for it."""
         is_last = state.global_step == state.max_steps
         if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
             state.log_history.append({"step": state.global_step, **self.gap.measure(self.model)})
+            self.tell(state.log_history[-1])

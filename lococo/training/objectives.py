@@ -12,9 +12,9 @@ from torch import nn
 
 from lococo.compat import cache_of, with_cache
 from lococo.compression.base import Compressor
-from lococo.forward import Request, asking, new_cache
+from lococo.context import ForwardRequest
 from lococo.patch import suspended
-from lococo.state import head_modules, is_patched, lococo_config, patched_decoder
+from lococo.state import is_patched, patch_of
 from lococo.whole_text import reading_pieces
 
 # Tokens whose logits are held at once, the same on every machine.
@@ -136,14 +136,14 @@ class Caches:
     """What a patched model remembers of the windows it has begun to read, compressed and in full."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.compressed = new_cache(patched_decoder(model))
+        self.compressed = patch_of(model).new_cache()
         self.full: Any = None
         self.full_tokens = 0
 
     def logits(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, vocabulary) through the compressed cache, which has read the tokens afterwards."""
         # Named as a request, the cache is used in training mode too, and the model makes none of its own beside it.
-        with asking(model, Request(cache=self.compressed)):
+        with patch_of(model).asking(ForwardRequest(cache=self.compressed)):
             return model(input_ids=input_ids, use_cache=False).logits
 
     @torch.no_grad()
@@ -183,9 +183,9 @@ class WindowLoss(nn.Module):
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
-        heads = head_modules(model)
+        heads = patch_of(model).heads
         if not heads:
-            raise ValueError(f"the model has no heads to train: it is patched with {lococo_config(model)}")
+            raise ValueError(f"the model has no heads to train: it is patched with {patch_of(model).config}")
         for head in heads.values():
             if not isinstance(head, Compressor):
                 raise ValueError(
@@ -264,7 +264,7 @@ def window_losses(
     if input_ids.shape[1] < 2:
         raise ValueError(f"windows need at least 2 tokens, one to predict, got {input_ids.shape[1]}")
     stop = input_ids.shape[1] - 1 if stop is None else stop
-    step = lococo_config(model).prefill_chunk_size or LOSS_CHUNK
+    step = patch_of(model).prefill_chunk_size or LOSS_CHUNK
     losses = []
     with reading_pieces(model, last_position=input_ids.shape[1] - 2):
         for first in range(start, stop, step):

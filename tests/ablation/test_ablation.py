@@ -241,20 +241,20 @@ def test_out_of_time_then_killed_then_finished_equals_uninterrupted(whole, ablat
     assert len(steps) == 1 and not output.with_suffix(".json").exists()
     assert "no time for 3 cells; the same command goes on" in capsys.readouterr().err
 
-    original = run.calibrate
+    original = run.Calibration.run
 
-    def counted(*args, **options):
-        calibrations.append(args[2].kernel_size)
+    def counted(calibration, *args):
+        calibrations.append(calibration.config.kernel_size)
         if len(calibrations) == 2:
             raise KeyboardInterrupt
-        return original(*args, **options)
+        return original(calibration, *args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(run, "calibrate", counted)
+        patched.setattr(run.Calibration, "run", counted)
         patched.setattr(gap.MeasureGap, "on_step_end", lambda *args, **kw: steps.append(1) or taken(*args, **kw))
         ablate(output, *arguments)
     assert len(steps) == 2, "the step that was taken is not taken again"
-    monkeypatch.setattr(run, "calibrate", counted)
+    monkeypatch.setattr(run.Calibration, "run", counted)
     assert ablate(output, *arguments, "--steps", 3) == 2
     assert "holds a run with another data, recipe" in capsys.readouterr().err
     assert ablate(output, *arguments) == 0
@@ -264,14 +264,14 @@ def test_out_of_time_then_killed_then_finished_equals_uninterrupted(whole, ablat
 
 
 def test_what_there_was_time_for_is_written(ablate, tmp_path, monkeypatch, capsys):
-    output, original, done = tmp_path / "ablation", run.calibrate, []
+    output, original, done = tmp_path / "ablation", run.Calibration.run, []
     arguments = ["--centre", SLOTS, 5, ALL, "--num-slots", 32, "--objective", "local", "--steps", 1, "--windows", 3]
 
-    def slow(*args, **options):
-        done.append(original(*args, **options))
+    def slow(*args):
+        done.append(original(*args))
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "calibrate", slow)
+        patched.setattr(run.Calibration, "run", slow)
         patched.setattr(Journal, "measure", in_time(Journal.measure, lambda: len(done) > 1))
         assert ablate(output, *arguments) == 0
     assert content(output)["not_measured"] == ["m32-k5-sinks+heavy+recent+fused-seed0"]

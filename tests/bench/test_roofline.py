@@ -22,7 +22,7 @@ from lococo.bench.shapes import SHAPES, build
 from lococo.bench.train import learning
 
 M, B = 16, 8
-WINDOW = LoCoCoConfig.streaming_llm(M, block_size=B, positions="absolute", attention="eager")
+WINDOW = LoCoCoConfig.streaming_llm(M, block_size=B, positions="absolute")
 SPLIT = LoCoCoConfig(M, block_size=B, slots_per_head=((20, 12), (9, 16)))
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
@@ -101,7 +101,7 @@ def test_reading_takes_what_torch_counts(config, length):
             total = counted(lambda: model(ids, logits_to_keep=1))
             unseen = length * (length - 1) // 2
         else:
-            with patched(model, config):
+            with patched(model, config, attention="eager"):
                 total = counted(lambda: model(ids, logits_to_keep=1))
             widths = [B] * (length // B) + [length % B]
             unseen = sum(width * (width - 1) // 2 for width in widths)
@@ -120,7 +120,7 @@ def test_decoding_takes_what_torch_counts_on_average_over_a_block(config):
             cache = model(ids).past_key_values
             total = counted(lambda: model(ids[:, :1], past_key_values=cache))
         else:
-            with patched(model, config):
+            with patched(model, config, attention="eager"):
                 cache = model(ids).past_key_values
                 total = counted(lambda: [model(ids[:, :1], past_key_values=cache) for _ in range(B)])
     work = decode_work(sizes, config, past=40, batch=2)
@@ -160,7 +160,7 @@ def test_cache_size_is_that_of_a_real_one(config):
             cache = model(ids).past_key_values
             held = [states for layer in cache.layers for states in (layer.keys, layer.values)]
         else:
-            with patched(model, config):
+            with patched(model, config, attention="eager"):
                 cache = model(ids, use_cache=True).past_key_values
             memories = [memory for layer in cache.layers for memory, _ in layer.groups]
             held = [states for memory in memories for states in (memory.keys, memory.values)]
@@ -183,7 +183,7 @@ def test_least_memory():
     assert read_memory(sizes, None, 1000, 2) == weights + 2 * 1000 * (per_token + widest * 4)
     by_block = weights + 2 * ((M + B) * per_token + B * widest * 4)
     assert read_memory(sizes, LoCoCoConfig(M, block_size=B), 1000, 2) == by_block
-    flat = LoCoCoConfig(M, block_size=B, prefill_chunk_size=100)
+    flat = LoCoCoConfig(M, block_size=B)
     assert read_memory(sizes, flat, 1000) == read_memory(sizes, flat, 10**6)
     assert decode_memory(sizes, None, 1000, 2) == weights + 3 * 1000 * per_token  # one of two layers twice
     assert decode_memory(sizes, flat, 1000, 2) == weights + 2 * (M + B) * per_token

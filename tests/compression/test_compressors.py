@@ -185,7 +185,7 @@ def test_queries_that_are_kept_are_those_of_their_tokens():
                         asked[tuple(key[row, head, at].tolist())] = by_group(query, 2)[row, head, at]
         return original(layer, plan_for, query, key, value, *args, **kwargs)
 
-    cache = lococo.forward.new_cache(model.model)
+    cache = lococo.state.patch_of(model).new_cache()
     cache_layer = [cache.layers[0]]
     lococo.attention.read_layer = watch
     try:

@@ -153,7 +153,7 @@ def test_divergence_is_zero_where_everything_fits_into_the_slots():
 @given(tokens=st.integers(1, 70), chunk=st.integers(1, 70))
 def test_no_token_is_lost_between_chunks(objective, tokens, chunk):
     whole = WindowLoss(patched_tiny(), objective)(IDS)
-    model = patched_tiny(dataclasses.replace(CONFIG, prefill_chunk_size=chunk))
+    model = patched_tiny(prefill_chunk_size=chunk)
     with torch.no_grad():
         parts = list(span_losses(model, in_spans(objective, backprop_tokens=tokens)))
     assert len(parts) == math.ceil(63 / tokens)
@@ -188,7 +188,7 @@ def test_gradients_equal_the_naive_reference(objective, tokens):
 def test_gradients_do_not_depend_on_how_much_is_read_at_once(tokens):
     found = []
     for chunk in (13, 100):
-        model = patched_tiny(dataclasses.replace(CONFIG, prefill_chunk_size=chunk))
+        model = patched_tiny(prefill_chunk_size=chunk)
         for losses in span_losses(model, NextToken(backprop_tokens=tokens)):
             losses.sum().backward()
         found.append(head_gradients(model))

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, chunks, patched
+from lococo import LoCoCoConfig, patched, prefill
 from lococo.bench.meter import HeldBytes
 from lococo.bench.roofline import Sizes
-from lococo.chunks import FREE_SHARE, chunk_size, free_memory, prefill_chunk
+from lococo.models import find_family
+from lococo.prefill import FREE_SHARE, chunk_by_memory, chunk_size, decoder_token_bytes, free_memory
 
 M, B = 16, 8
 CONFIG = LoCoCoConfig(M, block_size=B, gate_init=0.5, init_std=0.5)
@@ -46,11 +47,11 @@ def test_chunks_are_whole_blocks_within_bounds_and_grow_with_the_memory(free, mo
     assert tokens == block or tokens * per_token <= FREE_SHARE * free
 
 
-def prefill_widths(model, monkeypatch, free, config=CONFIG, batch=2, length=LENGTH, **arguments):
+def prefill_widths(model, monkeypatch, free, batch=2, length=LENGTH, chunk=None, **arguments):
     """Widths read by the first layer, and the output, with so many bytes free."""
-    monkeypatch.setattr(chunks, "free_memory", lambda device: free)
+    monkeypatch.setattr(prefill, "free_memory", lambda device: free)
     torch.manual_seed(0)
-    with patched(model, config), torch.no_grad():
+    with patched(model, CONFIG, prefill_chunk_size=chunk), torch.no_grad():
         widths = []
         hook = model.model.layers[0].register_forward_hook(lambda _, args, output: widths.append(args[0].shape[1]))
         output = model(tiny_ids(batch, length), **arguments)
@@ -72,15 +73,14 @@ def test_little_memory_gives_the_same_logits_as_plenty(monkeypatch, arguments):
 
 def test_memory_that_changes_on_the_way_changes_no_chunk(monkeypatch):
     left = iter([3 * B * 2 * TOKEN_BYTES / FREE_SHARE])
-    monkeypatch.setattr(chunks, "free_memory", lambda device: next(left))
+    monkeypatch.setattr(prefill, "free_memory", lambda device: next(left))
     with patched(tiny_llama(), CONFIG) as model, torch.no_grad():
         model(tiny_ids(2, LENGTH))
     assert next(left, None) is None
 
 
 def test_a_given_size_is_kept_and_the_device_is_not_asked(monkeypatch):
-    config = LoCoCoConfig(M, block_size=B, prefill_chunk_size=20)
-    widths, _ = prefill_widths(tiny_llama(), monkeypatch, 0, config)
+    widths, _ = prefill_widths(tiny_llama(), monkeypatch, 0, chunk=20)
     assert widths == [20] * 5 + [1]
 
 
@@ -90,7 +90,7 @@ def test_decoding_and_training_ask_for_no_memory(monkeypatch):
 
     model = tiny_llama()
     with patched(model, CONFIG):
-        monkeypatch.setattr(chunks, "free_memory", asked)
+        monkeypatch.setattr(prefill, "free_memory", asked)
         model(tiny_ids(2, LENGTH)).logits.sum().backward()
         with torch.no_grad():
             cache = model(tiny_ids(2, B), use_cache=True).past_key_values
@@ -100,25 +100,25 @@ def test_decoding_and_training_ask_for_no_memory(monkeypatch):
 
 
 def test_all_rows_and_processes_count(monkeypatch):
-    model = tiny_llama().model
-    monkeypatch.setattr(chunks, "MOST_TOKENS", {"cpu": 64})
-    monkeypatch.setattr(chunks, "free_memory", lambda device: 48 * TOKEN_BYTES / FREE_SHARE)
-    assert [prefill_chunk(model, B, tiny_ids(batch)) for batch in (1, 2, 3, 4, 100)] == [48, 24, 16, 8, 8]
+    family = find_family(tiny_llama())
+    monkeypatch.setattr(prefill, "MOST_TOKENS", {"cpu": 64})
+    monkeypatch.setattr(prefill, "free_memory", lambda device: 48 * TOKEN_BYTES / FREE_SHARE)
+    assert [chunk_by_memory(family, B, tiny_ids(batch)) for batch in (1, 2, 3, 4, 100)] == [48, 24, 16, 8, 8]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert [prefill_chunk(model, B, tiny_ids(batch)) for batch in (1, 2, 100)] == [64, 32, 8]
+    assert [chunk_by_memory(family, B, tiny_ids(batch)) for batch in (1, 2, 100)] == [64, 32, 8]
 
 
 def test_layers_that_are_offloaded_read_by_the_memory_where_the_tokens_are(monkeypatch):
     asked = []
-    monkeypatch.setattr(chunks, "free_memory", asked.append)
-    assert prefill_chunk(tiny_llama().model.to("meta"), B, tiny_ids()) == chunks.MOST_TOKENS["cpu"]
+    monkeypatch.setattr(prefill, "free_memory", asked.append)
+    assert chunk_by_memory(find_family(tiny_llama().to("meta")), B, tiny_ids()) == prefill.MOST_TOKENS["cpu"]
     assert asked == [torch.device("cpu")]
 
 
 def test_the_system_tells_its_free_memory(monkeypatch):
     assert free_memory(torch.device("cpu")) > 2**20
     assert free_memory(torch.device("meta")) is None
-    monkeypatch.setattr(chunks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(prefill.importlib.util, "find_spec", lambda name: None)
     assert free_memory(torch.device("cpu")) is None
 
 
@@ -126,11 +126,11 @@ def test_the_system_tells_its_free_memory(monkeypatch):
 def test_the_count_is_what_a_token_really_takes(overrides):
     model = tiny_llama(**overrides)
     peaks = []
-    with patched(model, LoCoCoConfig(M, block_size=B, prefill_chunk_size=10**6)), torch.no_grad():
+    with patched(model, LoCoCoConfig(M, block_size=B), prefill_chunk_size=10**6), torch.no_grad():
         for length in (512, 1024):
             with HeldBytes() as held:
                 model(tiny_ids(1, length), logits_to_keep=1)
             peaks.append(held.peak)
     counted = Sizes.of(tiny_llama(**overrides)).token_bytes
-    assert counted == chunks._decoder_token_bytes(model.model)
+    assert counted == decoder_token_bytes(find_family(model))
     assert counted <= (peaks[1] - peaks[0]) / 512 <= 1.1 * counted
