@@ -97,7 +97,10 @@ def plan_runs(
     """
     runs = [Run("full", None)] if "full" in methods else []
     runs += [
-        Run(name, method_config(name, slots, block_size)) for slots in budgets for name in methods if name != "full"
+        Run(name, method_config(name, slots, block_size))
+        for slots in dict.fromkeys(budgets)
+        for name in methods
+        if name != "full"
     ]
     for folder in heads:
         config = read_heads_config(folder)

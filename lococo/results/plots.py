@@ -239,7 +239,7 @@ def picture(
     title, xlabel, ylabel : str
         Of all panels together.
     legend : "figure", "panel" or ""
-        One above all panels, which name the same series; one in each panel; none.
+        One for all panels, which name the same series; one in each panel; none.
     share : bool
         Columns have one axis x, rows one axis y.
 
@@ -271,7 +271,12 @@ def picture(
     if legend == "figure" and named:
         columns = max(1, min(len(named), int(size[0] / (0.075 * max(map(len, named)) + 0.5))))
         figure.legend(
-            list(named.values()), list(named), frameon=False, loc="outside upper center", ncols=columns, fontsize=9
+            list(named.values()),
+            list(named),
+            frameon=False,
+            loc="outside lower center" if title else "outside upper center",
+            ncols=columns,
+            fontsize=9,
         )
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(xlabel, fontsize=10)

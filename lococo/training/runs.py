@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lococo.data.documents import local_files
-from lococo.data.windows import DEFAULT_CACHE, DataConfig
+from lococo.data.documents import check_sources
+from lococo.data.windows import DEFAULT_CACHE, DataConfig, prepare
 from lococo.files import write_whole
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.tables import peak_memory
@@ -115,10 +116,21 @@ class TrainingRun:
         surplus = {entry.name for entry in self.work.iterdir()} if self.work.exists() else set()
         if surplus := surplus.difference(self.work_names):
             raise FileExistsError(f"{self.work} holds {', '.join(sorted(surplus))}, so it is no run to resume")
-        for source in self.data.sources:
-            local_files(source)
+        check_sources(self.data.sources, self.data.text_column)
         if not importlib.util.find_spec("matplotlib"):
             raise ImportError("training draws a picture with the package matplotlib: pip install lococo[train]")
+
+    def read_data(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the windows, if no run has, so that what is wrong with the data is said before a model is loaded.
+
+        Raises
+        ------
+        ValueError, OSError, ImportError
+            As of ``lococo.data.windows.prepare``.
+        """
+        with warnings.catch_warnings(), PartialState().main_process_first():
+            warnings.simplefilter("ignore", UserWarning)  # the run itself says that there are few
+            prepare(self.data, tokenizer, self.cache / "tokens")
 
     def processes(self, *, on_cpu: bool, has_steps: bool = True) -> PartialState:
         """The processes of the run, once all of them have seen the work folder as it was.

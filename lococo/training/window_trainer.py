@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +258,29 @@ class StopInTime(TrainerCallback):
         """Called by the Trainer."""
         if self.deadline.is_over:
             control.should_save = control.should_training_stop = True
+
+
+def deepspeed_arguments(config: str) -> dict[str, str]:
+    """What ``transformers.TrainingArguments`` are told to train with DeepSpeed.
+
+    Parameters
+    ----------
+    config : str
+        A DeepSpeed config file, or ``zero2`` for ours.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ImportError
+        If DeepSpeed is not installed.
+    """
+    path = DEEPSPEED_ZERO2 if config == "zero2" else Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such DeepSpeed config file")
+    if not importlib.util.find_spec("deepspeed"):
+        raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
+    return {"deepspeed": str(path)}
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path:

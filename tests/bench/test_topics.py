@@ -7,13 +7,12 @@ from tiny import tiny_ids, tiny_llama
 import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.bench.decode import Decode, compressed_cache, random_full_cache
-from lococo.bench.dispatch import HeldBytes, Operations
 from lococo.bench.extend import Extend, saved_bytes
-from lococo.bench.limits import measure_limits
-from lococo.bench.meter import Meter
+from lococo.bench.meter import HeldBytes, Meter, Operations
 from lococo.bench.prefill import Prefill
+from lococo.bench.roofline import measure_limits
+from lococo.bench.runner import Cell, random_ids
 from lococo.bench.score import Score
-from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train, learning, objective_of, with_objectives
 from lococo.cache.cache import Memory
 from lococo.generation import cache_bytes
@@ -283,6 +282,6 @@ def test_the_peak_of_memory_counts_from_the_first_to_what_is_set_apart():
 
 
 def test_limits_are_rates(monkeypatch):
-    monkeypatch.setattr("lococo.bench.limits.CPU_SIZES", (2**16, 64))
+    monkeypatch.setattr("lococo.bench.roofline.CPU_SIZES", (2**16, 64))
     limits = measure_limits(CPU, torch.float32)
     assert limits.bytes_per_second > 0 and limits.flops_per_second > 0

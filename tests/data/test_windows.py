@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from lococo.data import documents as reading
 from lococo.data import windows as data
-from lococo.data.documents import SUFFIXES, documents
+from lococo.data.documents import SUFFIXES, check_sources, documents
 from lococo.data.windows import DEFAULT_DATASET, DataConfig, is_heldout, prepare
 
 
@@ -304,6 +304,52 @@ def test_a_hub_dataset_is_streamed_from_all_its_shards(monkeypatch):
     assert calls == [((DEFAULT_DATASET,), {"split": "validation", "streaming": True})]
     assert [document["text"] for document in found] == ["t0", "t2", "t4", "t1", "t3", "t5"]
     assert {document["domain"] for document in found} == {"RedPajama-Data-1T-Sample"}
+
+
+def test_a_configuration_of_a_hub_dataset_is_named_behind_a_colon(monkeypatch):
+    calls = hub(monkeypatch, [hub_rows(3)])
+    (first, *_) = read("org/name:en.v2", text_column="body")
+    assert calls == [(("org/name", "en.v2"), {"split": "train", "streaming": True})]
+    assert first["domain"] == "name:en.v2"
+    hub(monkeypatch, [ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")])
+    with pytest.raises(ValueError, match="(?s)pick one among.*; name one as 'org/name:configuration'"):
+        read("org/name")
+
+
+def test_files_of_the_hub_are_read_where_they_are(monkeypatch):
+    address = "hf://datasets/org/name/books/*.jsonl.zst"
+    calls = hub(monkeypatch, [hub_rows(3)])
+    assert {document["domain"] for document in read(address, text_column="body")} == {"books"}
+    assert calls == [(("json",), {"data_files": address, "split": "train", "streaming": True})]
+
+
+def test_a_connection_that_breaks_is_named(monkeypatch):
+    def breaks():
+        yield {"text": "a"}
+        raise ConnectionError("reset")
+
+    hub(monkeypatch, [datasets.IterableDataset.from_generator(breaks)])
+    with pytest.raises(ValueError, match="org/name: cannot be read from the Hub: .*reset"):
+        list(read("org/name"))
+
+
+def test_in_order_means_file_after_file(tmp_path):
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [f"{name}{index}" for index in range(3)])
+    found = list(read(tmp_path, in_order=True))
+    assert [document["text"] for document in found] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert len({document["id"] for document in found}) == 6
+
+
+def test_sources_are_checked_by_their_first_document(tmp_path):
+    check_sources([str(write_lines(tmp_path / "a.jsonl", ["one", "two"])), "org/name"])
+    with pytest.raises(ValueError, match="no column 'body'; it has 'text'"):
+        check_sources([str(tmp_path / "a.jsonl")], "body")
+    (tmp_path / "b.txt").write_text(" ")
+    with pytest.raises(ValueError, match="b.txt: empty; expected at least one document with text"):
+        check_sources([str(tmp_path / "b.txt")])
+    with pytest.raises(FileNotFoundError, match="missing.jsonl: no such file or folder"):
+        check_sources([str(tmp_path / "missing.jsonl")])
 
 
 def test_a_hub_dataset_with_a_script_is_read_from_its_parquet_copy(monkeypatch):

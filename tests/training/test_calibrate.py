@@ -20,7 +20,7 @@ from tiny import tiny_llama
 from torch import distributed
 
 import lococo
-from lococo.cli.main import _parser, main
+from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
 from lococo.data.windows import DataConfig, prepare
@@ -461,9 +461,12 @@ def test_back_propagation_reaches_over_a_block(block_size):
         (["--objective", "next-token", "--backprop-tokens", "0"], {"objective": NextToken()}),
     ],
 )
-def test_options_change_the_recipe(options, changes):
-    parsed = _parser().parse_args(["calibrate", "--model", "m", "--output", "o", *options])
-    named = {name: getattr(parsed, name) for name in CHANGES}
+def test_options_change_the_recipe(options, changes, monkeypatch):
+    given = {}
+    monkeypatch.setattr("lococo.training.calibrate.plan_calibration", lambda **more: given.update(more) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["calibrate", "--model", "m", "--output", "o", *options])
+    named = {name: given[name] for name in CHANGES}
     recipe = adjusted(Recipe(), **named)
     assert recipe == Recipe(**changes)
     local_first = Recipe(local=LocalConfig(steps=9, learning_rate=0.1), objective=None)
