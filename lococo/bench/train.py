@@ -137,7 +137,7 @@ def _loss(model: PreTrainedModel, objective: Objective) -> Loss:
         return WindowLoss(model, objective)
 
     def losses(ids: torch.Tensor, caches: Caches, start: int, stop: int) -> torch.Tensor:
-        return objective.losses(caches.logits(model, ids[:, start:stop]), ids[:, start + 1 : stop + 1], None)
+        return objective.losses(caches.logits(ids[:, start:stop]), ids[:, start + 1 : stop + 1], None)
 
     return losses
 

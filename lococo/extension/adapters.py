@@ -16,7 +16,7 @@ from torch import nn
 
 from lococo.models import base_config, find_family
 from lococo.patch import unpatch_model
-from lococo.state import head_modules, is_patched
+from lococo.state import find_patch, is_patched
 from lococo.training.frozen import modes_kept
 
 # What PEFT and checkpointing note on modules that are there already.
@@ -88,7 +88,8 @@ def adapted(model: nn.Module, config: Any) -> Any:
 
 def unfreeze(learner: Any) -> Any:
     """Let heads learn too, if there are any, and all that learns be in float32 or wider. Returns the model."""
-    for head in head_modules(learner).values() if is_patched(learner) else []:
+    patch = find_patch(learner)
+    for head in patch.heads.values() if patch else []:
         head.requires_grad_(True)
     for parameter in learner.parameters():
         if parameter.requires_grad:

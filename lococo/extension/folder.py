@@ -19,7 +19,7 @@ from lococo.files import check_replaceable, new_folder, write_whole
 from lococo.heads import save_heads
 from lococo.models import base_config, base_shape
 from lococo.patch import patch_model
-from lococo.state import head_modules, is_patched, lococo_config
+from lococo.state import find_patch, is_patched
 from lococo.version import __version__
 
 EXTENSION_NAME = "extension.json"
@@ -141,7 +141,8 @@ def save_parts(model: Any, folder: Path) -> None:
     # "embeddings" are among the modules to save; PEFT would look for the base model to tell.
     model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
     (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
-    if is_patched(model) and head_modules(model):
+    patch = find_patch(model)
+    if patch and patch.heads:
         save_heads(model, folder / HEADS_FOLDER)
 
 
@@ -219,10 +220,11 @@ def merge_extended(model: Any, folder: str | os.PathLike | None = None, tokenize
             plain.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
-            if is_patched(plain) and head_modules(plain):
+            patch = find_patch(plain)
+            if patch and patch.heads:
                 save_heads(plain, new / HEADS_FOLDER)
-            elif is_patched(plain):
-                lococo_config(plain).save_pretrained(new / HEADS_FOLDER)
+            elif patch:
+                patch.config.save_pretrained(new / HEADS_FOLDER)
     return plain
 
 

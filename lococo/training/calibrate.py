@@ -17,7 +17,7 @@ from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
 from lococo.patch import patched
 from lococo.results.deadline import Deadline
 from lococo.results.journal import Journal
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
@@ -340,6 +340,6 @@ class _Rows:
 @torch.no_grad()
 def _round_heads(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the heads the values that they have when saved in a dtype."""
-    for head in head_modules(model).values():
+    for head in patch_of(model).heads.values():
         for parameter in head.parameters():
             parameter.copy_(parameter.to(dtype))

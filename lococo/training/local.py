@@ -16,7 +16,7 @@ from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
 from lococo.results.deadline import Deadline
-from lococo.state import head_modules, lococo_config
+from lococo.state import patch_of
 from lococo.training.frozen import only_heads_learn
 from lococo.training.recipes import LocalConfig
 from lococo.training.record import LayerRecord, fisher_error, read_record, record
@@ -108,14 +108,13 @@ def train_locally(
         raise ValueError(
             f"local calibration needs more than num_checked={settings.num_checked} texts, got {len(recordings.paths)}"
         )
-    rows = []
-    heads = head_modules(model)
-    with only_heads_learn(model), tqdm(heads.items(), desc="local", unit="layer", disable=None) as bar:
+    rows, patch = [], patch_of(model)
+    with only_heads_learn(model, patch), tqdm(patch.heads.items(), desc="local", unit="layer", disable=None) as bar:
         for layer_idx, head in bar:
             path = folder / f"layer_{layer_idx:03d}.safetensors"
             if not path.is_file():
                 (deadline or Deadline()).check()
-                error = train_layer(layer_idx, head, lococo_config(model), recordings, settings)
+                error = train_layer(layer_idx, head, patch.config, recordings, settings)
                 tensors = {name: parameter.detach().cpu() for name, parameter in head.named_parameters()}
                 write_whole(path, save(tensors, metadata={"error": json.dumps(error)}))
             head.load_state_dict(load_file(path))
