@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
 from lococo.bench.roofline import Limits, Sizes, Work, device_memory, measure_limits
 from lococo.files import write_whole
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Lines, Panel, Series, picture, thousands
@@ -338,7 +338,7 @@ class Grid:
         self._deadline.check()
         run = cell.run
         try:
-            with as_method(self.subject.model, run.config, run.heads):
+            with run.applied(self.subject.model):
                 return action(self.subject.model)
         except Exception as error:
             reason, is_too_large = str(error).partition("\n")[0], is_out_of_memory(error)
