@@ -192,6 +192,7 @@ class Subject:
         return [self.name, list(sizes), str(self.model.dtype), device_name(self.model.device), *software]
 
 
+@dataclasses.dataclass
 class Grid:
     """Cells of a topic, measured so often that medians can be trusted.
 
@@ -208,32 +209,28 @@ class Grid:
         In order of importance.
     repeats : int
         Measurements of each cell.
-    journal : Journal
     time_limit : float, optional
         Seconds after which no measurement begins.
     counts : bool
         Whether topics count what they count apart from any time. It takes as long as several measurements.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        topic: Topic,
-        groups: Sequence[Sequence[Cell]],
-        repeats: int,
-        journal: Journal,
-        time_limit: float | None = None,
-        counts: bool = True,
-    ) -> None:
-        if repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {repeats}")
-        self.subject, self.topic, self.groups = subject, topic, groups
-        self.repeats, self.journal, self.counts = repeats, journal, counts
+    subject: Subject
+    topic: Topic
+    groups: Sequence[Sequence[Cell]]
+    repeats: int
+    journal: Journal
+    time_limit: float | None = None
+    counts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         self._failed: dict[Cell, str] = {}
-        self.sizes = Sizes.of(subject.model)
-        self._identity = subject.identity
+        self.sizes = Sizes.of(self.subject.model)
+        self._identity = self.subject.identity
         self._runs = {cell.run: cell.run.identity() for cell in self.cells}
-        self._deadline = Deadline(time_limit)
+        self._deadline = Deadline(self.time_limit)
 
     @property
     def cells(self) -> list[Cell]:
