@@ -74,6 +74,10 @@ class Run:
             return None
         return {**self.config.to_dict(), **({"heads": heads_digest(self.heads)} if self.heads else {})}
 
+    def applied(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model with the method in force inside a ``with`` block."""
+        return as_method(model, self.config, self.heads)
+
 
 def plan_runs(
     methods: Sequence[str],
