@@ -178,7 +178,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         context.cache.advance(context.plan, context.plan.places.shape[1])
         context.cache.is_reading = False
         if context.hands_out:
-            output = patch.family.with_cache(output, context.cache)
+            output = patch.family.hand_out(output, context.cache)
     if not context.earlier:
         return output
     dim = patch.family.tokens_dim

@@ -185,7 +185,7 @@ class Family(abc.ABC):
         """Let the layers attend by themselves again; also after a forward that failed."""
         self.attending.attend = None
 
-    def with_cache(self, output: Any, cache: Any) -> Any:
+    def hand_out(self, output: Any, cache: Any) -> Any:
         """The decoder's output with a cache in it, where its own code has not put it there."""
         if getattr(output, OUTPUT_CACHE, cache) is None:  # let go of, in training with gradient checkpointing
             setattr(output, OUTPUT_CACHE, cache)
