@@ -30,7 +30,7 @@ from lococo.prefill import chunk_for, read_but_last_chunk
 from lococo.state import Patch
 
 # Keyword by which a model around the decoder says how many hidden states at the end of the text it needs.
-KEEP = "lococo_keep"
+KEEP = "lococo_states_to_keep"
 
 
 @torch.compiler.disable
