@@ -194,3 +194,25 @@ def bytes_per_token(cache: Any) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def prompt_ids(tokenizer: Any, text: str, question: str | None = None, max_tokens: int | None = None) -> torch.Tensor:
+    """(1, tokens) ids of a text, cut to its first tokens, with the question after it in the model's chat format.
+
+    Raises
+    ------
+    ValueError
+        If there is a question and the tokenizer has no chat template, or the text is empty.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens]
+    if not ids.shape[1]:
+        raise ValueError("the prompt is empty")
+    if question is None:
+        return ids
+    if not tokenizer.chat_template:
+        raise ValueError("a question needs a model with a chat template; put the question into the prompt instead")
+    content = f"{tokenizer.decode(ids[0], skip_special_tokens=True)}\n\n{question}"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return chat["input_ids"]

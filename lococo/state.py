@@ -146,15 +146,20 @@ def patch_of(model: nn.Module) -> Patch:
     ValueError
         If the model is not patched.
     """
-    for module in model.modules():
-        if PATCH in vars(module):
-            return vars(module)[PATCH]
-    raise ValueError(f"{type(model).__name__} is not patched: call lococo.patch_model first")
+    patch = find_patch(model)
+    if patch is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call lococo.patch_model first")
+    return patch
+
+
+def find_patch(model: nn.Module) -> Patch | None:
+    """The handle of a patched model, or of one inside a wrapper; None if it is not patched."""
+    return next((vars(module)[PATCH] for module in model.modules() if PATCH in vars(module)), None)
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether ``patch_model`` is in force on a model or a part of it."""
-    return any(PATCH in vars(module) for module in model.modules())
+    return find_patch(model) is not None
 
 
 def lococo_config(model: nn.Module) -> LoCoCoConfig:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
 
 from lococo import LoCoCoConfig, patched, prefill
-from lococo.bench.counts import Sizes
-from lococo.bench.dispatch import HeldBytes
+from lococo.bench.meter import HeldBytes
+from lococo.bench.roofline import Sizes
 from lococo.models import find_family
 from lococo.prefill import FREE_SHARE, chunk_by_memory, chunk_size, decoder_token_bytes, free_memory
 

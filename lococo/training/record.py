@@ -24,6 +24,7 @@ from lococo.masks import padding_mask
 from lococo.models import Family, find_family
 from lococo.models.changes import Changes
 from lococo.state import is_patched
+from lococo.training.frozen import modes_kept
 
 NAME = "lococo_record"
 
@@ -107,22 +108,17 @@ def _cross_entropy_gradient(logits: torch.Tensor, input_ids: torch.Tensor) -> to
 @contextlib.contextmanager
 def _attending_by(model: PreTrainedModel, keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
     family, changes = find_family(model), Changes()
-    training = [module for module in model.modules() if module.training]
-    needs_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
     attend = functools.partial(_recording_attention, lococo_keep=keep)
     try:
         family.install(changes, model, NAME)
         hand_over = functools.partial(_hand_over, family, attend)
         changes.hooks.append(family.decoder.register_forward_pre_hook(hand_over, with_kwargs=True))
-        model.requires_grad_(False).eval()
-        yield
+        with modes_kept(model):
+            model.requires_grad_(False).eval()
+            yield
     finally:
         family.finish()
         changes.undo()
-        for module in training:
-            module.training = True
-        for parameter in needs_gradient:
-            parameter.requires_grad_(True)
 
 
 def _hand_over(
@@ -190,7 +186,7 @@ def read_record(
     return read_layer(layer, plan_for, *inputs, entry.scale, fusing, softcap=entry.softcap)
 
 
-def felt_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
+def fisher_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
     """Error of an attention output as the loss feels it: its part along the loss' gradient, squared.
 
     The sum over tokens and heads is twice the rise of the loss to second order, with the empirical Fisher information

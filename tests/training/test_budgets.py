@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lococo
 from lococo import LoCoCoConfig
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 from lococo.state import head_modules
 from lococo.training import budgets
 from lococo.training.budgets import allocate, eviction_errors, slot_levels

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 import lococo
 from lococo.patch import suspended
-from lococo.state import head_modules
+from lococo.state import head_modules, patch_of
 from lococo.training.frozen import checksums, only_heads_learn
 from lococo.training.objectives import Caches, Distill, NextToken, WindowLoss
 from lococo.training.window_trainer import DEEPSPEED_ZERO2, GatesWithinReach, last_checkpoint
@@ -314,7 +314,7 @@ def test_gates_that_deepspeed_keeps_copies_of_are_moved_there_too(monkeypatch):
     gate._hp_mapping = object()  # how DeepSpeed marks them
     with torch.no_grad():
         gate[0] = 1.5
-    GatesWithinReach(model).on_step_end()
+    GatesWithinReach(patch_of(model)).on_step_end()
     ((moved, value),) = copies
     assert moved is gate and value[0] == 1 and torch.equal(value, gate)
 
