@@ -199,9 +199,12 @@ FamilyClass = TypeVar("FamilyClass", bound=type[Family])
 
 def register_family(family: FamilyClass) -> FamilyClass:
     """Class decorator: ``patch_model`` finds models of this family. Those registered last are asked first."""
+
+    def name(each: type[Family]) -> tuple[str, str]:
+        return each.__module__, each.__qualname__
+
     # A module that is read again, in a notebook for one, registers its own again.
-    FAMILIES[:] = [each for each in FAMILIES if each.__qualname__ != family.__qualname__]
-    FAMILIES.append(family)
+    FAMILIES[:] = [*(each for each in FAMILIES if name(each) != name(family)), family]
     return family
 
 
