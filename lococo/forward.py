@@ -13,7 +13,7 @@ from torch import nn
 
 from lococo.attention import NAME, Call, lococo_attention
 from lococo.cache.cache import LoCoCoCache
-from lococo.cache.plan import Row, plan_call
+from lococo.cache.plan import RowState, plan_call
 from lococo.chunks import columns, prefill_chunk
 from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
 from lococo.config import LoCoCoConfig
@@ -138,13 +138,13 @@ def _prepare(decoder: Any, request: Request, kwargs: dict[str, Any], tokens: tor
     real = padded_columns(
         kwargs.get("attention_mask"), batch, num_tokens, cache, is_step=not (earlier or request.is_chunk)
     )
-    rows = (Row(),) if cache is None else cache.rows
+    rows = (RowState(),) if cache is None else cache.rows
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
     if config.positions == "slot":
         _say_positions_are_ours(decoder, kwargs.get("position_ids"), real)
-        kwargs["position_ids"] = plan.entries
+        kwargs["position_ids"] = plan.cache_positions
     elif kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = plan.places
+        kwargs["position_ids"] = plan.positions
     tables = _rotary_tables(decoder, config, cache, tokens.device)
     if is_remote_chatglm(decoder):
         check_length(decoder, config.capacity if config.positions == "slot" else max(row.seen for row in plan.rows))
@@ -195,7 +195,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         return output
     _refuse_unread_layers(decoder.lococo_patch, call)
     if call.cache is not None:
-        call.cache.advance(call.plan, call.plan.places.shape[1])
+        call.cache.advance(call.plan, call.plan.positions.shape[1])
         call.cache.is_reading = False
         if call.hands_out and (is_remote or getattr(output, OUTPUT_CACHE, call) is None):
             # ChatGLM's code knows nothing of it, others let go of it when they train with gradient checkpointing.
@@ -414,7 +414,7 @@ def _refuse_other_marks(mask: torch.Tensor) -> None:
         )
 
 
-def _refuse_another_past(mask: torch.Tensor, rows: Sequence[Row]) -> None:
+def _refuse_another_past(mask: torch.Tensor, rows: Sequence[RowState]) -> None:
     """Refuse a mask in which tokens that were read are padding, or padding tokens: it would come too late."""
     said = mask.bool().sum(dim=-1).tolist()
     read = [row.seen for row in rows] * (len(said) // len(rows))

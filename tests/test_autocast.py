@@ -99,9 +99,9 @@ def test_places_in_the_text_are_not_rounded():
         for part in tiny_ids(1, 3001).split(500, dim=1):
             cache = model(part, past_key_values=cache, use_cache=True).past_key_values
             cache.detach()
-    born = cache.layers[0].groups[0][0].entries.born[:, :, :16]  # all of them blends
-    assert born.dtype == torch.float32 and born.min() > 256
-    assert not torch.equal(born, born.bfloat16().float())
+    position = cache.layers[0].views()[0].entries.position[:, :, :16]  # all of them blends
+    assert position.dtype == torch.float32 and position.min() > 256
+    assert not torch.equal(position, position.bfloat16().float())
 
 
 def test_windows_and_softcaps():

@@ -186,7 +186,7 @@ def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(mon
         handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
         cache = next(iter(caches))
         kept = [tensor.clone() for layer in cache.layers for tensor in layer.buffers()]
-        at = [layer.steps._at.clone() for layer in cache.layers]
+        at = [layer.decode._at.clone() for layer in cache.layers]
         try:
             function()
         finally:
@@ -194,7 +194,7 @@ def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(mon
             for tensor, value in zip([t for layer in cache.layers for t in layer.buffers()], kept, strict=True):
                 tensor.copy_(value)
             for layer, value in zip(cache.layers, at, strict=True):
-                layer.steps._at.copy_(value)
+                layer.decode._at.copy_(value)
 
     monkeypatch.setitem(graphs.RECORDERS, "cpu", fail)
     with torch.no_grad(), pytest.warns(UserWarning, match="without a CUDA graph: division by zero"):

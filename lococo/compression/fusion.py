@@ -170,7 +170,7 @@ def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor,
     """
     keys, carried = entries.keys, entries.log_mass
     logits, gates = head.logits_and_gates(keys, entries.values, anchors.shape[-1])
-    averaged = [tensor for tensor in (entries.scores, entries.born) if tensor is not None]
+    averaged = [tensor for tensor in (entries.scores, entries.position) if tensor is not None]
     trial = BlendTrial(
         *(keys.device, keys.dtype, keys.shape[-1], logits.dtype, len(averaged)),
         has_mass=carried is not None,
@@ -184,8 +184,8 @@ def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor,
         return None
     keys, values, averages = blend
     log_mass = None if carried is None else averages.pop()
-    born = None if entries.born is None else averages.pop()
-    return Entries(keys, values, averages.pop() if averages else None, born, log_mass)
+    position = None if entries.position is None else averages.pop()
+    return Entries(keys, values, averages.pop() if averages else None, position, log_mass)
 
 
 class _Opening(torch.autograd.Function):

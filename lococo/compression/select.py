@@ -35,20 +35,20 @@ class Budget(NamedTuple):
 
 
 def rank(
-    entries: Entries, now: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
+    entries: Entries, seen: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
 ) -> torch.Tensor | None:
     """Score by which heavy hitters are chosen, higher is better; None if nothing is chosen by score.
 
     Parameters
     ----------
-    now : int or torch.Tensor
+    seen : int or torch.Tensor
         Tokens read so far; a tensor of shape (batch, 1, 1) where rows differ.
     window : int, optional
         Tokens a query of this layer sees; entries out of sight of the next query rank last.
     """
     if not Budget.of(config, window).is_ranked(config):
         return None
-    age: Any = None if entries.born is None else now - entries.born
+    age: Any = None if entries.position is None else seen - entries.position
     ranking = get_score(config.score).rank(entries, age, config)
     return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
 
@@ -79,7 +79,7 @@ def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like:
 
 def compress(
     entries: Entries,
-    now: int | torch.Tensor,
+    seen: int | torch.Tensor,
     config: LoCoCoConfig,
     head: Compressor | None,
     window: int | None = None,
@@ -93,7 +93,7 @@ def compress(
     ----------
     entries : Entries
         More than ``num_slots`` of them.
-    now : int or torch.Tensor
+    seen : int or torch.Tensor
         Tokens read so far; (batch, 1, 1) where rows differ.
     head : Compressor, optional
         None where nothing is fused.
@@ -106,7 +106,7 @@ def compress(
         ``num_slots`` entries in time order.
     """
     budget = Budget.of(config, window)
-    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    choice = choose(rank(entries, seen, config, window), len(entries), budget, entries.keys)
     slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
@@ -115,14 +115,14 @@ def compress(
 
 def mixing(
     entries: Entries,
-    now: int | torch.Tensor,
+    seen: int | torch.Tensor,
     config: LoCoCoConfig,
     head: Compressor | None,
     window: int | None = None,
 ) -> tuple[Choice, torch.Tensor]:
     """The compression of ``compress`` as one matrix: (batch, kv_heads, num_slots, entries), each row sums to 1."""
     budget = Budget.of(config, window)
-    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    choice = choose(rank(entries, seen, config, window), len(entries), budget, entries.keys)
     weights = torch.zeros(*choice.anchors.shape, len(entries), device=entries.keys.device)
     weights = weights.scatter(-1, choice.anchors[..., None], 1.0)
     if budget.fused == 0 or head is None or head.is_closed:

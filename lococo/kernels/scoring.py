@@ -7,10 +7,10 @@ import functools
 
 import torch
 
-from lococo.kernels.attention import ATTENTIONS, Visibility, lower_right, triton_takes, wide
+from lococo.kernels.attention import ATTENTIONS, LogitBias, lower_right, triton_takes, wide
 from lococo.kernels.trials import TRITON, MassTrial
 
-__all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
+__all__ = ["LogitBias", "attend", "attend_and_lse", "attention_mass", "lower_right"]
 
 SCORE_TILE = 64
 
@@ -30,7 +30,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    visibility: Visibility,
+    logit_bias: LogitBias,
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -53,9 +53,9 @@ def attend(
     ImportError
         If ``backend`` is a package that is not installed.
     ValueError
-        If ``backend`` cannot do what ``visibility`` asks for.
+        If ``backend`` cannot do what ``logit_bias`` asks for.
     """
-    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=False)[0]
+    return _attend(query, key, value, scale, logit_bias, backend, dropout, wants_lse=False)[0]
 
 
 def attend_and_lse(
@@ -63,7 +63,7 @@ def attend_and_lse(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    visibility: Visibility,
+    logit_bias: LogitBias,
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,12 +75,12 @@ def attend_and_lse(
         (batch, heads, queries, head_dim) output, and the (batch, heads, queries) log-sum-exp of the logits, or None
         where the kernel does not give it away.
     """
-    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=True)
+    return _attend(query, key, value, scale, logit_bias, backend, dropout, wants_lse=True)
 
 
-def _attend(query, key, value, scale, visibility, backend, dropout, wants_lse):
+def _attend(query, key, value, scale, logit_bias, backend, dropout, wants_lse):
     same = _of_one_type(query, key, value)
-    output, lse = ATTENTIONS[backend](*same, scale, visibility, dropout, wants_lse)
+    output, lse = ATTENTIONS[backend](*same, scale, logit_bias, dropout, wants_lse)
     return output if same[0] is query else output.to(query.dtype), lse
 
 
@@ -94,7 +94,7 @@ def attention_mass(
     query: torch.Tensor,
     key: torch.Tensor,
     scale: float,
-    visibility: Visibility,
+    logit_bias: LogitBias,
     counts: torch.Tensor | None = None,
     squared: bool = False,
     lse: torch.Tensor | None = None,
@@ -125,13 +125,13 @@ def attention_mass(
         (batch, kv_heads, entries) in float32 or wider.
     """
     query, key = _of_one_type(query, key)
-    is_plain = counts is None and visibility.mask is None and visibility.softcap is None
+    is_plain = counts is None and logit_bias.mask is None and logit_bias.softcap is None
     if lse is not None and is_plain and triton_takes(query):
-        mass = _mass_in_triton(query, key, scale, lse, visibility.bias, delay, squared)
+        mass = _mass_in_triton(query, key, scale, lse, logit_bias.bias, delay, squared)
         if mass is not None:
             return mass
     with without_autocast(query.device.type):  # exponentials of rounded logits are far off
-        return _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay)
+        return _mass_in_torch(query, key, scale, logit_bias, counts, squared, lse, delay)
 
 
 def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
@@ -141,30 +141,30 @@ def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
     return TRITON.run(trial, query, key, scale, lse, bias, delay, squared)
 
 
-def _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay):
+def _mass_in_torch(query, key, scale, logit_bias, counts, squared, lse, delay):
     queries, entries = query.shape[2], key.shape[2]
     dtype = wide(query.dtype)
     key = key.to(dtype).transpose(-1, -2)
     if queries == 1:
-        return _received(query.to(dtype), key, scale, visibility, counts, squared, lse, delay, slice(0, 1), 1, entries)
+        return _received(query.to(dtype), key, scale, logit_bias, counts, squared, lse, delay, slice(0, 1), 1, entries)
     mass = key.new_zeros(*key.shape[:2], entries)
     for start in range(0, queries, SCORE_TILE):
         rows = slice(start, min(start + SCORE_TILE, queries))
         # Lower-right causal: no query of the tile sees, or given the log-sum-exp counts for, an entry after these.
         seen = entries
-        if visibility.mask is None:
+        if logit_bias.mask is None:
             seen -= queries - rows.stop + (0 if lse is None else delay)
         if seen > 0:
             tile, keys = query[:, :, rows].to(dtype), key[..., :seen]
             mass[..., :seen] += _received(
-                tile, keys, scale, visibility, counts, squared, lse, delay, rows, queries, entries
+                tile, keys, scale, logit_bias, counts, squared, lse, delay, rows, queries, entries
             )
     return mass
 
 
-def _received(query, key, scale, visibility, counts, squared, lse, delay, rows, queries, entries):
+def _received(query, key, scale, logit_bias, counts, squared, lse, delay, rows, queries, entries):
     """(batch, kv_heads, seen) sums over a tile of queries; nothing of its size is left when the next one begins."""
-    shares = _shares(query, key, scale, visibility, lse, rows, queries, entries)
+    shares = _shares(query, key, scale, logit_bias, lse, rows, queries, entries)
     if delay:
         shares.tril_(entries - queries + rows.start - delay)
     if counts is not None:
@@ -174,10 +174,10 @@ def _received(query, key, scale, visibility, counts, squared, lse, delay, rows, 
     return shares.sum(dim=(2, 3))
 
 
-def _shares(query, key, scale, visibility, lse, rows, queries, entries):
+def _shares(query, key, scale, logit_bias, lse, rows, queries, entries):
     """(batch, kv_heads, groups, rows, seen) attention probabilities of a tile; key is (batch, kv_heads, d, seen)."""
     kv_heads, seen = key.shape[1], key.shape[3]
-    mask, bias, softcap = visibility
+    mask, bias, softcap = logit_bias
     grouped = (query * scale).reshape(query.shape[0], kv_heads, -1, query.shape[-1])
     shares = grouped @ key  # (batch, kv_heads, groups * rows, seen)
     if softcap is not None:

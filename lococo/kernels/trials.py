@@ -78,9 +78,9 @@ class _AttentionTrial(Trial):
 
 @dataclasses.dataclass(frozen=True)
 class AttendTrial(_AttentionTrial):
-    """Of ``triton_kernels.attend``."""
+    """Of ``triton_attention.attend``."""
 
-    kernel = "triton_kernels.attend"
+    kernel = "triton_attention.attend"
 
     def results(self, kernel: Callable[..., Any]) -> Pairs:
         """Output and log-sum-exp."""
@@ -93,9 +93,9 @@ class AttendTrial(_AttentionTrial):
 
 @dataclasses.dataclass(frozen=True)
 class MassTrial(_AttentionTrial):
-    """Of ``triton_kernels.attention_mass``."""
+    """Of ``triton_attention.attention_mass``."""
 
-    kernel = "triton_kernels.attention_mass"
+    kernel = "triton_attention.attention_mass"
 
     squared: bool
 
@@ -178,7 +178,7 @@ class TritonSwitch:
             return None
         try:
             module, name = trial.kernel.split(".")
-            kernel = getattr(importlib.import_module(f"lococo.{module}"), name)
+            kernel = getattr(importlib.import_module(f"lococo.kernels.{module}"), name)
             if trial not in self._passed:
                 _compare(trial, kernel)
                 self._passed.add(trial)

@@ -16,7 +16,7 @@ from lococo.bench.prefill import Prefill
 from lococo.bench.score import Score
 from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train, learning, objective_of, with_objectives
-from lococo.cache.cache import Memory
+from lococo.cache.layer import KVBuffer
 from lococo.generation import cache_bytes
 from lococo.kernels.scoring import SCORE_TILE
 from lococo.methods import PRESETS, Run, as_method
@@ -97,13 +97,13 @@ class CountingMeter(Meter):
 @pytest.mark.parametrize("steps", [1, 3, 7, 20])
 @pytest.mark.parametrize(("name", "decode_block"), [("h2o", None), ("lococo-open", None), ("h2o", 3), ("h2o", 1)])
 def test_a_decoded_token_has_its_share_of_the_compression(model, monkeypatch, name, decode_block, steps):
-    compress = Memory.compress
+    compress = KVBuffer.compress
 
     def counted(*args):
         CountingMeter.compressions += 1
         return compress(*args)
 
-    monkeypatch.setattr(Memory, "compress", counted)
+    monkeypatch.setattr(KVBuffer, "compress", counted)
     presets = {**PRESETS, **OPEN}
     config = presets[name](M, block_size=B, decode_block_size=decode_block)
     cell = Cell(Run(name, config), 80, 2)

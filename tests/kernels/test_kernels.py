@@ -15,8 +15,8 @@ import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.kernels import attention as backends
 from lococo.kernels import scoring as kernels
-from lococo.kernels.attention import Request, best_backend, lower_right
-from lococo.kernels.scoring import Visibility, attend, attend_and_lse, attention_mass
+from lococo.kernels.attention import KernelRequest, best_backend, lower_right
+from lococo.kernels.scoring import LogitBias, attend, attend_and_lse, attention_mass
 
 BACKENDS = ["auto", "sdpa", "eager"]
 CASES = ["causal", "one-query", "mask", "mask-per-head", "bias", "bias-and-mask", "softcap"]
@@ -33,7 +33,7 @@ def case(name, dtype=torch.float64, seed=0):
         mask[..., 0] = True
     if "bias" in name:
         bias = torch.randn(batch, kv_heads, entries, generator=generator, dtype=dtype)
-    return query, key, value, Visibility(mask, bias, 1.5 if name == "softcap" else None)
+    return query, key, value, LogitBias(mask, bias, 1.5 if name == "softcap" else None)
 
 
 def by_hand(query, key, value, scale, visibility):
@@ -174,15 +174,15 @@ def test_two_tiles_are_held_for_scores(with_lse):
     queries, entries = 1024, 1536
     query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)
     lse = torch.zeros(1, 2, queries) if with_lse else None
-    attention_mass(query, key, 0.3, Visibility(), lse=lse)  # what is kept for the next call is made
+    attention_mass(query, key, 0.3, LogitBias(), lse=lse)  # what is kept for the next call is made
     with HeldBytes() as held:
-        attention_mass(query, key, 0.3, Visibility(), squared=True, lse=lse, delay=100)
+        attention_mass(query, key, 0.3, LogitBias(), squared=True, lse=lse, delay=100)
     tile = 4 * 2 * kernels.SCORE_TILE * entries
     assert held.largest <= tile
     assert held.peak <= (1.5 if with_lse else 2.5) * tile
 
 
-NARROW = Request("cuda", torch.bfloat16, 128)
+NARROW = KernelRequest("cuda", torch.bfloat16, 128)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_flash_packages_are_asked_only_for_what_they_can(backend, most, dtype, i
     for head_dim in (most - 8, most, most + 8):
         query, key, value = torch.randn(3, 1, 2, 4, head_dim, dtype=dtype).unbind()
         for bias in (None, torch.rand(1, 2, 4)):
-            output = attend(query, key, value, 0.1, Visibility(bias=bias), backend)
+            output = attend(query, key, value, 0.1, LogitBias(bias=bias), backend)
             assert output.shape == query.shape
     expected = [(most - 8, dtype), (most, dtype), (most, dtype)]
     assert asked == (expected if is_narrow else [])
@@ -338,7 +338,7 @@ def test_triton_asks_for_a_gpu(monkeypatch):
     monkeypatch.setattr(backends, "_is_installed", lambda name: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a GPU, the model is on cpu"):
-        attend(*case("causal", torch.float32)[:3], 0.3, Visibility(), "triton")
+        attend(*case("causal", torch.float32)[:3], 0.3, LogitBias(), "triton")
 
 
 def test_nothing_optional_is_imported_with_lococo():

@@ -497,7 +497,7 @@ def test_two_processes_make_the_heads_of_one(tmp_path):
         write_texts(folder / "words.jsonl")
     alone = calibrate_tiny(folders[0])
     command = [sys.executable, __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen([*command, str(rank), str(folders[1])], env=environment) for rank in range(2)]
     try:
         assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
