@@ -187,8 +187,8 @@ class LayerCache(CacheLayerMixin):
         self._rotated_from: int | None = None  # entry from which on only the rotated keys have been written, by steps
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or a pickle, goes on from: buffers of its own, outside of any graph."""
-        entries = None if self.entries is None else self.entries.map(torch.Tensor.detach)
+        """What a copy, or a pickle, goes on from: buffers of its own (some pickles share them), outside of any graph."""
+        entries = None if self.entries is None else self.entries.map(lambda tensor: tensor.detach().clone())
         return {**vars(self), "entries": entries, "decode": None, "_is_in_graph": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

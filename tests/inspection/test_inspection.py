@@ -104,7 +104,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
     model, ids = build(family, **features).double(), tiny_ids(1, 61)
     with patched(model, config):
         traces, heads = trace(model, ids), head_modules(model)
-    places = plan_call([RowState()], ids.shape[1], config).entries[0]
+    places = plan_call([RowState()], ids.shape[1], config).cache_positions[0]
     for index, query, key, value, scale, window in layers:
         if config.positions == "slot":
             query, key = (rope_rotate(8)(states, -places) for states in (query, key))
