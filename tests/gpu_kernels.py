@@ -97,7 +97,7 @@ def check_blend(found, device, dtype, dim, num_slots, fields):
     expected = {"keys": weights @ everything.keys.double(), "values": weights @ everything.values.double()}
     errors = {name: relative_error(getattr(got, name), tensor) for name, tensor in expected.items()}
     judge(found, TOLERANCES[dtype], **errors)
-    numbers = {"scores": everything.scores, "born": everything.position}
+    numbers = {"scores": everything.scores, "position": everything.position}
     expected = {name: (weights @ tensor.double()[..., None])[..., 0] for name, tensor in numbers.items()}
     if config.has_mass:
         expected["log_mass"] = compressors.log_mass(weights, everything.log_mass.double())

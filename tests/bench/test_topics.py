@@ -53,7 +53,7 @@ def test_trained_heads_are_named_by_their_folder(model, tmp_path):
 def state(cache):
     buffers = [(tuple(tensor.shape), tensor.dtype) for layer in cache.layers for tensor in layer.buffers()]
     (row,) = set(cache.rows)
-    return buffers, [row.entries(slots) for slots in (9, 12, M, 20)], row.pending
+    return buffers, [row.ready().num_entries(slots) for slots in (9, 12, M, 20)], row.pending
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "split", "small-blocks"])

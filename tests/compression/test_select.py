@@ -42,8 +42,8 @@ def random_entries(config, count, seed=0, dim=4):
     def random(*shape):
         return torch.rand(2, 3, count, *shape, generator=generator)
 
-    born = torch.arange(count).float().expand(2, 3, count)
-    return Entries(random(dim), random(dim), random(), born, random() if config.has_mass else None)
+    position = torch.arange(count).float().expand(2, 3, count)
+    return Entries(random(dim), random(dim), random(), position, random() if config.has_mass else None)
 
 
 def test_copies_are_bit_identical():

@@ -148,7 +148,7 @@ def test_blend(values, dim, dtype):
         position=(weights @ wide.position[..., None])[..., 0],
         log_mass=None if wide.log_mass is None else compressors.log_mass(weights, wide.log_mass),
     )
-    for name in ("keys", "values", "scores", "born", "log_mass"):
+    for name in ("keys", "values", "scores", "position", "log_mass"):
         mine, theirs = getattr(got, name), getattr(expected, name)
         assert (mine is None) == (theirs is None), name
         if theirs is not None:
