@@ -187,7 +187,7 @@ class LayerCache(CacheLayerMixin):
         self._rotated_from: int | None = None  # entry from which on only the rotated keys have been written, by steps
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy, or a pickle, goes on from: buffers of its own (some pickles share them), outside of any graph."""
+        """What a copy goes on from: buffers of its own, which some pickles would share, outside of any graph."""
         entries = None if self.entries is None else self.entries.map(lambda tensor: tensor.detach().clone())
         return {**vars(self), "entries": entries, "decode": None, "_is_in_graph": False}
 

@@ -343,14 +343,14 @@ def test_triton_asks_for_a_gpu(monkeypatch):
 
 def test_nothing_optional_is_imported_with_lococo():
     code = "import sys; import lococo.attention, lococo.compression.select; "
-    code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
+    code += "print([name for name in sys.modules if name.startswith(('lococo.kernels.triton', 'flash_attn'))])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
 @torch.no_grad()
 def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
-    """It is asked for every segment, with masks, biases and softcaps; decoding needs none."""
+    """It is asked for every segment, with masks, biases and softcaps."""
     monkeypatch.setattr(backends.ATTENTIONS, "_items", dict(backends.ATTENTIONS._items))
     calls = []
 
@@ -375,3 +375,40 @@ def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
         lococo.register_attention("sdpa")(own)
     with pytest.raises(TypeError, match="an attention must be a function"):
         lococo.register_attention("number")(3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"positions": "slot"}, {"slots_per_head": ((20, 12), (9, 16))}, {"num_heavy": 0, "gate_init": 0.0}],
+    ids=["default", "slot", "per-head", "closed"],
+)
+def test_an_attention_of_ones_own_decodes_as_the_library_does(monkeypatch, options):
+    monkeypatch.setattr(backends.ATTENTIONS, "_items", dict(backends.ATTENTIONS._items))
+    queries = []
+
+    @lococo.register_attention("softmax")
+    def attend(query, key, value, scale, logit_bias, dropout, wants_lse):
+        """A softmax written out, for one bias per entry and lower-right causality."""
+        queries.append(query.shape[2])
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+        logits = query @ key.transpose(-1, -2) * scale
+        if logit_bias.bias is not None:
+            bias = logit_bias.bias.repeat_interleave(query.shape[1] // logit_bias.bias.shape[1], dim=1)
+            logits = logits + bias[:, :, None]
+        is_seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return logits.masked_fill(~is_seen, float("-inf")).softmax(-1) @ value, None
+
+    ids, found = tiny_ids(2, 60), []
+    for attention in ("softmax", "auto"):
+        torch.manual_seed(0)
+        config = LoCoCoConfig(16, **{"block_size": 8, "gate_init": 0.4, "attention": attention, **options})
+        with patched(tiny_llama(), config) as model:
+            cache, logits = None, []
+            for part in ids.split([21, *[1] * 30, 9], dim=1):
+                output = model(part, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits)
+            found.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    assert queries.count(1) == 2 * 30  # of two layers
