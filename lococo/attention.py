@@ -9,81 +9,18 @@ from typing import Any, cast
 
 import torch
 
-from lococo.cache.cache import LoCoCoCache
 from lococo.cache.layer import KVBuffer, LayerCache
-from lococo.cache.plan import Plan, RaggedSegment, RowState, Segment, plan_call
+from lococo.cache.plan import Plan, RaggedSegment, Segment
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
+from lococo.context import ForwardContext
 from lococo.kernels import scoring
 from lococo.kernels.attention import step_kernel
 from lococo.masks import padding_mask, window_of
 from lococo.models.rotary import RotaryTable
 
 NAME = "lococo"
-
-
-@dataclasses.dataclass
-class Call:
-    """One forward of a patched decoder, shared by its layers.
-
-    Attributes
-    ----------
-    plan : Plan
-        For ``config.num_slots``.
-    cache : LoCoCoCache, optional
-        None where nothing is remembered after the call.
-    rotary_tables : dict
-        ``RotaryTable`` (or None) by layer index.
-    rows, real
-        What the plan was made from, as in ``plan_call``, for heads with another number of slots.
-    earlier : list of torch.Tensor
-        Last hidden states of the chunks read before this one.
-    plans : dict
-        Plans by number of slots and device, for models spread over several.
-    is_recorded : bool
-        Whoever made the call replays it, and keeps the books.
-    hands_out : bool
-        Whoever called the model wants the cache.
-    ends_text : bool
-        It is the last piece of a text that the decoder's hook reads in pieces.
-    read : set of int
-        Layers that have read it.
-    """
-
-    config: LoCoCoConfig
-    plan: Plan
-    cache: LoCoCoCache | None
-    rotary_tables: dict[int, RotaryTable | None]
-    rows: Sequence[RowState] = (RowState(),)
-    real: Sequence[Sequence[bool]] | None = None
-    earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    plans: dict[tuple[int, torch.device], Plan] = dataclasses.field(default_factory=dict)
-    is_recorded: bool = False
-    hands_out: bool = False
-    ends_text: bool = False
-    read: set[int] = dataclasses.field(default_factory=set)
-
-    def plan_for(self, config: LoCoCoConfig, device: torch.device) -> Plan:
-        """The plan for heads with a config, on a device."""
-        key = (config.num_slots, device)
-        if key not in self.plans:
-            if config.num_slots == self.config.num_slots:
-                self.plans[key] = self.plan.to(device)
-            else:
-                self.plans[key] = plan_call(self.rows, self.plan.positions.shape[1], config, self.real, device)
-        return self.plans[key]
-
-    def layer(self, layer_idx: int, window: int | None) -> LayerCache:
-        """What the layer remembers, about to read the call: in the cache, or until this call ends."""
-        self.read.add(layer_idx)
-        if self.cache is None:
-            layer = LayerCache(self.config, layer_idx)
-        else:
-            self.cache.is_reading = not self.is_recorded
-            layer = self.cache.layers[layer_idx]
-        layer.window = window
-        return layer
 
 
 @torch.compiler.disable
@@ -97,7 +34,7 @@ def lococo_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    lococo: Call | None = None,
+    lococo: ForwardContext | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of patched models, registered as ``"lococo"``.
@@ -111,7 +48,7 @@ def lococo_attention(
         (batch, heads, tokens, head_dim), rotated.
     key, value : torch.Tensor
         (batch, kv_heads, tokens, head_dim), keys rotated.
-    lococo : Call
+    lococo : ForwardContext
         Put in by the hook on the decoder.
 
     Returns
@@ -139,7 +76,7 @@ def lococo_attention(
         rotary=lococo.rotary_tables.get(module.layer_idx),
         dropout=dropout,
         softcap=softcap,
-        kernel=lococo.config.attention,
+        kernel=lococo.attention,
     )
     dtype = query.dtype
     query, key, value = _of_one_kind(layer, query, key, value)

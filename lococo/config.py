@@ -13,15 +13,14 @@ from typing import Any, Literal
 from lococo.compression.base import get_compressor
 from lococo.compression.scores import get_score
 from lococo.files import write_whole
-from lococo.kernels.attention import ATTENTIONS
 
 CONFIG_NAME = "lococo_config.json"
 
 NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
-# What a cache may have been filled with otherwise than the model that reads it on is patched with.
-RUNTIME_FIELDS = ("attention", "prefill_chunk_size")
+# They say how something is computed, not what; files of earlier versions have them in their config.
+PATCH_OPTIONS = {"attention", "prefill_chunk_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +63,6 @@ class LoCoCoConfig:
         current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
-    prefill_chunk_size : int, optional
-        Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
-        blocks as the device's free memory has room for, up to what no larger chunk is faster than.
-    attention : {"auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"} or str
-        Attention kernel for reading, more than one token at a time; the step of a single token goes through torch
-        operations that a CUDA graph can record, whatever is chosen here. "auto": torch's own, and on CUDA, in half
-        precision and without gradients, lococo's in Triton for logits biased by mass. What a kernel cannot do (masks,
-        float32) it leaves to torch.
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
@@ -94,19 +85,26 @@ class LoCoCoConfig:
     positions: Literal["absolute", "slot"] = "absolute"
     score: str = "distant"
     decode_block_size: int | None = None
-    prefill_chunk_size: int | None = None
-    attention: str = "auto"
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
     compressor: str = "conv"
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> LoCoCoConfig:
+        """Name the place of what is no field any more."""
+        for name in sorted(PATCH_OPTIONS & set(kwargs)):
+            raise TypeError(
+                f"LoCoCoConfig says what is computed and has no {name}: it is an option of lococo.patch_model("
+                f"model, config, {name}={kwargs[name]!r})"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("num_slots", "block_size", "kernel_size"):
-            _check_count(name, getattr(self, name), least=1)
+            check_count(name, getattr(self, name), least=1)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd so that the convolution is centred, got {self.kernel_size}")
-        for name in ("head_rank", "decode_block_size", "prefill_chunk_size"):
+        for name in ("head_rank", "decode_block_size"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least=1)
+                check_count(name, getattr(self, name), least=1)
         if self.decode_block_size is not None and self.decode_block_size > self.block_size:
             raise ValueError(
                 f"decode_block_size must not exceed block_size={self.block_size}, got {self.decode_block_size}"
@@ -120,7 +118,6 @@ class LoCoCoConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         get_score(self.score)
-        ATTENTIONS[self.attention]  # says what there is, if it is none
         get_compressor(self.compressor)
         if not 0.0 <= self.gate_init <= 1.0:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
@@ -140,7 +137,7 @@ class LoCoCoConfig:
                 "slots_per_head must give at least one KV head in every layer, got an empty layer or none"
             )
         for slots in counts:
-            _check_count("every number in slots_per_head", slots, least=1)
+            check_count("every number in slots_per_head", slots, least=1)
         if sum(counts) > self.num_slots * len(counts):
             raise ValueError(
                 f"slots_per_head must not exceed num_slots={self.num_slots} on average, got "
@@ -155,7 +152,7 @@ class LoCoCoConfig:
         if heavy is None:
             heavy = max(0, slots - sinks - recent - min(slots * 3 // 8, slots - sinks - recent))
         for name, value in (("num_sinks", sinks), ("num_heavy", heavy), ("num_recent", recent)):
-            _check_count(name, value, least=0)
+            check_count(name, value, least=0)
             object.__setattr__(self, name, value)
         if sinks + heavy + recent > slots:
             raise ValueError(
@@ -238,14 +235,6 @@ class LoCoCoConfig:
         preset = dict(num_sinks=sinks, num_heavy=0, num_recent=num_slots - sinks, positions="slot")
         return cls(num_slots, **{**preset, **overrides})
 
-    def method(self) -> dict[str, Any]:
-        """The fields that change what is computed, not only how: all but the attention kernel and the chunk size."""
-        return {name: value for name, value in self.to_dict().items() if name not in RUNTIME_FIELDS}
-
-    def has_method_of(self, other: LoCoCoConfig) -> bool:
-        """Whether the same is computed with both."""
-        return self == other or self.method() == other.method()
-
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
         return dataclasses.asdict(self)
@@ -254,19 +243,14 @@ class LoCoCoConfig:
     def from_dict(cls, values: dict[str, Any]) -> LoCoCoConfig:
         """A config from ``to_dict`` output.
 
-        Fields this version does not know are named in a warning and left out; a kernel it does not know becomes
-        "auto", with a warning too.
+        Fields this version does not know are named in a warning and left out; options of ``patch_model``, which
+        were fields once, are left out.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - known - PATCH_OPTIONS)
         if unknown:
             warnings.warn(f"unknown LoCoCoConfig fields are ignored: {', '.join(unknown)}", stacklevel=2)
-        values = {name: value for name, value in values.items() if name in known}
-        attention = values.get("attention", "auto")
-        if attention not in list(ATTENTIONS):
-            warnings.warn(f"attention={attention!r} is unknown to this version, which takes 'auto'", stacklevel=2)
-            values["attention"] = "auto"
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``lococo_config.json`` into a folder (made if missing)."""
@@ -308,6 +292,13 @@ def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
     )
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Raises
+    ------
+    ValueError
+        Names the value.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

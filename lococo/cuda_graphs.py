@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lococo.attention import Call
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.plan import Plan, plan_call
 from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
 from lococo.compression.base import Compressor
-from lococo.forward import Request, after_forward, ask_for_last_logits, asking, before_forward, padded_columns
-from lococo.models import base_shape
-from lococo.state import HEAD, Patch, head_modules, patched_decoder
+from lococo.context import ForwardContext, ForwardRequest
+from lococo.forward import after_forward, ask_for_last_states, before_forward
+from lococo.inputs import padded_columns
+from lococo.state import HEAD, Patch
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -143,8 +143,9 @@ class DecodeGraph:
 
     Parameters
     ----------
+    patch : Patch
     model : torch.nn.Module
-        A patched causal language model.
+        The patched causal language model.
     cache : LoCoCoCache
         All of its layers ready for a step.
     arguments : dict
@@ -153,16 +154,18 @@ class DecodeGraph:
         See ``record_cuda_graph``.
     """
 
-    def __init__(self, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder) -> None:
+    def __init__(
+        self, patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder
+    ) -> None:
         self.buffers = [layer.decode for layer in cache.layers]
-        self.heads = fusion_heads(model)
+        self.heads = fusion_heads(patch)
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
         plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
-        call = Call(cache.config, plan, cache, {}, is_recorded=True)
+        context = ForwardContext(cache.config, plan, cache, {}, is_recorded=True)
 
         def forward() -> Any:
-            with asking(model, Request(call=call)):
+            with patch.asking(ForwardRequest(context=context)):
                 return type(model).__call__(
                     model, self.input_ids, position_ids=self.position_ids, **with_cache(model, cache), use_cache=True
                 )
@@ -203,7 +206,7 @@ class DecodeGraph:
         return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
 
 
-def call_model(model: nn.Module, *args, **kwargs) -> Any:
+def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     """Call a patched model as ``model(...)`` does, a step of decoding from a recording where there can be one.
 
     ``generate`` decodes through the attribute ``__call__`` of the model, in whose place ``patch_model`` puts this.
@@ -212,23 +215,22 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     if torch.compiler.is_compiling():
         return call(*args, **kwargs)
     cache = kwargs.get(cache_argument(model), kwargs.get(OLD_CACHE_NAME))
-    if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
+    if args or not isinstance(cache, LoCoCoCache) or not _can_replay(patch, model, cache, kwargs):
         return call(*args, **kwargs)
-    decoder, input_ids = patched_decoder(model), kwargs["input_ids"]
-    patch: Patch = decoder.lococo_patch
+    input_ids = kwargs["input_ids"]
     plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
     if not plan.is_step:
         return call(**kwargs)
-    step = Call(cache.config, plan, cache, cache.rotary_tables, cache.rows)
+    step = ForwardContext(cache.config, plan, cache, cache.rotary_tables, cache.rows)
     plan_for = functools.partial(step.plan_for, device=input_ids.device)
     graph = _graphs.get(cache)
     if graph is not None and not graph.is_current():
         graph = None
         del _graphs[cache]
-    if graph is None and not _can_record(model):
+    if graph is None and not _can_record(patch, model):
         _graphs[cache] = None
         return call(**kwargs)
-    heads = fusion_heads(model) if graph is None else graph.heads
+    heads = fusion_heads(patch) if graph is None else graph.heads
     cache.prepare_step(plan_for, heads)
 
     def without_graph(error: Exception) -> Any:
@@ -243,7 +245,7 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     if graph is None or not graph.fits(cache):
         _graphs.pop(cache, None)  # its memory is free before the next one takes some
         try:
-            graph = _graphs[cache] = DecodeGraph(model, cache, kwargs, RECORDERS[input_ids.device.type])
+            graph = _graphs[cache] = DecodeGraph(patch, model, cache, kwargs, RECORDERS[input_ids.device.type])
         except Exception as error:  # compilers, allocators and libraries raise what they like
             return without_graph(error)
     try:
@@ -254,14 +256,14 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     return output
 
 
-def fusion_heads(model: nn.Module) -> list[Compressor | None]:
+def fusion_heads(patch: Patch) -> list[Compressor | None]:
     """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
-    heads = head_modules(model)
-    return [heads.get(index) for index in range(base_shape(model)["num_layers"])]
+    heads = patch.heads
+    return [heads.get(index) for index in patch.layers]
 
 
-def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
-    input_ids, decoder = arguments.get("input_ids"), patched_decoder(model)
+def _can_replay(patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
+    input_ids = arguments.get("input_ids")
     if input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type not in RECORDERS:
         return False
     wanted = {name for name, value in arguments.items() if value is not None and value is not False}
@@ -270,11 +272,11 @@ def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any])
         wanted <= ARGUMENTS
         and cache.num_steps >= STEPS_BEFORE_RECORDING
         and not cache.is_reading
-        and cache.config.has_method_of(decoder.lococo_patch.config)
+        and cache.config == patch.config
         and cache.batch_size == input_ids.shape[0]
         and (cache not in _graphs or _graphs[cache] is not None)
         and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
-        and not decoder.lococo_patch.is_suspended
+        and not patch.is_suspended
         and not torch.is_grad_enabled()
         and not model.training
         and not torch.is_autocast_enabled(input_ids.device.type)
@@ -282,13 +284,13 @@ def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any])
     )
 
 
-def _can_record(model: nn.Module) -> bool:
+def _can_record(patch: Patch, model: nn.Module) -> bool:
     """Whether there can be a recording: foreign hooks would not run in it, other devices not be seen.
 
     Rotary embeddings that ask the host for the length of the text have hooks of their own, see ``whole_text``.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    return patched_decoder(model).lococo_patch.can_record and len(devices) == 1 and not _has_foreign_hooks(model)
+    return patch.can_record and len(devices) == 1 and not _has_foreign_hooks(model)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -296,9 +298,9 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _has_foreign_hooks(model: nn.Module) -> bool:
-    ours = {before_forward, after_forward, ask_for_last_logits}
+    ours = {before_forward, after_forward, ask_for_last_states}
     return any(
-        hook not in ours and getattr(hook, "__module__", None) not in IDLE_HOOKS
+        getattr(hook, "func", hook) not in ours and getattr(hook, "__module__", None) not in IDLE_HOOKS
         for module in model.modules()
         for hooks in (module._forward_pre_hooks, module._forward_hooks)
         for hook in hooks.values()

@@ -1,30 +1,19 @@
-"""The model that a command line names."""
+"""Models and tokenizers by the names that a command line gives them."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-
-
-def add_model_options(parser: argparse.ArgumentParser, shapes: Sequence[str] = ()) -> None:
-    """Options that name a model and where it runs; with ``shapes``, ``--shape`` may take the place of ``--model``."""
-    source = parser.add_mutually_exclusive_group(required=True) if shapes else parser
-    needed: dict[str, Any] = {} if shapes else {"required": True}
-    source.add_argument("--model", help="folder or Hub id of a causal language model", **needed)
-    if shapes:
-        source.add_argument("--shape", choices=shapes, help="random weights of this shape: nothing is downloaded")
-    parser.add_argument("--gguf-file", help="GGUF file in that folder")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's, fp32 on CPU)"
-    )
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of an option.
+    """The device of a name; ``auto`` is CUDA where there is one.
 
     Raises
     ------
@@ -43,7 +32,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def chosen_dtype(name: str) -> torch.dtype | None:
-    """The dtype of an option; None for ``auto``.
+    """The dtype of a name; None for ``auto``.
 
     Raises
     ------
@@ -56,40 +45,80 @@ def chosen_dtype(name: str) -> torch.dtype | None:
     return dtype
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and tokenizer named by the options."""
-    from transformers import AutoModelForCausalLM
+def load_model(
+    name: str, *, gguf_file: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model on a device, ready to read, and its tokenizer.
 
-    device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32  # half precision is many times slower there
-    tokenizer = load_tokenizer(options)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype or "auto", **_extra(options))
-    return model.to(device).eval(), tokenizer
+    Parameters
+    ----------
+    name : str
+        Folder or Hub id.
+    gguf_file : str, optional
+        GGUF file in that folder.
+    device : str
+        ``auto``: CUDA where there is one.
+    dtype : str
+        ``auto``: the checkpoint's, and float32 on a CPU, where half precision is many times slower.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device or dtype.
+    OSError
+        If there is no such model.
+    """
+    place, kind = chosen_device(device), chosen_dtype(dtype)
+    if kind is None and place.type == "cpu":
+        kind = torch.float32
+    tokenizer = load_tokenizer(name, gguf_file)
+    with _named(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind or "auto", **_file(gguf_file))
+    return model.to(place).eval(), tokenizer
 
 
-def load_tokenizer(options: argparse.Namespace) -> Any:
-    """Tokenizer named by the options, without the model."""
-    from transformers import AutoTokenizer
+def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model.
 
-    return AutoTokenizer.from_pretrained(options.model, **_extra(options))
+    Raises
+    ------
+    OSError
+        If there is no such model.
+    """
+    with _named(name):
+        return AutoTokenizer.from_pretrained(name, **_file(gguf_file))
 
 
-def longest_text(options: argparse.Namespace) -> int:
-    """Tokens that the model named by the options was made for, from its config.
+def longest_text(name: str, gguf_file: str | None = None) -> int:
+    """Tokens that a model was made for, from its config.
 
     Raises
     ------
     ValueError
         If the config does not say.
+    OSError
+        If there is no such model.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(options.model, **_extra(options)).get_text_config()
+    with _named(name):
+        config = AutoConfig.from_pretrained(name, **_file(gguf_file)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
-        raise ValueError(f"the config of {options.model} has no max_position_embeddings: say --max-length")
+        raise ValueError(f"the config of {name} has no max_position_embeddings: say --max-length or --original-length")
     return config.max_position_embeddings
 
 
-def _extra(options: argparse.Namespace) -> dict[str, str]:
-    return {"gguf_file": options.gguf_file} if options.gguf_file else {}
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which folder is missing: Transformers calls what it does not find no valid identifier of the Hub."""
+    if Path(name).is_dir():
+        yield
+        return
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or Path(name).exists():
+        raise FileNotFoundError(f"{name}: no such folder, and not a Hub id, written as 'org/name'")
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{name}: no such folder, and not found on the Hub: {error}") from error
+
+
+def _file(gguf_file: str | None) -> dict[str, str]:
+    return {"gguf_file": gguf_file} if gguf_file else {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,14 +24,16 @@ PRESETS: dict[str, Callable[..., LoCoCoConfig]] = {
     "lococo-uncalibrated-slot": partial(LoCoCoConfig, positions="slot"),
     "lococo-paper": LoCoCoConfig.paper,
     "lococo-reference": LoCoCoConfig.reference,
+    # The default preset's gates are closed: blends are copies, and the convolution is never run. Open gates make it
+    # run at every compression, as trained heads do: for measuring speed, as untrained blends are worth nothing.
+    "lococo-open": partial(LoCoCoConfig, gate_init=0.5),
+    "lococo-open-rank16": partial(LoCoCoConfig, gate_init=0.5, head_rank=16),
 }
 METHODS = ("full", *PRESETS)
 
 
-def method_config(
-    name: str, num_slots: int, block_size: int, presets: Mapping[str, Callable[..., LoCoCoConfig]] = PRESETS
-) -> LoCoCoConfig | None:
-    """Config of a method, ``full`` or one of ``presets``; None for ``full``.
+def method_config(name: str, num_slots: int, block_size: int) -> LoCoCoConfig | None:
+    """Config of a method, ``full`` or one of ``PRESETS``; None for ``full``.
 
     Raises
     ------
@@ -39,9 +42,9 @@ def method_config(
     """
     if name == "full":
         return None
-    if name not in presets:
-        raise ValueError(f"unknown method {name!r}: choose from full, {', '.join(presets)}")
-    return presets[name](num_slots, block_size=block_size)
+    if name not in PRESETS:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    return PRESETS[name](num_slots, block_size=block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +80,15 @@ def plan_runs(
     budgets: Sequence[int],
     block_size: int,
     heads: Sequence[str] = (),
-    presets: Mapping[str, Callable[..., LoCoCoConfig]] = PRESETS,
+    *,
+    name_heads: bool = False,
 ) -> list[Run]:
     """The runs of a comparison: ``full`` once, other methods at every budget, trained heads as they were trained.
+
+    Parameters
+    ----------
+    name_heads : bool
+        Trained heads are called ``lococo-FOLDER``, not ``lococo``.
 
     Raises
     ------
@@ -88,8 +97,8 @@ def plan_runs(
     """
     runs = [Run("full", None)] if "full" in methods else []
     runs += [
-        Run(name, method_config(name, slots, block_size, presets))
-        for slots in budgets
+        Run(name, method_config(name, slots, block_size))
+        for slots in dict.fromkeys(budgets)
         for name in methods
         if name != "full"
     ]
@@ -97,7 +106,7 @@ def plan_runs(
         config = read_heads_config(folder)
         if config.block_size != block_size:
             raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
-        runs.append(Run("lococo", config, folder))
+        runs.append(Run(f"lococo-{Path(folder).name}" if name_heads else "lococo", config, folder))
     return runs
 
 

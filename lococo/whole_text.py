@@ -16,43 +16,43 @@ import torch
 from torch import nn
 
 from lococo.models import length_dependent_rotaries
-from lococo.state import Patch, patched_decoder
+from lococo.state import Patch, patch_of
 
 
-def add_hooks(patch: Patch, decoder: nn.Module) -> None:
-    """Make a decoder's rotary embeddings look at ``patch.last_position``, where their tables depend on it."""
-    for rotary in length_dependent_rotaries(decoder):
+def add_hooks(patch: Patch) -> None:
+    """Make a decoder's rotary embeddings look at the last position, where their tables depend on it."""
+    for rotary in length_dependent_rotaries(patch.decoder):
         show, hide = functools.partial(_show_last_position, patch), functools.partial(_hide_last_position, patch)
-        patch.hooks.append(rotary.register_forward_pre_hook(show, with_kwargs=True))
-        patch.hooks.append(rotary.register_forward_hook(hide))
+        patch.changes.hooks.append(rotary.register_forward_pre_hook(show, with_kwargs=True))
+        patch.changes.hooks.append(rotary.register_forward_hook(hide))
 
 
 @contextlib.contextmanager
 def reading_pieces(model: nn.Module, last_position: int) -> Iterator[None]:
-    """Calls of a patched model inside a ``with`` block are pieces of one text whose last token is at a position.
+    """Forwards of a patched model inside a ``with`` block are pieces of one text whose last token is at a position.
 
     Raises
     ------
     ValueError
         If the model is not patched.
     """
-    patch: Patch = patched_decoder(model).lococo_patch
-    before, patch.last_position = patch.last_position, torch.tensor(last_position)
+    thread = patch_of(model).thread
+    before, thread.last_position = thread.last_position, torch.tensor(last_position)
     try:
         yield
     finally:
-        patch.last_position = before
+        thread.last_position = before
 
 
 def _show_last_position(patch: Patch, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if patch.last_position is None:
+    last = patch.thread.last_position
+    if last is None:
         return None
     is_named = "position_ids" in kwargs
     positions = kwargs["position_ids"] if is_named else args[1]
-    last = patch.last_position.to(positions).expand(positions.shape[0], 1)
-    longer = torch.cat([positions, last], dim=1)
+    longer = torch.cat([positions, last.to(positions).expand(positions.shape[0], 1)], dim=1)
     return (args, {**kwargs, "position_ids": longer}) if is_named else ((args[0], longer, *args[2:]), kwargs)
 
 
 def _hide_last_position(patch: Patch, rotary: nn.Module, args: tuple, output: tuple) -> Any:
-    return None if patch.last_position is None else tuple(table[:, :-1] for table in output)
+    return None if patch.thread.last_position is None else tuple(table[:, :-1] for table in output)

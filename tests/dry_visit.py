@@ -7,8 +7,8 @@ import sys
 
 import gpu_visit
 
-from lococo.bench import grid
-from lococo.bench.limits import Limits
+from lococo.bench import runner
+from lococo.bench.roofline import Limits
 
 
 def run(command, seconds, log, env):
@@ -28,5 +28,5 @@ def run(command, seconds, log, env):
 
 if __name__ == "__main__":
     gpu_visit.run = run
-    grid.measure_limits = lambda device, dtype: Limits(bytes_per_second=1e9, flops_per_second=1e9)
+    runner.measure_limits = lambda device, dtype: Limits(bytes_per_second=1e9, flops_per_second=1e9)
     sys.exit(gpu_visit.main())

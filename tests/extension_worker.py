@@ -16,13 +16,13 @@ import lococo
 from lococo.data.windows import Windows
 from lococo.extension.extend import extended_for_training
 from lococo.extension.recipe import ExtensionRecipe
-from lococo.extension.rope_scaling import Stretch
+from lococo.extension.rope_scaling import RopeScaling
 from lococo.extension.trainer import ExtensionTrainer
 
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
 )
-STRETCH = Stretch(4, 16)
+SCALING = RopeScaling(4, 16)
 CONFIGS = {
     "lococo": CONFIG,
     "h2o": lococo.LoCoCoConfig.h2o(16, block_size=8),
@@ -34,7 +34,9 @@ CONFIGS = {
 
 def recipe(method="lococo", **changes):
     given = dict(steps=3, windows_per_step=2, learning_rate=0.01, heads_learning_rate=0.05, depth=2, save_every=1)
-    return ExtensionRecipe(**{"method": method, "stretch": STRETCH, "config": CONFIGS.get(method), **given, **changes})
+    return ExtensionRecipe(
+        **{"method": method, "rope_scaling": SCALING, "config": CONFIGS.get(method), **given, **changes}
+    )
 
 
 def windows(count=6, length=64):

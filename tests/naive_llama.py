@@ -3,8 +3,7 @@
 import torch
 from reference import NaiveHead, naive_lococo
 
-from lococo.models import attention_layers
-from lococo.state import HEAD, lococo_config, patched_decoder
+from lococo.state import HEAD, patch_of
 
 
 def naive_head(layer):
@@ -25,8 +24,8 @@ def naive_logits(model, ids, cuts=()):
     cuts : collection of int
         As in ``reference.naive_lococo``.
     """
-    decoder = patched_decoder(model)
-    config, layers = lococo_config(model), attention_layers(decoder)
+    patch = patch_of(model)
+    decoder, config, layers = patch.decoder, patch.config, patch.layers
 
     def rotate(vectors, positions):
         cos, sin = decoder.rotary_emb(vectors, positions[None])  # angles in float32

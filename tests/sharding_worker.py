@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from training_worker import join
 
 from lococo.data.windows import DataConfig
-from lococo.extension.extend import extend_context, extended_for_training
+from lococo.extension.extend import ExtensionRun, extended_for_training
 from lococo.extension.sharding import gathered, sharded_arguments
 
 # Checkpointed layers, tied embeddings, adapters in wider numbers than the rest.
@@ -71,12 +71,10 @@ def run(case, folder, resume=None, **options):
 
 
 def extend(folder):
-    """``extend_context`` with ``shard=True``."""
-    data = DataConfig(
-        (str(folder / "text.jsonl"),), length=64, num_windows=6, num_heldout=0, heldout_share=0.0, boundaries="none"
-    )
-    places = dict(work_dir=folder / "work", cache_dir=folder / "cache")
-    extend_context(tiny_llama(), word_tokenizer(words=61), data, recipe(), folder / "extended", shard=True, **places)
+    """An extension with ``shard=True``."""
+    places = dict(output=folder / "extended", work_dir=folder / "work", cache_dir=folder / "cache")
+    data = DataConfig((str(folder / "text.jsonl"),), length=64, num_windows=6, num_heldout=0, boundaries="none")
+    ExtensionRun(data=data, recipe=recipe(), shard=True, **places).run(tiny_llama(), word_tokenizer(words=61))
 
 
 def main(rank, folder):

@@ -8,10 +8,11 @@ import torch
 from reference import NaiveHead, naive_h2o, naive_lococo, naive_streaming_llm, rope_rotate
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lococo.attention import Call, lococo_attention
+from lococo.attention import lococo_attention
 from lococo.cache.plan import RowState, plan_call
 from lococo.compression.fusion import FusionHead
 from lococo.config import LoCoCoConfig
+from lococo.context import ForwardContext
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 45
 OPEN = {"gate_init": 0.4}
@@ -86,7 +87,7 @@ def read(config, q, k, v, head=None, scale=DIM**-0.5):
         rotary = {0: ReferenceRotary()}
         q, k = (rotary[0].rotate(tensor, plan.cache_positions) for tensor in (q, k))
     module = types.SimpleNamespace(layer_idx=0, lococo_head=head)
-    call = Call(config, plan, cache=None, rotary_tables=rotary)
+    call = ForwardContext(config, plan, cache=None, rotary_tables=rotary)
     output, _ = lococo_attention(module, q[None], k[None], v[None], scaling=scale, lococo=call)
     return output[0].transpose(0, 1)
 

@@ -17,9 +17,9 @@ HALVES = [torch.bfloat16, torch.float16]
 KERNELS = [name for name in ATTENTIONS if not name.startswith("flash") and name != "triton"]
 
 
-def patched_llama(config, **sizes):
+def patched_llama(config, attention="auto", **sizes):
     torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(**sizes), config)
+    return lococo.patch_model(tiny_llama(**sizes), config, attention=attention)
 
 
 def relative(got, expected):
@@ -64,7 +64,7 @@ def test_prefill_steps_and_generate_agree(name, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("positions", ["absolute", "slot"])
 def test_every_kernel(kernel, positions):
-    model = patched_llama(LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=kernel, positions=positions))
+    model = patched_llama(LoCoCoConfig(16, block_size=8, gate_init=0.4, positions=positions), kernel)
     exact = model(IDS).logits.detach()
     for context in (torch.no_grad, torch.enable_grad):
         with context(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -24,9 +24,9 @@ def _without_gradients():
         yield
 
 
-def patch(model, config=CONFIG):
+def patch(model, config=CONFIG, **options):
     torch.manual_seed(0)
-    return lococo.patch_model(model, config)
+    return lococo.patch_model(model, config, **options)
 
 
 def answer(model, **arguments):
@@ -243,7 +243,7 @@ def test_a_cache_of_another_method_is_refused_and_one_of_another_kernel_is_not()
     with pytest.raises(ValueError, match=r"filled with positions=absolute, the model is patched with positions=slot"):
         model(IDS[:, 40:], past_key_values=cache)
     lococo.unpatch_model(model)
-    patch(model, LoCoCoConfig(16, block_size=8, gate_init=0.4, attention="eager", prefill_chunk_size=4))
+    patch(model, attention="eager", prefill_chunk_size=4)
     expected = model(IDS).logits[:, 40:]
     torch.testing.assert_close(model(IDS[:, 40:], past_key_values=cache).logits, expected, rtol=0, atol=1e-5)
 
@@ -315,7 +315,7 @@ def test_generate_in_training_mode_with_checkpointing_is_that_of_evaluation_mode
     features = {"head_dim": 8} if name in ("Gemma2", "Glm4", "Qwen3") else {}
     model = patch(family(name, **features))
     expected = answer(model)
-    chunked = patch(family(name, **features), LoCoCoConfig(16, block_size=8, gate_init=0.4, prefill_chunk_size=8))
+    chunked = patch(family(name, **features), prefill_chunk_size=8)
     for each in (model, chunked):
         each.train()
         each.gradient_checkpointing_enable()
@@ -418,11 +418,12 @@ def test_attention_in_both_directions_is_refused():
 def test_logits_of_routers_are_those_of_the_whole_text(asked):
     """A text that is read in pieces would have those of the last piece alone, and another loss."""
     features = dict(num_local_experts=4, num_experts_per_tok=2)
-    config = LoCoCoConfig(128, block_size=16, prefill_chunk_size=7)
+    config = LoCoCoConfig(128, block_size=16)
     mask = torch.ones_like(IDS)
     mask[0, :9] = 0
     outputs = []
-    for model in (family("Mixtral", **features), patch(family("Mixtral", **features), config)):
+    patched = patch(family("Mixtral", **features), config, prefill_chunk_size=7)
+    for model in (family("Mixtral", **features), patched):
         arguments = {"output_router_logits": True} if asked == "argument" else {}
         model.config.output_router_logits = asked == "config"
         outputs.append(model(IDS, labels=IDS, attention_mask=mask, **arguments))

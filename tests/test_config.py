@@ -3,7 +3,6 @@ import json
 import pytest
 
 from lococo.config import CONFIG_NAME, LoCoCoConfig
-from lococo.kernels.attention import ATTENTIONS
 
 PRESETS = [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.reference, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
 
@@ -25,12 +24,6 @@ def test_presets_are_what_they_are_named_after():
     h2o, streaming = LoCoCoConfig.h2o(128), LoCoCoConfig.streaming_llm(128)
     assert (h2o.num_heavy, h2o.num_recent, h2o.score) == (64, 64, "sum")
     assert (streaming.num_sinks, streaming.num_recent, streaming.positions) == (4, 124, "slot")
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_every_attention_has_a_backend(attention):
-    assert LoCoCoConfig(16, attention=attention).attention == attention
-    assert LoCoCoConfig(16).attention == "auto"
 
 
 def test_default_has_a_closed_gate_and_fused_slots():
@@ -57,13 +50,11 @@ def test_presets_take_overrides(preset):
             r"num_sinks=8 \+ num_heavy=8 \+ num_recent=8 = 24 must not exceed num_slots=16",
         ),
         ({"head_rank": 0}, "head_rank must be an integer of at least 1, got 0"),
-        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be an integer of at least 1, got 0"),
         ({"decode_block_size": 99, "block_size": 8}, "must not exceed block_size=8, got 99"),
         ({"normalization": "l2"}, "normalization must be one of sum, softmax, got 'l2'"),
         ({"residual": "yes"}, "residual must be one of"),
         ({"positions": "relative"}, "positions must be one of absolute, slot, got 'relative'"),
         ({"score": "max"}, "score must be one of"),
-        ({"attention": "xformers"}, "attention must be one of"),
         ({"gate_init": 1.5}, "gate_init must lie between 0 and 1, got 1.5"),
         ({"init_std": 0.0}, "init_std must be positive, got 0.0"),
         ({"slots_per_head": ((8, 8), (8, 9)), "num_slots": 8}, "must not exceed num_slots=8 on average, got 8.25"),
@@ -98,10 +89,22 @@ def test_slots_per_head_come_back_from_json(tmp_path):
     assert [head.num_slots for head in config.layer_configs(1)] == [8, 7]
 
 
-@pytest.mark.parametrize("chunk", [None, 2048])
-def test_chunks_by_memory_and_of_a_given_size_come_back_from_json(tmp_path, chunk):
-    LoCoCoConfig(8, prefill_chunk_size=chunk).save_pretrained(tmp_path)
-    assert LoCoCoConfig.from_pretrained(tmp_path).prefill_chunk_size == chunk
+@pytest.mark.parametrize("option", [{"attention": "eager"}, {"prefill_chunk_size": 512}], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_options_of_the_patch_are_told_from_the_method(preset, option):
+    name, value = next(iter(option.items()))
+    message = rf"has no {name}: it is an option of lococo.patch_model\(model, config, {name}={value!r}\)"
+    with pytest.raises(TypeError, match=message):
+        preset(16, **option)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("attention", ["auto", "of a later version"])
+def test_a_file_of_today_with_options_of_the_patch_loads(tmp_path, attention):
+    config = LoCoCoConfig(16, block_size=8)
+    values = {**config.to_dict(), "attention": attention, "prefill_chunk_size": 512}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": values}))
+    assert LoCoCoConfig.from_pretrained(tmp_path) == config
 
 
 def test_unknown_keyword_is_an_error():

@@ -36,9 +36,9 @@ def _without_gradients():
         yield
 
 
-def patched_llama(config, dtype=torch.float32):
+def patched_llama(config, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(), config).to(dtype)
+    return lococo.patch_model(tiny_llama(), config, **options).to(dtype)
 
 
 def text(is_padded=False):
@@ -199,7 +199,7 @@ def test_rows_are_reordered_between_steps(name):
 def test_padding_on_the_right_reaches_a_last_chunk_of_one_token(padding, is_split, name):
     """Nothing may be asserted on the device of what is no step of decoding; later tokens follow the padding."""
     device_of = on_two if is_split else on_one
-    model = patched_llama(LoCoCoConfig.from_dict({**CONFIGS[name].to_dict(), "prefill_chunk_size": 8}))
+    model = patched_llama(CONFIGS[name], prefill_chunk_size=8)
     ids, mask = (tensor[:, :30] for tensor in text())
     for row, amount in enumerate(padding):
         mask[row, 17 - amount : 17] = 0
@@ -211,7 +211,7 @@ def test_padding_on_the_right_reaches_a_last_chunk_of_one_token(padding, is_spli
 
 @pytest.mark.parametrize("name", FEW)
 def test_the_host_waits_no_more_often_for_a_longer_prompt(name):
-    model = patched_llama(LoCoCoConfig.from_dict({**CONFIGS[name].to_dict(), "prefill_chunk_size": 8}))
+    model = patched_llama(CONFIGS[name], prefill_chunk_size=8)
     waits = []
     with FakeCuda() as gpu:
         gpu.put_model(model)

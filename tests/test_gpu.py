@@ -200,7 +200,7 @@ def test_recorded_steps_give_the_bits_of_launched_ones(name, padded, dtype, monk
 def test_memory_of_reading_is_flat(chunk):
     model = tiny_llama(max_position_embeddings=1 << 17).cuda()
     peaks = []
-    with patched(model, LoCoCoConfig(64, block_size=64, prefill_chunk_size=chunk)), torch.no_grad():
+    with patched(model, LoCoCoConfig(64, block_size=64), prefill_chunk_size=chunk), torch.no_grad():
         for length in (4096, 65536):
             ids = tiny_ids(1, length).cuda()
             torch.cuda.reset_peak_memory_stats()

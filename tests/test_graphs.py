@@ -217,7 +217,7 @@ def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(mon
         for part in ids[:, 21:].split(1, dim=1):
             logits.append(model.__call__(input_ids=part, past_key_values=cache).logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 21:], rtol=0, atol=1e-5)
-    assert not cache.is_open and not cache.is_reading and model.model.lococo_patch.request is None
+    assert not cache.is_open and not cache.is_reading and model.model.lococo_patch.thread.request is None
 
 
 @pytest.mark.parametrize("prefix", range(21, 30))

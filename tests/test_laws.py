@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, patched
+import lococo
+from lococo import LoCoCoConfig
 
 TOLERANCE = dict(rtol=0, atol=1e-5)
 CONFIGS = {
@@ -19,7 +20,7 @@ CONFIGS = {
     "h2o": LoCoCoConfig.h2o(12, block_size=8),
     "streaming": LoCoCoConfig.streaming_llm(12, block_size=8),
     "one-token-blocks": LoCoCoConfig(16, block_size=1, gate_init=0.4),
-    "eager": LoCoCoConfig(16, block_size=8, gate_init=0.4, attention="eager"),
+    "eager": LoCoCoConfig(16, block_size=8, gate_init=0.4),
 }
 LENGTH = 61
 BATCH = 4
@@ -28,6 +29,10 @@ BATCH = 4
 @pytest.fixture(scope="module")
 def model():
     return tiny_llama()
+
+
+def patched(model, config):
+    return lococo.patched(model, config, attention="eager" if config is CONFIGS["eager"] else "auto")
 
 
 def read(model, ids, config, **kwargs):

@@ -7,6 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lococo
 from lococo import LoCoCoConfig
+from lococo.kernels.attention import ATTENTIONS
+from lococo.state import patch_of
 
 SMALL = LoCoCoConfig(16, block_size=8)
 
@@ -42,6 +44,29 @@ def test_patching_twice_says_so_in_a_line():
     model = lococo.patch_model(tiny_llama(), SMALL)
     with pytest.raises(ValueError, match=r"already patched \(num_slots=16\); call lococo.unpatch_model first$"):
         lococo.patch_model(model, LoCoCoConfig(32))
+
+
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
+def test_every_attention_may_be_asked_for(attention):
+    model = tiny_llama()
+    with lococo.patched(model, SMALL, attention=attention):
+        assert patch_of(model).attention == attention and patch_of(model).config == SMALL
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"attention": "xformers"}, "attention must be one of auto, sdpa, eager, triton, .*, got 'xformers'"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be an integer of at least 1, got 0"),
+        ({"prefill_chunk_size": 7.5}, "prefill_chunk_size must be an integer of at least 1, got 7.5"),
+    ],
+)
+def test_bad_options_are_named_and_the_model_is_left_alone(option, message):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        lococo.patch_model(model, SMALL, **option)
+    assert_untouched(model, before)
 
 
 def test_unpatching_an_unpatched_model_says_so():

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lococo import LoCoCoConfig, patched, perplexity
 from lococo.data.texts import Cut, read_windows
-from lococo.evaluation.ppl_table import perplexity_rows
+from lococo.evaluation.perplexity import perplexity_rows
 from lococo.methods import plan_runs
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared/data/text"

@@ -65,8 +65,9 @@ def build(name):
     return make(rope)
 
 
-def large(chunk=None):
-    return LoCoCoConfig(128, block_size=16, prefill_chunk_size=chunk)
+def large(model, chunk=None):
+    """Patched with room for the whole text."""
+    return lococo.patch_model(model, LoCoCoConfig(128, block_size=16), prefill_chunk_size=chunk)
 
 
 def assert_close(left, right):
@@ -91,7 +92,7 @@ def test_only_such_tables_are_looked_after(name):
 def test_enough_slots_give_the_full_model_in_any_pieces(name, length, chunk):
     ids = tiny_ids(2, length)
     full = build(name)(ids).logits
-    assert_close(lococo.patch_model(build(name), large(chunk))(ids).logits, full)
+    assert_close(large(build(name), chunk)(ids).logits, full)
 
 
 @every_model
@@ -101,7 +102,7 @@ def test_padded_rows_too(name):
     positions = (mask.cumsum(dim=-1) - 1).clamp_min(0)
     full = build(name)(ids, attention_mask=mask, position_ids=positions).logits
     for given in ({}, {"position_ids": positions}):
-        got = lococo.patch_model(build(name), large(9))(ids, attention_mask=mask, **given).logits
+        got = large(build(name), 9)(ids, attention_mask=mask, **given).logits
         assert_close(got[mask.bool()], full[mask.bool()])
 
 
@@ -109,7 +110,7 @@ def test_padded_rows_too(name):
 def test_compressed_texts_do_not_depend_on_the_pieces(name):
     ids, results = tiny_ids(1, 90), []
     for chunk in (128, 8, 13):
-        model = lococo.patch_model(build(name), LoCoCoConfig(16, block_size=8, prefill_chunk_size=chunk))
+        model = lococo.patch_model(build(name), LoCoCoConfig(16, block_size=8), prefill_chunk_size=chunk)
         results.append(model(ids).logits)
     assert_close(results[1], results[0])
     assert_close(results[2], results[0])
@@ -118,7 +119,7 @@ def test_compressed_texts_do_not_depend_on_the_pieces(name):
 @every_model
 @pytest.mark.parametrize("prompt", [10, BOUNDARY - 4, BOUNDARY + 4])
 def test_steps_over_the_boundary_are_those_of_the_unpatched_model(name, prompt):
-    full, model = build(name), lococo.patch_model(build(name), large(7))
+    full, model = build(name), large(build(name), 7)
     ids, caches = tiny_ids(1, 61), [None, None]
     for part in ids.split([prompt, *[1] * (61 - prompt)], dim=1):
         outputs = [full(part, past_key_values=caches[0], use_cache=True), model(part, past_key_values=caches[1])]
@@ -136,7 +137,7 @@ def test_generate_over_the_boundary_is_that_of_the_unpatched_model(name, prompt)
     """Phi-3 reads its text again when it comes to the boundary."""
     options = dict(max_new_tokens=24, do_sample=False, return_dict_in_generate=True, output_logits=True)
     expected = build(name).generate(tiny_ids(1, prompt), **options)
-    got = lococo.patch_model(build(name), large(7)).generate(tiny_ids(1, prompt), **options)
+    got = large(build(name), 7).generate(tiny_ids(1, prompt), **options)
     assert torch.equal(got.sequences, expected.sequences)
     assert_close(torch.stack(got.logits), torch.stack(expected.logits))
 
@@ -146,9 +147,9 @@ def test_a_prompt_read_with_a_progress_bar_is_read_as_one(name):
     prompt = tiny_ids(1, 50)
     options = dict(max_new_tokens=8, do_sample=False, progress=False)
     whole = build(name).generate(prompt, max_new_tokens=8, do_sample=False)[0, 50:]
-    for model in (build(name), lococo.patch_model(build(name), large())):
+    for model in (build(name), large(build(name))):
         assert torch.equal(read_and_answer(model, prompt, chunk=9, **options).answer, whole)
-    cache = read_tokens(lococo.patch_model(build(name), large()), prompt[:, :20], chunk=6, length=50)
+    cache = read_tokens(large(build(name)), prompt[:, :20], chunk=6, length=50)
     assert cache.seen_tokens == 20
 
 
@@ -156,7 +157,7 @@ def test_a_prompt_read_with_a_progress_bar_is_read_as_one(name):
 def test_pieces_of_a_text_that_the_caller_cuts(name):
     ids = tiny_ids(1, 61)
     full = build(name)(ids).logits
-    model, cache, logits = lococo.patch_model(build(name), large()), None, []
+    model, cache, logits = large(build(name)), None, []
     with reading_pieces(model, 60):
         for part in ids.split([5, 20, 36], dim=1):
             output = model(part, past_key_values=cache, use_cache=True)
@@ -170,7 +171,7 @@ def test_pieces_of_a_text_that_the_caller_cuts(name):
 @pytest.mark.parametrize("piece", [0, 3, 8])
 def test_a_forward_that_fails_leaves_nothing_behind(name, error, piece):
     """In the first piece, in the middle, and in the last, where an interrupt skips all that comes after a forward."""
-    model, calls = lococo.patch_model(build(name), large(7)), []
+    model, calls = large(build(name), 7), []
 
     def fail(module, args):
         calls.append(module)
@@ -188,7 +189,7 @@ def test_a_forward_that_fails_leaves_nothing_behind(name, error, piece):
 @pytest.mark.parametrize("objective", [NextToken(backprop_tokens=9), Distill(backprop_tokens=20)])
 def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
     """The model with its full cache beside it, too: with enough slots there is nothing to learn."""
-    model = lococo.patch_model(build(name), large())
+    model = large(build(name))
     trainer = head_trainer(model, tmp_path, objective)
     trainer.current_gradient_accumulation_steps = 1
     with torch.enable_grad():
@@ -199,13 +200,13 @@ def test_windows_are_trained_on_as_one_text(name, objective, tmp_path):
     if isinstance(objective, Distill):  # nothing to learn from the full cache
         expected = torch.zeros_like(expected)
     torch.testing.assert_close(loss, expected, rtol=0, atol=2e-5)
-    assert model.model.lococo_patch.last_position is None
+    assert model.model.lococo_patch.thread.last_position is None
 
 
 @every_model
 def test_threads_read_texts_of_their_own(name):
     """A server's: each with another length, in pieces, at once."""
-    model = lococo.patch_model(build(name), large(5))
+    model = large(build(name), 5)
     texts = [tiny_ids(1, 20 + 6 * index, seed=index) for index in range(6)]
     if name == "llama-dynamic":  # Transformers' own table is one for all threads there
         texts = [tiny_ids(1, 40, seed=index) for index in range(6)]

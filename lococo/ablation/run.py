@@ -1,11 +1,11 @@
-"""Every cell calibrated alike, then measured on the same texts; what is finished is kept."""
+"""Every cell calibrated alike, then measured on the same texts; its rows and its picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,22 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.ablation.grid import Cell
+from lococo.ablation.grid import CENTRE, Cell
 from lococo.config import CONFIG_NAME
 from lococo.data.texts import Window
 from lococo.data.windows import DataConfig
-from lococo.evaluation.ppl_table import Losses, measure_losses
+from lococo.evaluation.perplexity import ALL_DOMAINS, Losses, gap_change, loss_row, measure_losses
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
 from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
-from lococo.results.tables import Journal
-from lococo.training.calibrate import calibrate, check_calibration, weights_identity
-from lococo.training.recipe import Recipe
-from lococo.training.runs import check_same_run
+from lococo.results.journal import Journal
+from lococo.results.plots import GAP, Band, Bars, Lines, Panel, Series, picture
+from lococo.training.calibrate import Calibration
+from lococo.training.recipes import Recipe
+from lococo.training.runs import check_same_run, plain, weights_identity
 
+Row = dict[str, Any]
 RUN_NAME = "ablation.json"
 
 
@@ -67,23 +69,31 @@ class Plan:
                 f"{work_dir} has no {RUN_NAME}, so it is no run to go on with: give a new --work-dir"
             )
         for cell in self.cells:
-            places = {"output": _heads(work_dir, cell), "work_dir": _unfinished(work_dir, cell)}
-            check_calibration(cell.config, self.data, self.recipe_of(cell), resume=True, first=self.first, **places)
+            self.calibration_of(cell, work_dir).check()
 
-    def recipe_of(self, cell: Cell) -> Recipe:
-        """How a cell is calibrated."""
-        return self.recipe if cell.config.num_fused else dataclasses.replace(self.recipe, local=None, objective=None)
+    def calibration_of(self, cell: Cell, work_dir: Path, **more: Any) -> Calibration:
+        """How a cell is calibrated; more fields of ``Calibration`` may be said."""
+        recipe = self.recipe
+        if not cell.config.num_fused:  # no head to train
+            recipe = dataclasses.replace(recipe, local=None, objective=None)
+        return Calibration(
+            config=cell.config,
+            data=dataclasses.replace(self.data, seed=cell.seed),
+            recipe=recipe,
+            output=_heads(work_dir, cell),
+            work_dir=work_dir / "unfinished" / cell.name,
+            cache_dir=work_dir / "cache",
+            recordings_dir=work_dir / f"recordings-{cell.seed}",
+            resume=True,
+            first=self.first,
+            dtype=None,
+            **more,
+        )
 
     def description(self, model: PreTrainedModel) -> dict[str, Any]:
         """What all cells share, as plain JSON values; the grid may grow."""
-        content = {
-            "model": weights_identity(model),
-            "data": dataclasses.asdict(self.data),
-            "recipe": dataclasses.asdict(self.recipe),
-            "objective": self.recipe.objective_name,
-            "first": self.first,
-        }
-        return json.loads(json.dumps(content))
+        recipe = {"recipe": self.recipe, "objective": self.recipe.objective_name}
+        return plain({"model": weights_identity(model), "data": self.data, **recipe, "first": self.first})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Measured:
     untrained: Run
 
 
-def run(
+def evaluate_ablation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
@@ -161,22 +171,7 @@ def _calibrated(
 ) -> Measured:
     heads = _heads(work_dir, cell)
     if not (heads / CONFIG_NAME).is_file():
-        calibrate(
-            model,
-            tokenizer,
-            cell.config,
-            dataclasses.replace(plan.data, seed=cell.seed),
-            plan.recipe_of(cell),
-            heads,
-            work_dir=_unfinished(work_dir, cell),
-            cache_dir=work_dir / "cache",
-            resume=True,
-            first=plan.first,
-            dtype=None,
-            command=command,
-            recordings_dir=work_dir / f"recordings-{cell.seed}",
-            deadline=deadline,
-        )
+        plan.calibration_of(cell, work_dir, command=command, deadline=deadline).run(model, tokenizer)
     config = read_heads_config(heads)
     trained = Run("lococo", config, str(heads))
     if not config.num_fused:
@@ -188,10 +183,166 @@ def _heads(work_dir: Path, cell: Cell) -> Path:
     return work_dir / "heads" / cell.name
 
 
-def _unfinished(work_dir: Path, cell: Cell) -> Path:
-    return work_dir / "unfinished" / cell.name
-
-
 def finish(work_dir: Path) -> None:
     """Remove the state of a run that is complete."""
     shutil.rmtree(work_dir, ignore_errors=True)
+
+
+BASELINE = "baseline"
+
+# What the Markdown table shows; the JSON has all.
+COLUMNS = (
+    "varied",
+    "method",
+    "combination",
+    "num_slots",
+    "kernel_size",
+    "num_sinks",
+    "num_heavy",
+    "num_recent",
+    "num_fused",
+    "seed",
+    "ppl",
+    "gap_ratio",
+    "gap_low",
+    "gap_high",
+    "untrained_gap_ratio",
+    "change",
+    "change_low",
+    "change_high",
+)
+MEASURES = ("nll", "ppl", "gap_ratio", "gap_low", "gap_high")
+
+
+def rows_of(losses: Losses, methods: Sequence[Run], finished: Sequence[Measured], length: int) -> list[Row]:
+    """One row per method and number of slots, then one per finished cell, over all texts.
+
+    ``change`` is the gap ratio less that of the centre, at as many slots, with its interval in ``change_low`` and
+    ``change_high``; ``untrained_gap_ratio`` is what the cell had before its heads learned.
+    """
+    if not finished:
+        return []
+    group = (length, ALL_DOMAINS)
+    centre = finished[0].trained
+    rows = [
+        _row(loss_row(losses, method, group), BASELINE, method.name, method.config, None, None) for method in methods
+    ]
+    for each in finished:
+        cell = each.cell
+        measured = loss_row(losses, each.trained, group)
+        row = _row(measured, cell.varied, "lococo", cell.config, cell.combination, cell.seed)
+        row["untrained_gap_ratio"] = loss_row(losses, each.untrained, group)["gap_ratio"]
+        if each.trained != centre and each.trained.num_slots == centre.num_slots:
+            changes = gap_change(losses, each.trained, centre, group)
+            row["change"], row["change_low"], row["change_high"] = changes
+        rows.append(row)
+    return rows
+
+
+def _row(measured: Row, varied: str, method: str, config: Any, combination: str | None, seed: int | None) -> Row:
+    learns = config is not None and config.num_fused > 0 and combination is not None
+    shares = ("num_slots", "block_size", "num_sinks", "num_heavy", "num_recent", "num_fused")
+    return {
+        "varied": varied,
+        "method": method,
+        "combination": combination,
+        **{name: None if config is None else getattr(config, name) for name in shares},
+        "kernel_size": config.kernel_size if learns else None,
+        "seed": seed if learns else None,
+        "length": measured["length"],
+        **{name: measured[name] for name in MEASURES},
+        "untrained_gap_ratio": None,
+        **dict.fromkeys(("change", "change_low", "change_high")),
+        "documents": measured["documents"],
+        "tokens": measured["tokens"],
+    }
+
+
+TRAINED, UNTRAINED = "#4c72b0", "#333333"
+GAP_RATIO = "gap ratio (1 is H2O, 0 the full cache)"
+
+
+def plot_rows(rows: Sequence[Row], path: Path) -> None:
+    """A panel per thing that was varied: perplexity by number of slots, gap ratio by kernel and by kinds of slots.
+
+    Error bars are those of the difference to the centre; the band is what other seeds make of the centre.
+    """
+    varied = {row["varied"] for row in rows}
+    makers: dict[str, Callable[[Sequence[Row]], Panel]] = {
+        "num_slots": _by_slots,
+        "kernel_size": _by_kernel,
+        "combine": _by_combination,
+        "product": _all_cells,
+    }
+    shown = [name for name in makers if name in varied] or ["product"]
+    lines = max(len(_of(rows, name)) for name in shown)
+    size = (4.6 * len(shown) + 0.4, max(3.6, 0.25 * lines + 1.4))
+    write_whole(path, picture([[makers[name](rows) for name in shown]], size, legend="panel"))
+
+
+def _of(rows: Sequence[Row], varied: str) -> list[Row]:
+    """The centre and what differs from it in one thing."""
+    return [row for row in rows if row["varied"] in (CENTRE, varied)]
+
+
+def _by_slots(rows: Sequence[Row]) -> Panel:
+    cells = _of(rows, "num_slots")
+    slots = sorted({row["num_slots"] for row in cells})
+    series = [
+        Series(row["method"], [row["ppl"]], style={"color": UNTRAINED}) for row in rows if row["num_slots"] is None
+    ]
+    names = dict.fromkeys(row["method"] for row in rows if row["varied"] == BASELINE and row["num_slots"])
+    for index, name in enumerate([*names, "lococo"]):
+        points = [row for row in (cells if name == "lococo" else rows) if row["method"] == name]
+        points = sorted((row for row in points if row["num_slots"] in slots), key=lambda row: row["num_slots"])
+        style = {"color": TRAINED, "linewidth": 2} if name == "lococo" else {"color": f"C{index + 1}", "linewidth": 1}
+        series.append(Series(name, [row["ppl"] for row in points], [row["num_slots"] for row in points], style=style))
+    ticks = {each: str(each) for each in slots}
+    return Lines(series, "memory size", "slots per layer and KV head (M)", "perplexity", "x", ticks)
+
+
+def _by_kernel(rows: Sequence[Row]) -> Panel:
+    cells = sorted(_of(rows, "kernel_size"), key=lambda row: row["kernel_size"])
+    sizes = [row["kernel_size"] for row in cells]
+    dash = {"color": UNTRAINED, "marker": "_", "markersize": 9, "linestyle": ""}
+    series = [_gaps(cells, sizes), Series("not trained", _values(cells, "untrained_gap_ratio"), sizes, style=dash)]
+    ticks = {each: str(each) for each in sizes}
+    return Lines(series, "kernel size", "kernel size", GAP_RATIO, "x", ticks, is_barred=True, band=_chance(rows))
+
+
+def _by_combination(rows: Sequence[Row]) -> Panel:
+    cells = sorted(_of(rows, "combine"), key=lambda row: row["num_fused"], reverse=True)
+    return _bars(rows, cells, [row["combination"].replace("+", " + ") for row in cells], "kinds of slots")
+
+
+def _all_cells(rows: Sequence[Row]) -> Panel:
+    cells = [row for row in rows if row["varied"] != BASELINE]
+    return _bars(
+        rows, cells, [f"{row['combination']}, M {row['num_slots']}, kernel {row['kernel_size']}" for row in cells]
+    )
+
+
+def _bars(rows: Sequence[Row], cells: Sequence[Row], labels: Sequence[str], title: str = "") -> Panel:
+    marks = Series("not trained", _values(cells, "untrained_gap_ratio"))
+    return Bars(labels, [_gaps(cells)], title, GAP_RATIO, marks=marks, band=_chance(rows))
+
+
+def _values(cells: Sequence[Row], name: str) -> list[float]:
+    return [GAP if row[name] is None else row[name] for row in cells]
+
+
+def _gaps(cells: Sequence[Row], x: Sequence[float] | None = None) -> Series:
+    """Gap ratios of trained cells; ends are those of the difference to the centre."""
+    values = _values(cells, "gap_ratio")
+    pairs = list(zip(values, cells, strict=True))
+    low, high = (
+        [value if row[end] is None else value + row[end] - row["change"] for value, row in pairs]
+        for end in ("change_low", "change_high")
+    )
+    return Series("trained", values, x, low, high, {"color": TRAINED})
+
+
+def _chance(rows: Sequence[Row]) -> Band | None:
+    """What chance does: the centre with every seed."""
+    found = [row["gap_ratio"] for row in _of(rows, "seed") if row["gap_ratio"] is not None]
+    return Band(f"centre, {len(found)} seeds", min(found), max(found)) if len(found) > 1 else None

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lococo.bench.counts import Sizes, Work, decode_memory, decode_work, open_block
-from lococo.bench.dispatch import HeldBytes, Operations
-from lococo.bench.meter import Meter, release_memory
-from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.bench.meter import HeldBytes, Meter, Operations, release_memory
+from lococo.bench.roofline import Sizes, Work, decode_memory, decode_work, open_block
+from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.compat import cache_of, with_cache
 from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes
@@ -36,6 +35,8 @@ class Decode(Topic):
 
     name = "decode"
     unit = "step"
+    columns = ("ops_per_step", "kept_bytes_per_step")
+    axes = ("tokens in the cache", "milliseconds per step")
 
     def __init__(self, steps: int = 32) -> None:
         if steps < 1:
@@ -43,7 +44,7 @@ class Decode(Topic):
         self.steps = steps
 
     def settings(self) -> dict[str, Any]:
-        """See ``Topic``."""
+        """Steps: of few, the median is less sure."""
         return {"steps": self.steps}
 
     def check(self, cell: Cell) -> None:
@@ -57,16 +58,16 @@ class Decode(Topic):
         return cell.batch
 
     def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """See ``Topic``."""
+        """One token, on average over an open block."""
         return decode_work(sizes, cell.run.config, cell.length, cell.batch)
 
     def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """See ``Topic``."""
+        """Weights and cache; a full one is copied layer by layer to grow."""
         return decode_memory(sizes, cell.run.config, cell.length, cell.batch)
 
     @torch.no_grad()
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """See ``Topic``."""
+        """Decode whole blocks, or steps of the full cache."""
         config = cell.run.config
         with meter.apart():
             cache = _cache_of(model, cell)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from lococo.bench.counts import Sizes, Work, train_memory, train_work
-from lococo.bench.heap import freed_blocks_returned
-from lococo.bench.meter import Meter
-from lococo.bench.topic import Cell, random_ids
+from lococo.bench.meter import Meter, freed_blocks_returned
+from lococo.bench.roofline import Sizes, Work, train_memory, train_work
+from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.bench.train import Train
-from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
+from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
+from lococo.methods import Run
 from lococo.state import is_patched
 from lococo.training.objectives import Caches, NextToken, NextTokenLoss
 
@@ -28,35 +28,40 @@ class Extend(Train):
     Parameters
     ----------
     depth : int
-        See ``lococo.extension.recipe.ExtensionRecipe``.
+        Compressions between two cuts of back-propagation.
     """
 
     name = "extend"
     held = ("cache_bytes", "saved_bytes")
+    columns = ("saved_bytes",)
 
     def __init__(self, depth: int) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.depth = depth
 
+    def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
+        """Every method at every length; all learn to predict the next token."""
+        return Topic.groups(self, runs, lengths, batches)
+
     def settings(self) -> dict[str, int]:
         """The depth."""
         return {"depth": self.depth}
 
     def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """See ``Topic``; what adapters take is not counted."""
+        """A token's share of a step; what adapters take is not counted."""
         tokens = cell.length - 1
         step = train_work(sizes, cell.run.config, tokens, cell.batch)
         return Work(step.flops / (cell.batch * tokens), step.bytes / (cell.batch * tokens))
 
     def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """See ``Topic``. Of the full cache, which keeps little of each layer, the logits alone are counted."""
+        """Weights and what a part keeps; of the full cache, which keeps little of each layer, the logits alone."""
         if cell.run.config is None:
             return sizes.model_bytes + cell.batch * (cell.length - 1) * (sizes.element_size + 4) * sizes.vocab_size
         return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, self._objective(cell).backprop_tokens)
 
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """See ``Topic``. ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched.
+        """Take one step; ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched.
 
         While it is watched, freed memory of a CPU goes back at once: only what is in use counts, as on a GPU.
         """
@@ -67,8 +72,8 @@ class Extend(Train):
             if meter.watches_memory:
                 stack.enter_context(freed_blocks_returned())
                 saved = stack.enter_context(saved_bytes())
-            stack.enter_context(as_it_was(model))
-            learner = let_learn(adapted(model, adapter_config(model)))
+            stack.enter_context(restored(model))
+            learner = unfreeze(adapted(model, adapter_config(model)))
             if cell.run.config is None:
                 checkpoint_layers(model)
             caches = Caches(learner) if is_patched(learner) else None

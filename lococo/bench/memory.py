@@ -11,8 +11,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.compat import cache_of, with_cache
+from lococo.files import write_whole
 from lococo.generation import cache_bytes
 from lococo.methods import as_method, method_config
+from lococo.results.plots import Lines, Series, picture
 from lococo.results.tables import beside, write_result
 
 
@@ -42,27 +44,22 @@ def cache_growth(
                 cache = cache_of(model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1))
                 rows.append({"method": name, "num_slots": slots, "tokens": stop, "cache_bytes": cache_bytes(cache)})
     write_result(output, command, model.device, rows)
-    _plot(rows, beside(output, ".png"))
+    write_whole(beside(output, ".png"), _picture(rows))
     return rows
 
 
-def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
-        line = [row for row in rows if row["method"] == method]
-        slots = line[0]["num_slots"]
-        axes.plot(
-            [row["tokens"] for row in line],
+def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        slots = "" if row["num_slots"] is None else f", {row['num_slots']} slots"
+        lines.setdefault(row["method"] + slots, []).append(row)
+    series = [
+        Series(
+            name,
             [row["cache_bytes"] / 2**20 for row in line],
-            label=method if slots is None else f"{method}, {slots} slots",
-            linestyle="-" if slots is None else "--",
+            [row["tokens"] for row in line],
+            style={"marker": "", "linestyle": "-" if line[0]["num_slots"] is None else "--"},
         )
-    axes.set_xlabel("tokens read")
-    axes.set_ylabel("cache (MiB)")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+        for name, line in lines.items()
+    ]
+    return picture([[Lines(series, "", "tokens read", "cache (MiB)", bottom=0)]], (7, 4))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from lococo.bench.counts import Sizes, Work, read_memory, read_work
 from lococo.bench.meter import Meter
-from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.bench.roofline import Sizes, Work, read_memory, read_work
+from lococo.bench.runner import Cell, Row, Topic, random_ids
 from lococo.compat import cache_of
 from lococo.generation import cache_bytes
 
@@ -20,23 +20,28 @@ class Prefill(Topic):
 
     name = "prefill"
     unit = "text"
+    axes = ("tokens in the text", "tokens read per second")
 
     def tokens(self, cell: Cell) -> int:
         """All of the text."""
         return cell.batch * cell.length
 
     def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """See ``Topic``."""
+        """All of the text, and the last token's logits."""
         return read_work(sizes, cell.run.config, cell.length, cell.batch)
 
     def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """See ``Topic``."""
+        """Weights, cache, and the widest activations of one layer."""
         return read_memory(sizes, cell.run.config, cell.length, cell.batch)
 
     @torch.no_grad()
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """See ``Topic``."""
+        """Read the text once."""
         ids = random_ids(model, cell.batch, cell.length)
         with meter.lap():
             output = model(ids, use_cache=True, logits_to_keep=1)
         return {"seconds": meter.seconds()[0], "cache_bytes": cache_bytes(cache_of(output))}
+
+    def shown(self, row: Row, seconds: float) -> float:
+        """Tokens per second."""
+        return row["length"] * row["batch"] / seconds

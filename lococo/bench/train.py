@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo.bench.counts import Sizes, Work, train_memory, train_work
 from lococo.bench.meter import Meter
-from lococo.bench.topic import Cell, Topic, random_ids
+from lococo.bench.roofline import Sizes, Work, train_memory, train_work
+from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.config import LoCoCoConfig
-from lococo.state import head_modules, is_patched
+from lococo.methods import Run
+from lococo.state import is_patched, patch_of
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Caches, NextToken, Objective, WindowLoss
-from lococo.training.recipe import default_recipe
+from lococo.training.recipes import default_recipe
 
+OBJECTIVES = ("distill", "next-token")
 Loss = Callable[[torch.Tensor, Caches, int, int], torch.Tensor]
 
 
@@ -30,10 +32,26 @@ class Train(Topic):
     weights (and biases) alone, so that what is measured is the cheapest training of a model through that cache. The
     full cache's back-propagation goes through the whole window at once, as without LoCoCo. Steps have size zero: the
     model stays as it is.
+
+    Parameters
+    ----------
+    objectives : sequence of str
+        What heads are trained for, of ``distill`` and ``next-token``: each has cells of its own.
     """
 
     name = "train"
     unit = "token"
+    columns = ("objective",)
+
+    def __init__(self, objectives: Sequence[str] = ("distill",)) -> None:
+        for objective in objectives:
+            if objective not in OBJECTIVES:
+                raise ValueError(f"objectives must be of {', '.join(OBJECTIVES)}, got {objective!r}")
+        self.objectives = objectives
+
+    def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
+        """Cells of methods with heads once for each objective."""
+        return [with_objectives(group, self.objectives) for group in super().groups(runs, lengths, batches)]
 
     def check(self, cell: Cell) -> None:
         """Refuse a window without a token to predict."""
@@ -45,19 +63,19 @@ class Train(Topic):
         return 1
 
     def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """See ``Topic``."""
+        """A token's share of a step."""
         distills = cell.objective == "distill"
         step = train_work(sizes, cell.run.config, cell.length - 1, cell.batch, distills)
         tokens = cell.batch * (cell.length - 1)
         return Work(step.flops / tokens, step.bytes / tokens)
 
     def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """See ``Topic``."""
+        """Weights, and what a chunk keeps for the backward."""
         chunk = None if cell.run.config is None else objective_of(cell).backprop_tokens
         return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, chunk)
 
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """See ``Topic``."""
+        """Take one step of size zero."""
         ids = random_ids(model, cell.batch, cell.length)
         caches = Caches(model) if is_patched(model) else None
         with learning(model) as parameters:
@@ -92,7 +110,7 @@ def objective_of(cell: Cell) -> Objective:
 @contextlib.contextmanager
 def learning(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     """A model in which only heads learn, or only vectors (norms, biases) if it has none; gives what learns."""
-    heads = head_modules(model).values() if is_patched(model) else []
+    heads = patch_of(model).heads.values() if is_patched(model) else []
     with only_heads_learn(model) if heads else _only_vectors_learn(model):
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -115,11 +133,11 @@ def _only_vectors_learn(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _loss(model: PreTrainedModel, objective: Objective) -> Loss:
-    if head_modules(model):
+    if patch_of(model).heads:
         return WindowLoss(model, objective)
 
     def losses(ids: torch.Tensor, caches: Caches, start: int, stop: int) -> torch.Tensor:
-        return objective.losses(caches.logits(model, ids[:, start:stop]), ids[:, start + 1 : stop + 1], None)
+        return objective.losses(caches.logits(ids[:, start:stop]), ids[:, start + 1 : stop + 1], None)
 
     return losses
 

@@ -77,7 +77,7 @@ class LoCoCoCache(Cache):
         Parameters
         ----------
         config : LoCoCoConfig
-            What the model is patched with. Options that change nothing but the way it is computed may differ.
+            What the model is patched with.
         shape : dict
             Of the model, as ``lococo.models.base_shape`` gives it.
         name : str
@@ -88,8 +88,8 @@ class LoCoCoCache(Cache):
         ValueError
             Names the fields that differ.
         """
-        if not self.config.has_method_of(config):
-            theirs, ours = config.method(), self.config.method()
+        if self.config != config:
+            theirs, ours = config.to_dict(), self.config.to_dict()
             changed = [field for field in theirs if theirs[field] != ours[field]]
             raise ValueError(
                 f"{name} was filled with {_fields(ours, changed)}, the model is patched with "

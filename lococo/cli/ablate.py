@@ -2,190 +2,146 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from lococo.ablation.grid import Axes
-from lococo.config import LoCoCoConfig
-from lococo.data.texts import PROOF_PILE, Cut, read_windows
-from lococo.loading import add_model_options, load
-from lococo.methods import plan_runs
-from lococo.results.deadline import Deadline
-from lococo.results.tables import beside, markdown_table, write_result
+import typer
 
-NEEDED = ("full", "h2o")
+from lococo.cli.options import (
+    TEXT,
+    TRAINING,
+    BlockSize,
+    Data,
+    MethodNames,
+    ModelOptions,
+    Output,
+    TextColumn,
+    TimeLimit,
+    WorkDir,
+    names_of,
+    option,
+)
+from lococo.cli.terminal import print_table, print_written
+
+VARIED = "What is varied, one thing at a time"
+SUMMARY = (
+    "varied",
+    "method",
+    "combination",
+    "num_slots",
+    "kernel_size",
+    "seed",
+    "ppl",
+    "gap_ratio",
+    "untrained_gap_ratio",
+    "change",
+    "change_low",
+    "change_high",
+)
 
 
-def add_ablate_command(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    add_model_options(parser)
-    grid = parser.add_argument_group("what is varied, one thing at a time")
-    grid.add_argument(
-        "--centre",
-        nargs=3,
-        default=["128", "21", "sinks+heavy+recent+fused"],
-        metavar=("SLOTS", "KERNEL", "KINDS"),
-        help="what is not varied (default: 128 21 sinks+heavy+recent+fused)",
+def ablate(
+    context: typer.Context,
+    source: ModelOptions,
+    *,
+    centre: Annotated[tuple[int, int, str], option(VARIED, "What is not varied.", metavar="SLOTS KERNEL KINDS")] = (
+        128,
+        21,
+        "sinks+heavy+recent+fused",
+    ),
+    num_slots: Annotated[list[int], option(VARIED, "Numbers of slots to try.", show_default=False)] = [],
+    kernel_size: Annotated[list[int], option(VARIED, "Odd numbers to try.", show_default=False)] = [],
+    combine: Annotated[
+        list[str],
+        option(
+            VARIED,
+            "Kinds of slots to try, sinks+heavy+fused for instance: each has its share in the default preset or, as "
+            "in heavy:32, a number at the centre; fused, else heavy, else recent takes what is left.",
+            metavar="KINDS",
+            show_default=False,
+        ),
+    ] = [],
+    product: Annotated[bool, option(VARIED, "Every value with every other.", "--product")] = False,
+    seeds: Annotated[
+        list[int],
+        option(VARIED, "The first is every cell's, the centre is calibrated with the others too: what is chance?"),
+    ] = [0],
+    dataset: Annotated[
+        list[str] | None,
+        option(
+            TRAINING,
+            "Texts to calibrate on: files, folders or Hub ids.",
+            metavar="DATA",
+            show_default="togethercomputer/RedPajama-Data-1T-Sample",
+        ),
+    ] = None,
+    windows: Annotated[int | None, option(TRAINING, "Training windows.", show_default="as many as are read")] = None,
+    objective: Annotated[str, option(TRAINING, "distill, next-token or local.")] = "distill",
+    steps: Annotated[int, option(TRAINING, "With local: per layer.", min=1)] = 50,
+    windows_per_step: Annotated[int, option(TRAINING, "Not with local.")] = 1,
+    learning_rate: Annotated[
+        float | None, option(TRAINING, "Not with local.", show_default="as in lococo calibrate")
+    ] = None,
+    budget_texts: Annotated[
+        int, option(TRAINING, "Texts for the slots of each KV head; 0: the same for all, as in the paper.")
+    ] = 0,
+    data: Data = None,
+    text_column: TextColumn = "text",
+    length: Annotated[int, option(TEXT, "Tokens of a window, in training too.")] = 2048,
+    first: Annotated[int, option(TEXT, "First token that counts.")] = 512,
+    documents: Annotated[int, option(TEXT, "Texts per file.")] = 6,
+    methods: MethodNames = "full,streaming,h2o,h2o-slot",
+    block_size: BlockSize = 128,
+    time_limit: TimeLimit = None,
+    work_dir: WorkDir = None,
+    output: Output = Path("ablation"),
+) -> None:
+    """Memory size, kernel size and kinds of slots compared, each with heads calibrated for it.
+
+    Example: lococo eval ablate --model MODEL --dataset texts.jsonl --data heldout.jsonl --kernel-size 3 7 41
+    """
+    from lococo.ablation.plan import describe, plan_ablation
+    from lococo.ablation.run import COLUMNS, evaluate_ablation, finish, plot_rows, rows_of
+    from lococo.data.texts import Cut, read_windows
+    from lococo.results.deadline import Deadline
+    from lococo.results.tables import beside, write_result
+
+    deadline = Deadline(time_limit)
+    cut = Cut((length,), first, documents)
+    plan = plan_ablation(
+        centre=centre,
+        num_slots=num_slots,
+        kernel_size=kernel_size,
+        combine=combine,
+        seeds=seeds,
+        product=product,
+        dataset=dataset,
+        data=data,
+        windows=windows,
+        objective=objective,
+        steps=steps,
+        windows_per_step=windows_per_step,
+        learning_rate=learning_rate,
+        budget_texts=budget_texts,
+        methods=names_of(methods),
+        block_size=block_size,
+        length=length,
+        first=first,
     )
-    grid.add_argument("--num-slots", type=int, nargs="+", default=[], help="numbers of slots to try")
-    grid.add_argument("--kernel-size", type=int, nargs="+", default=[], help="odd numbers to try")
-    grid.add_argument(
-        "--combine",
-        nargs="+",
-        default=[],
-        metavar="KINDS",
-        help="kinds of slots to try, sinks+heavy+fused for instance: each has its share in the default preset or, as "
-        "in heavy:32, a number at the centre; fused, else heavy, else recent takes what is left",
-    )
-    grid.add_argument("--product", action="store_true", help="every value with every other")
-    grid.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0],
-        help="the first is every cell's, the centre is calibrated with the others too: what is chance? (default: 0)",
-    )
-    how = parser.add_argument_group("how every cell is calibrated")
-    how.add_argument(
-        "--dataset", nargs="+", help="Hub ids, files or folders (default: togethercomputer/RedPajama-Data-1T-Sample)"
-    )
-    how.add_argument("--windows", type=int, help="training windows (default: as many as are read)")
-    how.add_argument("--objective", choices=["distill", "next-token", "local"], default="distill")
-    how.add_argument("--steps", type=int, default=50, help="with local: per layer (default: %(default)s)")
-    how.add_argument("--windows-per-step", type=int, default=1, help="not with local (default: %(default)s)")
-    how.add_argument("--learning-rate", type=float, help="not with local (default: as in lococo calibrate)")
-    how.add_argument(
-        "--budget-texts",
-        type=int,
-        default=0,
-        help="texts for the slots of each KV head; 0: the same for all, as in the paper (default: %(default)s)",
-    )
-    text = parser.add_argument_group("how they are measured")
-    text.add_argument("--data", type=Path, nargs="+", help=f".jsonl or .txt files (default: {PROOF_PILE} on the Hub)")
-    text.add_argument("--methods", default="full,streaming,h2o,h2o-slot", help="of comparison (default: %(default)s)")
-    text.add_argument("--block-size", type=int, default=128, help="of all cells and methods (default: %(default)s)")
-    text.add_argument("--length", type=int, default=2048, help="tokens, in training too (default: %(default)s)")
-    text.add_argument("--first", type=int, default=512, help="first token that counts (default: %(default)s)")
-    text.add_argument("--documents", type=int, default=6, help="texts per file (default: %(default)s)")
-    parser.add_argument("--time-limit", type=float, help="seconds after which it ends; the same command goes on")
-    parser.add_argument("--work-dir", type=Path, help="state of the run (default: OUTPUT.work)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/ablation"), help="(default: %(default)s)")
-    parser.set_defaults(run=_ablate)
-
-
-def _axes(options: argparse.Namespace, base: LoCoCoConfig) -> Axes:
-    slots, kernel, combination = options.centre
-    if not (slots.isdecimal() and kernel.isdecimal()):
-        raise ValueError(f"--centre is a number of slots, a kernel size and kinds, got {' '.join(options.centre)}")
-    return Axes(
-        base,
-        int(slots),
-        int(kernel),
-        combination,
-        slots=options.num_slots,
-        kernels=options.kernel_size,
-        combinations=options.combine,
-        seeds=options.seeds,
-    )
-
-
-def _check_texts(options: argparse.Namespace) -> None:
-    from lococo.data.documents import local_files
-
-    learned = {path.resolve() for source in options.dataset or [] for path in local_files(source) or []}
-    for path in options.data or []:
-        if not path.is_file():
-            raise FileNotFoundError(f"--data {path}: no such file")
-        if path.resolve() in learned:
-            raise ValueError(f"{path} is in --data and in --dataset: heads are not measured on what they learn from")
-
-
-def _recipe(options: argparse.Namespace) -> tuple[LoCoCoConfig, Any]:
-    """What all cells have in common, and how they are calibrated."""
-    from lococo.training.recipe import adjusted, default_recipe
-
-    if options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {options.steps}")
-    is_local = options.objective == "local"
-    if is_local and options.learning_rate is not None:
-        raise ValueError("--learning-rate is that of training from end to end, not of --objective local")
-    base, recipe = default_recipe(1, options.block_size)
-    changes = argparse.Namespace(
-        objective="none" if is_local else options.objective,
-        steps=None if is_local else options.steps,
-        local_steps=options.steps if is_local else None,
-        local_texts=options.windows if is_local else None,
-        measure_every=max(1, options.steps // 4),  # and as often the state is saved
-        backprop_tokens=None,
-        **{name: getattr(options, name) for name in ("windows_per_step", "learning_rate", "budget_texts")},
-    )
-    return base, adjusted(recipe, changes)
-
-
-def _plan(options: argparse.Namespace) -> Any:
-    """The plan, checked before a model is loaded."""
-    from lococo.ablation.run import Plan
-    from lococo.data.windows import DEFAULT_DATASET, DataConfig
-
-    base, recipe = _recipe(options)
-    axes = _axes(options, base)
-    cells = axes.product() if options.product else axes.one_at_a_time()
-    if len(cells) < 2:
-        raise ValueError("nothing is varied: give values for --num-slots, --kernel-size, --combine or --seeds")
-    names = options.methods.split(",")
-    if missing := [name for name in NEEDED if name not in names]:
-        raise ValueError(f"--methods needs {' and '.join(NEEDED)} for the gap ratio, {', '.join(missing)} is missing")
-    slots = sorted({cell.config.num_slots for cell in cells})
-    data = DataConfig(
-        sources=tuple(options.dataset or [DEFAULT_DATASET]),
-        length=options.length,
-        num_windows=recipe.windows_needed if options.windows is None else options.windows,
-        num_heldout=1,  # calibration looks at it on its way; cells are measured on --data
-    )
-    return Plan(cells, plan_runs(names, slots, options.block_size), data, recipe, options.first)
-
-
-def _ablate(options: argparse.Namespace) -> None:
-    deadline = Deadline(options.time_limit)
-    cut = Cut((options.length,), options.first, options.documents)
-    _check_texts(options)
-    plan = _plan(options)
-    work_dir = options.work_dir or beside(options.output, ".work")
-    plan.check(work_dir)
-
-    from lococo.ablation.pictures import plot_rows
-    from lococo.ablation.run import finish, run
-    from lococo.ablation.table import COLUMNS, rows_of
-
-    model, tokenizer = load(options)
-    texts = read_windows(options.data, tokenizer, cut)
-    losses, finished = run(model, tokenizer, plan, texts, work_dir, options.command_line, deadline)
-    rows = rows_of(losses, plan.methods, finished, options.length)
-    remaining = plan.cells[len(finished) :]
+    state = work_dir or beside(output, ".work")
+    plan.check(state)
+    texts = read_windows(data, source.load_tokenizer(), cut, text_column)
+    model, tokenizer = source.load()
+    losses, finished = evaluate_ablation(model, tokenizer, plan, texts, state, context.obj, deadline)
+    rows = rows_of(losses, plan.methods, finished, length)
+    remaining = [cell.name for cell in plan.cells[len(finished) :]]
     if rows:
-        how, left = _how(options, plan), [cell.name for cell in remaining]
-        write_result(options.output, options.command_line, model.device, rows, COLUMNS, how=how, not_measured=left)
-        plot_rows(rows, beside(options.output, ".png"))
-        print(markdown_table([{name: row[name] for name in COLUMNS} for row in rows]))
+        write_result(output, context.obj, model.device, rows, COLUMNS, how=describe(plan), not_measured=remaining)
+        plot_rows(rows, beside(output, ".png"))
+        print_table(rows, SUMMARY)
+        print_written(output)
     if remaining:
-        print(f"{options.output}: no time for {len(remaining)} cells; the same command goes on", file=sys.stderr)
+        print(f"{output}: no time for {len(remaining)} cells; the same command goes on", file=sys.stderr)
     else:
-        finish(work_dir)
-
-
-def _how(options: argparse.Namespace, plan: Any) -> str:
-    slots, kernel, combination = options.centre
-    budget = (
-        f"slots per KV head found on {options.budget_texts} texts, on average as many as said"
-        if options.budget_texts
-        else "the same slots for every KV head"
-    )
-    return (
-        f"The centre is M={slots}, kernel {kernel}, {combination}; `varied` says what differs from it. Every cell's "
-        f"heads have been calibrated alike ({options.objective}, {options.steps} steps on at most "
-        f"{plan.data.num_windows} windows of {options.length} tokens, {budget}), then measured on other texts. "
-        "`change` is the gap ratio less the centre's, low and high bound 95 % of its bootstrap over documents, drawn "
-        "for both alike. Where `varied` is seed the centre was calibrated once more: what chance adds to that."
-    )
+        finish(state)

@@ -1,177 +1,228 @@
-"""The commands ``lococo bench memory | prefill | decode | train | extend | score | targets``."""
+"""The commands ``lococo bench memory | prefill | decode | train | extend | score``."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from lococo.bench.decode import Decode
-from lococo.bench.extend import Extend
-from lococo.bench.grid import Grid, Subject
-from lococo.bench.memory import cache_growth
-from lococo.bench.methods import plan_bench
-from lococo.bench.pictures import plot
-from lococo.bench.prefill import Prefill
-from lococo.bench.score import Score
-from lococo.bench.shapes import SHAPES, build
-from lococo.bench.table import columns, rows_of
-from lococo.bench.targets import target_rows
-from lococo.bench.topic import Cell, Topic
-from lococo.bench.train import Train, with_objectives
-from lococo.loading import add_model_options, chosen_device, chosen_dtype, load
-from lococo.results.tables import Journal, beside, markdown_table, write_result
+import typer
 
-METHODS = {
-    "prefill": "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
-    "decode": "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
-    "train": "full,streaming,lococo-open-rank16",
-    "extend": "full,streaming,h2o,lococo-open-rank16",
-    "score": "full,streaming,h2o,lococo-uncalibrated",
-}
-LENGTHS = {
-    "prefill": [2048, 4096, 8192, 16384],
-    "decode": [512, 8192],
-    "train": [2048, 4096],
-    "extend": [4096, 8192, 16384, 32768],
-}
-OBJECTIVES = ("distill", "next-token")
+from lococo.cli.options import (
+    MEASURED,
+    MODEL,
+    RUN,
+    BlockSize,
+    ComparedHeads,
+    Device,
+    Dtype,
+    GgufFile,
+    MethodNames,
+    ModelOptions,
+    NumSlots,
+    Output,
+    SlotCounts,
+    names_of,
+    option,
+)
+from lococo.cli.terminal import print_table, print_written
+
+if TYPE_CHECKING:
+    from lococo.bench.runner import Subject, Topic
+
+Lengths = Annotated[list[int], option(MEASURED, "Tokens.", "--lengths")]
+Batches = Annotated[list[int], option(MEASURED, "Texts at once.", "--batches")]
 
 
-def add_bench_commands(commands: Any) -> None:
-    """Add a parser for everything that can be measured."""
-    _add_memory(commands.add_parser("memory", help="cache bytes against tokens read"))
-    _add_grid("prefill", commands.add_parser("prefill", help="reading a text: tokens per second, peak memory"))
-    decode = commands.add_parser("decode", help="one token after another: seconds per step, cache bytes")
-    decode.add_argument("--steps", type=int, default=32, help="tokens per measurement (default: %(default)s)")
-    _add_grid("decode", decode)
-    train = commands.add_parser("train", help="a training step of the heads: seconds per token, peak memory")
-    train.add_argument("--objectives", nargs="+", default=["distill"], choices=OBJECTIVES, help="(default: distill)")
-    _add_grid("train", train)
-    extend = commands.add_parser("extend", help="a training step of an extension: seconds per token, peak memory")
-    extend.add_argument(
-        "--depth", type=int, default=2, help="compressions that back-propagation goes through (default: %(default)s)"
-    )
-    _add_grid("extend", extend)
-    _add_grid("score", commands.add_parser("score", help="scoring of heavy hitters: share of a layer's time, bytes"))
-    _add_targets(commands.add_parser("targets", help="what was wanted beside what the result files say"))
+@dataclasses.dataclass(frozen=True)
+class SubjectOptions:
+    """A model, or random weights of a shape."""
+
+    model: Annotated[str | None, option(MODEL, "Folder or Hub id of a causal language model.")] = None
+    shape: Annotated[
+        str | None, option(MODEL, "Random weights of a shape such as llama-3.1-8b: nothing is downloaded.")
+    ] = None
+    gguf_file: GgufFile = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self) -> Subject:
+        """The model that is measured."""
+        from lococo import loading
+        from lococo.bench.runner import Subject
+        from lococo.bench.shapes import build
+
+        if self.shape:
+            device, dtype = loading.chosen_device(self.device), loading.chosen_dtype(self.dtype)
+            return Subject(self.shape, build(self.shape, device, dtype))
+        name = str(self.model)
+        model, _ = loading.load_model(name, gguf_file=self.gguf_file, device=self.device, dtype=self.dtype)
+        return Subject(Path(name).name, model)
 
 
-def _add_grid(topic: str, parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser, list(SHAPES))
-    parser.add_argument("--methods", default=METHODS[topic], help="(default: %(default)s)")
-    parser.add_argument("--heads", nargs="+", default=[], help="folders or Hub ids of trained heads to compare")
-    parser.add_argument("--num-slots", type=int, nargs="+", default=[512], help="(default: 512)")
-    parser.add_argument("--block-size", type=int, default=512, help="(default: %(default)s)")
-    if topic in LENGTHS:
-        default = " ".join(map(str, LENGTHS[topic]))
-        parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS[topic], help=f"(default: {default})")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="(default: 1)")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each cell (default: %(default)s)")
-    parser.add_argument("--time-limit", type=float, help="seconds after which no measurement begins")
-    parser.add_argument("--no-counts", action="store_true", help="times and memory alone, nothing counted apart")
-    parser.add_argument("--output", type=Path, help=f"(default: docs/results/bench_{topic}_DEVICE)")
-    parser.set_defaults(run=_grid, topic=topic)
+@dataclasses.dataclass(frozen=True)
+class GridOptions:
+    """What every grid of measurements is told."""
+
+    heads: ComparedHeads = dataclasses.field(default_factory=list)
+    num_slots: SlotCounts = dataclasses.field(default_factory=lambda: [512])
+    block_size: BlockSize = 512
+    batches: Batches = dataclasses.field(default_factory=lambda: [1])
+    repeats: Annotated[int, option(RUN, "Measurements of each cell.")] = 5
+    no_counts: Annotated[bool, option(RUN, "Times and memory alone, nothing counted apart.", "--no-counts")] = False
+    time_limit: Annotated[float | None, option(RUN, "Seconds after which no measurement begins.")] = None
+    output: Annotated[
+        Path | None,
+        option(RUN, "Name of the files to write, without a suffix.", show_default="bench_COMMAND_DEVICE"),
+    ] = None
 
 
-def _add_memory(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument("--methods", default="full,h2o,lococo-uncalibrated")
-    parser.add_argument("--num-slots", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=256, help="(default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="(default: %(default)s)")
-    parser.add_argument("--step", type=int, default=512, help="tokens between two readings (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/memory"), help="(default: %(default)s)")
-    parser.set_defaults(run=_memory)
+def memory(
+    context: typer.Context,
+    source: ModelOptions,
+    *,
+    methods: MethodNames = "full,h2o,lococo-uncalibrated",
+    num_slots: NumSlots = 256,
+    block_size: BlockSize = 256,
+    tokens: Annotated[int, option(MEASURED, "Tokens to read.", min=1)] = 16384,
+    step: Annotated[int, option(MEASURED, "Tokens between two measurements.", min=1)] = 512,
+    output: Output = Path("memory"),
+) -> None:
+    """Cache bytes against tokens read.
+
+    Example: lococo bench memory --model MODEL --num-slots 256
+    """
+    from lococo.bench.memory import cache_growth
+
+    model, _ = source.load()
+    rows = cache_growth(model, names_of(methods), num_slots, block_size, tokens, step, output, context.obj)
+    print_table([row for row in rows if row["tokens"] == rows[-1]["tokens"]])
+    print_written(output)
 
 
-def _add_targets(parser: argparse.ArgumentParser) -> None:
-    folder = Path("docs/results")
-    parser.add_argument("--results", type=Path, default=folder, help="folder of result files (default: %(default)s)")
-    parser.set_defaults(run=_targets)
+def prefill(
+    context: typer.Context,
+    subject: SubjectOptions,
+    grid: GridOptions,
+    *,
+    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
+    lengths: Lengths = [2048, 4096, 8192, 16384],
+) -> None:
+    """Reading a text: tokens per second, peak memory.
+
+    Example: lococo bench prefill --shape llama-3.1-8b --num-slots 512 --lengths 4096 16384
+    """
+    from lococo.bench.prefill import Prefill
+
+    _measure(context, subject, grid, Prefill(), methods, lengths)
 
 
-def _targets(options: argparse.Namespace) -> None:
-    if not options.results.is_dir():
-        raise ValueError(f"--results must be a folder of result files, got {options.results}")
-    rows = target_rows(options.results)
-    write_result(options.results / "targets", options.command_line, "cpu", rows)
-    print(markdown_table(rows))
+def decode(
+    context: typer.Context,
+    subject: SubjectOptions,
+    grid: GridOptions,
+    *,
+    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
+    lengths: Lengths = [512, 8192],
+    steps: Annotated[int, option(MEASURED, "Tokens per measurement.")] = 32,
+) -> None:
+    """One token after another: seconds per step, cache bytes.
+
+    Example: lococo bench decode --shape llama-3.1-8b --num-slots 512 --batches 1 16
+    """
+    from lococo.bench.decode import Decode
+
+    _measure(context, subject, grid, Decode(steps), methods, lengths)
 
 
-def _memory(options: argparse.Namespace) -> None:
-    model, _ = load(options)
-    cache_growth(
-        model,
-        options.methods.split(","),
-        options.num_slots,
-        options.block_size,
-        options.tokens,
-        options.step,
-        options.output,
-        options.command_line,
-    )
+def train(
+    context: typer.Context,
+    subject: SubjectOptions,
+    grid: GridOptions,
+    *,
+    methods: MethodNames = "full,streaming,lococo-open-rank16",
+    lengths: Lengths = [2048, 4096],
+    objectives: Annotated[list[str], option(MEASURED, "distill, next-token or both.")] = ["distill"],
+) -> None:
+    """A training step of the heads: seconds per token, peak memory.
+
+    Example: lococo bench train --shape smollm2-135m --objectives distill next-token
+    """
+    from lococo.bench.train import Train
+
+    _measure(context, subject, grid, Train(objectives), methods, lengths)
 
 
-def _grid(options: argparse.Namespace) -> None:
-    device = chosen_device(options.device)
-    output = options.output or Path(f"docs/results/bench_{options.topic}_{device.type}")
-    topic, groups = _plan(options)
-    for group in groups:
-        for cell in group:
-            topic.check(cell)
+def extend(
+    context: typer.Context,
+    subject: SubjectOptions,
+    grid: GridOptions,
+    *,
+    methods: MethodNames = "full,streaming,h2o,lococo-open-rank16",
+    lengths: Lengths = [4096, 8192, 16384, 32768],
+    depth: Annotated[int, option(MEASURED, "Compressions that back-propagation goes through.")] = 2,
+) -> None:
+    """A training step of an extension: seconds per token, peak memory.
+
+    Example: lococo bench extend --shape llama-3.1-8b --lengths 8192 32768
+    """
+    from lococo.bench.extend import Extend
+
+    _measure(context, subject, grid, Extend(depth), methods, lengths)
+
+
+def score(
+    context: typer.Context,
+    subject: SubjectOptions,
+    grid: GridOptions,
+    *,
+    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated",
+) -> None:
+    """Scoring of heavy hitters: share of a layer's time, bytes.
+
+    Example: lococo bench score --shape llama-3.1-8b --num-slots 512
+    """
+    from lococo.bench.score import Score
+
+    _measure(context, subject, grid, Score(grid.block_size), methods, [])
+
+
+def _measure(
+    context: typer.Context,
+    subject: SubjectOptions,
+    options: GridOptions,
+    topic: Topic,
+    methods: str,
+    lengths: list[int],
+) -> None:
+    """Measure a topic, also after an error or an interrupt write what has been measured, and show it."""
+    from lococo.bench.runner import Grid, write_grid
+    from lococo.loading import chosen_device
+    from lococo.methods import plan_runs
+    from lococo.results.journal import Journal
+    from lococo.results.tables import beside
+
+    if (subject.model is None) == (subject.shape is None):
+        raise ValueError("give what is measured: either --model or --shape")
+    if min(options.batches) < 1:
+        raise ValueError(f"batches must be at least 1, got {min(options.batches)}")
+    output = options.output or Path(f"bench_{topic.name}_{chosen_device(subject.device).type}")
+    runs = plan_runs(names_of(methods), options.num_slots, options.block_size, options.heads, name_heads=True)
+    groups = topic.groups(runs, lengths, options.batches)
+    for cell in (cell for group in groups for cell in group):
+        topic.check(cell)
     journal = Journal(beside(output, ".partial.jsonl"))
-    counts = not options.no_counts
-    grid = Grid(_subject(options), topic, groups, options.repeats, journal, options.time_limit, counts)
+    grid = Grid(subject.load(), topic, groups, options.repeats, journal, options.time_limit, not options.no_counts)
     try:
         remaining = grid.run()
-    finally:  # what was measured before an error or an interrupt is a result, too
-        _write(grid, output, options.command_line)
+    finally:
+        rows = write_grid(grid, output, context.obj)
+        if rows:
+            print_table(rows)
+            print_written(output)
     if remaining:
         print(f"{output}: the time limit left {len(remaining)} cells; the same command goes on with", file=sys.stderr)
         print(*(f"  {cell}" for cell in remaining), sep="\n", file=sys.stderr)
     else:
         journal.finish()
-
-
-def _write(grid: Grid, output: Path, command: str) -> None:
-    rows = rows_of(grid)
-    if not rows:
-        return
-    shown = columns(grid.topic.name, rows)
-    write_result(output, command, grid.device, rows, shown, limits=dataclasses.asdict(grid.limits()))
-    print(markdown_table([{name: row[name] for name in shown} for row in rows]))
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"{output}: no picture, matplotlib is not installed", file=sys.stderr)
-    else:
-        plot(grid.topic.name, rows, beside(output, ".png"))
-
-
-def _subject(options: argparse.Namespace) -> Subject:
-    if options.shape:
-        device, dtype = chosen_device(options.device), chosen_dtype(options.dtype)
-        return Subject(options.shape, build(options.shape, device, dtype))
-    return Subject(Path(options.model).name, load(options)[0])
-
-
-def _plan(options: argparse.Namespace) -> tuple[Topic, list[list[Cell]]]:
-    """The topic, and its cells in groups that are compared with each other."""
-    if min(options.batches) < 1:
-        raise ValueError(f"batches must be at least 1, got {min(options.batches)}")
-    runs = plan_bench(options.methods.split(","), options.num_slots, options.block_size, options.heads)
-    if options.topic == "score":
-        groups = [
-            [Cell(run, slots + options.block_size, batch) for run in runs if run.num_slots in (None, slots)]
-            for batch in options.batches
-            for slots in dict.fromkeys(run.num_slots for run in runs if run.num_slots)
-        ]
-        return Score(options.block_size), groups
-    groups = [[Cell(run, length, batch) for run in runs] for batch in options.batches for length in options.lengths]
-    if options.topic == "train":
-        return Train(), [with_objectives(group, options.objectives) for group in groups]
-    if options.topic == "extend":
-        return Extend(options.depth), groups
-    return Prefill() if options.topic == "prefill" else Decode(options.steps), groups

@@ -2,159 +2,106 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from lococo.extension.folder import METHODS
-from lococo.extension.rope_scaling import ROPE_TYPES, Stretch
-from lococo.heads import read_heads_config
-from lococo.loading import add_model_options, load, longest_text
-from lococo.results.deadline import Deadline, OutOfTime
+import typer
 
+from lococo.cli.options import (
+    METHOD,
+    NUM_SLOTS,
+    RUN,
+    TEXT,
+    TRAINING,
+    DatasetOptions,
+    ModelOptions,
+    NumSlots,
+    OwnBlockSize,
+    TimeLimit,
+    TrainingRunOptions,
+    option,
+)
 
-def add_extend_command(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``lococo extend``."""
-    add_model_options(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, for lococo.load_extended")
-    parser.add_argument("--method", default="lococo", choices=METHODS, help="(default: %(default)s)")
-    length = parser.add_argument_group("length")
-    length.add_argument("--factor", type=float, default=8.0, help="new length / old length (default: 8)")
-    length.add_argument("--original-length", type=int, help="old length in tokens (default: the model's)")
-    length.add_argument("--rope-type", default="linear", choices=ROPE_TYPES, help="(default: %(default)s)")
-    length.add_argument("--length", type=int, help="tokens per window (default: the new length)")
-    cache = parser.add_argument_group("compressed cache")
-    cache.add_argument("--num-slots", type=int, default=512, help="(default: %(default)s)")
-    cache.add_argument("--block-size", type=int, help="(default: as many as slots, at most 512)")
-    cache.add_argument(
-        "--positions", default="absolute", choices=["absolute", "slot"], help="of lococo; slot: not stretched"
-    )
-    cache.add_argument("--heads", help="folder or Hub id of heads to start from; sets slots and block of lococo")
-    text = parser.add_argument_group("text")
-    text.add_argument(
-        "--dataset", nargs="+", help="Hub ids, files or folders (default: togethercomputer/RedPajama-Data-1T-Sample)"
-    )
-    text.add_argument("--text-column", default="text", help="(default: %(default)s)")
-    text.add_argument("--windows", type=int, help="training windows (default: as many as the steps read)")
-    text.add_argument("--boundaries", default="reset", choices=["reset", "none"], help="between documents")
-    text.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    how = parser.add_argument_group("training")
-    how.add_argument("--steps", type=int, default=1000, help="(default: %(default)s)")
-    how.add_argument("--windows-per-step", type=int, default=8, help="global batch (default: %(default)s)")
-    how.add_argument("--learning-rate", type=float, default=5e-5, help="of all but heads (default: %(default)s)")
-    how.add_argument("--heads-learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
-    how.add_argument("--lora-rank", type=int, default=8, help="(default: %(default)s)")
-    how.add_argument("--lora-alpha", type=int, default=16, help="(default: %(default)s)")
-    how.add_argument(
-        "--depth", type=int, default=2, help="compressions that back-propagation goes through; 0: all (default: 2)"
-    )
-    how.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
-    how.add_argument("--deepspeed", nargs="?", const="zero2", help="ZeRO-2, or a DeepSpeed config file")
-    how.add_argument("--fsdp", action="store_true", help="shard the model over the processes (FSDP2)")
-    how.add_argument("--time-limit", type=float, help="seconds; the same command with --resume goes on")
-    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="write a plain checkpoint and its heads, too")
-    parser.add_argument("--work-dir", type=Path, help="state of the run (default: OUTPUT.work)")
-    parser.add_argument(
-        "--cache-dir", type=Path, default=Path("~/.cache/lococo"), help="token windows (default: %(default)s)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
-    parser.set_defaults(run=_extend)
+LENGTH = "Length"
 
 
-def _extend(options: argparse.Namespace) -> None:
-    from lococo.data.windows import DEFAULT_DATASET, DataConfig
-    from lococo.extension.extend import check_extension, extend_context
-    from lococo.extension.recipe import ExtensionRecipe
-    from lococo.training.calibrate import this_process
+def extend(
+    context: typer.Context,
+    source: ModelOptions,
+    run: TrainingRunOptions,
+    text: DatasetOptions,
+    *,
+    method: Annotated[
+        str, option(METHOD, "Cache to learn with: lococo, h2o, streaming, full or longlora.", metavar="METHOD")
+    ] = "lococo",
+    factor: Annotated[float, option(LENGTH, "New length / old length.")] = 8.0,
+    original_length: Annotated[int | None, option(LENGTH, "Old length in tokens.", show_default="the model's")] = None,
+    rope_type: Annotated[str, option(LENGTH, "linear, yarn or dynamic.", metavar="TYPE")] = "linear",
+    num_slots: NumSlots = NUM_SLOTS,
+    block_size: OwnBlockSize = None,
+    positions: Annotated[str, option(METHOD, "Of lococo: absolute, or slot, which are not stretched.")] = "absolute",
+    heads: Annotated[
+        str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block of lococo.")
+    ] = None,
+    length: Annotated[int | None, option(TEXT, "Tokens per window.", show_default="the new length")] = None,
+    steps: Annotated[int, option(TRAINING, "Of the optimizer.")] = 1000,
+    windows_per_step: Annotated[int, option(TRAINING, "Global batch.")] = 8,
+    learning_rate: Annotated[float, option(TRAINING, "Of all but heads.")] = 5e-5,
+    heads_learning_rate: Annotated[float, option(TRAINING, "Of heads.")] = 1e-3,
+    lora_rank: Annotated[int, option(TRAINING, "LoRA's r.")] = 8,
+    lora_alpha: Annotated[int, option(TRAINING, "LoRA's alpha.")] = 16,
+    depth: Annotated[int, option(TRAINING, "Compressions that back-propagation goes through; 0: all.")] = 2,
+    save_every: Annotated[int, option(TRAINING, "Steps between checkpoints.")] = 100,
+    fsdp: Annotated[bool, option(RUN, "Shard the model over the processes (FSDP2).", "--fsdp")] = False,
+    merge: Annotated[
+        Path | None, option(RUN, "Write a plain checkpoint and its heads, too.", metavar="FOLDER")
+    ] = None,
+    time_limit: TimeLimit = None,
+) -> None:
+    """Train a model to read longer texts.
+
+    Example: lococo extend --model MODEL --factor 8 --num-slots 512 --dataset books.jsonl --output longer/
+    """
+    from lococo.extension.extend import plan_extension
+    from lococo.loading import longest_text
+    from lococo.results.deadline import OutOfTime
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
-    deadline = Deadline(options.time_limit)
-    stretch = Stretch(options.factor, options.original_length or longest_text(options), options.rope_type)
-    recipe = ExtensionRecipe(
-        method=options.method,
-        stretch=stretch,
-        config=_config(options),
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        steps=options.steps,
-        windows_per_step=options.windows_per_step,
-        learning_rate=options.learning_rate,
-        heads_learning_rate=options.heads_learning_rate,
-        depth=options.depth or None,
-        save_every=options.save_every,
-    )
-    data = DataConfig(
-        sources=tuple(options.dataset or [DEFAULT_DATASET]),
-        length=options.length or stretch.length,
-        num_windows=recipe.windows_needed if options.windows is None else options.windows,
-        num_heldout=0,
-        heldout_share=0.0,
-        boundaries=options.boundaries,
-        text_column=options.text_column,
-        seed=options.seed,
-    )
-    output = options.output.absolute()  # "." has no name
-    run: dict[str, Any] = {
-        "work_dir": options.work_dir or output.with_name(f"{output.name}.work"),
-        "resume": options.resume,
-        "merge_into": options.merge,
-        "shard": options.fsdp,
-    }
-    check_extension(data, options.output, **run)
-    deepspeed = deepspeed_file(options.deepspeed)
-    if options.fsdp and deepspeed:
+    if fsdp and run.deepspeed:
         raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
-    process = this_process(on_cpu=options.device == "cpu")  # "cuda" is its own GPU from here on
-    model, tokenizer = load(argparse.Namespace(**{**vars(options), "device": "cpu"}) if options.fsdp else options)
+    plan = plan_extension(
+        factor=factor,
+        original_length=original_length or longest_text(source.model, source.gguf_file),
+        rope_type=rope_type,
+        method=method,
+        num_slots=num_slots,
+        block_size=block_size,
+        positions=positions,
+        heads=heads,
+        length=length,
+        steps=steps,
+        windows_per_step=windows_per_step,
+        learning_rate=learning_rate,
+        heads_learning_rate=heads_learning_rate,
+        rank=lora_rank,
+        alpha=lora_alpha,
+        depth=depth or None,
+        save_every=save_every,
+        shard=fsdp,
+        merge_into=merge,
+        time_limit=time_limit,
+        command=context.obj,
+        **text.arguments(),
+        **run.arguments(),
+    )
+    process = run.process(source)
+    plan.read_data(source.load_tokenizer())
+    model, tokenizer = source.load("cpu" if fsdp else None)
     try:
-        rows = extend_context(
-            model,
-            tokenizer,
-            data,
-            recipe,
-            options.output,
-            cache_dir=options.cache_dir.expanduser(),
-            heads=options.heads,
-            training_arguments={"deepspeed": deepspeed} if deepspeed else None,
-            command=options.command_line,
-            deadline=deadline,
-            **run,
-        )
+        rows = plan.run(model, tokenizer).rows
     except OutOfTime:
-        process.print(f"out of time: the same command with --resume goes on from {run['work_dir']}")
+        process.print(f"out of time: the same command with --resume goes on from {plan.work}")
         return
-    process.print(f"{options.output}: loss {rows[0]['loss']:.3f} at step 1, {rows[-1]['loss']:.3f} at the end")
-
-
-def _config(options: argparse.Namespace) -> Any:
-    from lococo.extension.recipe import extension_config
-
-    if options.heads is not None:
-        if options.method != "lococo":
-            raise ValueError(f"--heads is for --method lococo, got --method {options.method}")
-        return read_heads_config(options.heads)
-    block_size = min(options.num_slots, 512) if options.block_size is None else options.block_size
-    return extension_config(options.method, options.num_slots, block_size, options.positions)
-
-
-def deepspeed_file(wanted: str | None) -> str | None:
-    """The DeepSpeed config that an option names, ``zero2`` for ours.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ImportError
-        If DeepSpeed is not installed.
-    """
-    from lococo.training.window_trainer import DEEPSPEED_ZERO2
-
-    path = str(DEEPSPEED_ZERO2) if wanted == "zero2" else wanted
-    if path and not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such DeepSpeed config file")
-    if path and not importlib.util.find_spec("deepspeed"):
-        raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
-    return path
+    process.print(f"{run.output}: loss {rows[0]['loss']:.3f} at step 1, {rows[-1]['loss']:.3f} at the end")

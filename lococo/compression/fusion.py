@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from torch import nn
 
 from lococo.compression.base import SMALLEST_WEIGHT, Compressor, register_compressor
 from lococo.compression.entries import Choice, Entries
-from lococo.config import LoCoCoConfig
 from lococo.kernels.attention import triton_takes
 from lococo.kernels.trials import TRITON, BlendTrial
+
+if TYPE_CHECKING:
+    from lococo.config import LoCoCoConfig
 
 ROW_SUM_EPS = 1e-6
 

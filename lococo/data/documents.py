@@ -1,4 +1,4 @@
-"""Documents of Hub datasets, files and folders, with the domain each comes from."""
+"""Documents of Hub datasets, files and folders, with the domain each comes from: what training and evaluation read."""
 
 from __future__ import annotations
 
@@ -15,31 +15,39 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
+HUB_FILES = "hf://"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 TEXT_PART = 2**20  # characters of a .txt file in one document
 STREAMS = 16  # parts of one source read side by side
 BATCH = 64  # documents held at a time
 
 T = TypeVar("T")
-Row = tuple[str, str, Mapping[str, Any]]  # where it is, domain unless it says so itself, the document
+Row = tuple[str, str, str, Mapping[str, Any]]  # where it is; domain and id unless it has its own; the document
 
 
-def documents(sources: Sequence[str], text_column: str = "text", split: str = "train") -> Iterator[dict[str, str]]:
-    """Documents as ``{"text", "domain"}``, one of each source in turn; when a source ends the others go on.
+def documents(
+    sources: Sequence[str], text_column: str = "text", split: str = "train", *, in_order: bool = False
+) -> Iterator[dict[str, str]]:
+    """Documents as ``{"text", "domain", "id"}``, one of each source in turn; when a source ends the others go on.
 
-    A source of several files is itself read at up to 16 places in turn: files are often sorted by domain. Documents
-    without text are left out. The domain is the document's ``domain``, else ``meta.redpajama_set_name``, else the
-    name of the file's folder or of the Hub dataset.
+    A source of several files is itself read at up to 16 places in turn, as files are often sorted by domain, and a
+    ``.txt`` file longer than 2**20 characters gives a document for each of them. Documents without text are left out.
+    The domain is the document's ``domain``, else ``meta.redpajama_set_name``, else the
+    name of the ``.txt`` file, of another file's folder, or of the Hub dataset. The id is the document's ``id``, else
+    its place in the source.
 
     Parameters
     ----------
     sources : sequence of str
-        Dataset ids of the Hub (``org/name``), files (``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``, ``.txt``,
-        ``.parquet``), or folders of such files at any depth. A ``.txt`` file is one document, or one per 2**20
-        characters if it is longer.
+        Dataset ids of the Hub (``org/name``, or ``org/name:configuration``), files (``.jsonl``, ``.jsonl.gz``,
+        ``.jsonl.zst``, ``.txt``, ``.parquet``), or folders of such files at any depth. What begins with ``hf://`` is
+        the address of such files on the Hub.
     text_column : str
         Name of the text in each document.
     split : str
         Split of a Hub dataset.
+    in_order : bool
+        Read each source from its beginning to its end, and every ``.txt`` file as one document.
 
     Raises
     ------
@@ -50,12 +58,22 @@ def documents(sources: Sequence[str], text_column: str = "text", split: str = "t
     ImportError
         If a source needs a package that is not installed.
     """
-    opened = [(source, _streams(source, text_column, split)) for source in sources]
+    opened = [(source, _streams(source, text_column, split, in_order)) for source in sources]
     return _in_turn([_documents(source, _in_turn(streams), text_column) for source, streams in opened])
 
 
 def local_files(source: str) -> list[Path] | None:
-    """Files of a source, or None for a Hub dataset."""
+    """Files of a source, or None for one of the Hub.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is neither there nor named like a Hub dataset.
+    ValueError
+        If no file has a suffix that can be read.
+    """
+    if source.startswith(HUB_FILES):
+        return None
     path = Path(source).expanduser().absolute()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
@@ -66,9 +84,31 @@ def local_files(source: str) -> list[Path] | None:
         if not path.name.endswith(SUFFIXES):
             raise ValueError(f"{source}: unknown suffix; expected one of {', '.join(SUFFIXES)}")
         return [path]
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not source.endswith(SUFFIXES):
+    if HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
         return None
-    raise FileNotFoundError(f"{source}: no such file or folder, and not a Hub dataset, written as 'org/name'")
+    raise FileNotFoundError(
+        f"{source}: no such file or folder, and not a Hub dataset, written as 'org/name' or 'org/name:configuration'"
+    )
+
+
+def single_files(sources: Iterable[str | Path]) -> list[str]:
+    """Sources that each are one file, or of the Hub: a folder is as many as it has files."""
+    return [str(file) for source in map(str, sources) for file in local_files(source) or (source,)]
+
+
+def check_sources(sources: Sequence[str], text_column: str = "text") -> None:
+    """Refuse sources that hold no text, before any longer work: of every local one a document is read.
+
+    Sources of the Hub are not opened: what was read of them once is used again without a network.
+
+    Raises
+    ------
+    ValueError, OSError, ImportError
+        As in ``documents``.
+    """
+    for source in sources:
+        if local_files(source) is not None:
+            next(documents([source], text_column))
 
 
 def _in_turn(streams: Sequence[Iterable[T]]) -> Iterator[T]:
@@ -78,7 +118,7 @@ def _in_turn(streams: Sequence[Iterable[T]]) -> Iterator[T]:
 
 def _documents(source: str, rows: Iterable[Row], text_column: str) -> Iterator[dict[str, str]]:
     empty = True
-    for where, domain, record in rows:
+    for where, domain, name, record in rows:
         if text_column not in record:
             raise ValueError(f"{where}: no column {text_column!r}; it has {', '.join(map(repr, record)) or 'none'}")
         text = "" if record[text_column] is None else record[text_column]
@@ -87,7 +127,8 @@ def _documents(source: str, rows: Iterable[Row], text_column: str) -> Iterator[d
         if text.strip():
             empty = False
             # JSON can hold half a surrogate pair, which no tokenizer takes.
-            yield {"text": text.encode(errors="replace").decode(), "domain": _domain(record) or domain}
+            text = text.encode(errors="replace").decode()
+            yield {"text": text, "domain": _domain(record) or domain, "id": str(record.get("id") or name)}
     if empty:
         raise ValueError(f"{source}: empty; expected at least one document with text")
 
@@ -101,21 +142,27 @@ def _domain(record: Mapping[str, Any]) -> str:
     return str(record.get("domain") or set_name or "")
 
 
-def _streams(source: str, text_column: str, split: str) -> list[Iterator[Row]]:
+def _streams(source: str, text_column: str, split: str, in_order: bool) -> list[Iterator[Row]]:
     files = local_files(source)
     if files is None:
         dataset = _hub_dataset(source, split)
-        count = min(STREAMS, dataset.num_shards)
-        shards = (dataset.shard(count, index) for index in range(count))
-        return [zip(itertools.repeat(source), itertools.repeat(source.split("/")[1]), shard) for shard in shards]
-    count = min(STREAMS, len(files))
+        count = 1 if in_order else min(STREAMS, dataset.num_shards)
+        return [_hub_rows(source, dataset.shard(count, index), index) for index in range(count)]
+    count = 1 if in_order else min(STREAMS, len(files))
     parts = (files[index * len(files) // count : (index + 1) * len(files) // count] for index in range(count))
-    read = functools.partial(_file_rows, text_column=text_column)
+    read = functools.partial(_file_rows, text_column=text_column, part_size=-1 if in_order else TEXT_PART)
     return [itertools.chain.from_iterable(map(read, part)) for part in parts]
 
 
 def _hub_dataset(source: str, split: str) -> Any:
-    load = functools.partial(_optional("datasets").load_dataset, source, split=split, streaming=True)
+    load_dataset = _optional("datasets").load_dataset
+    if source.startswith(HUB_FILES):
+        kind = "parquet" if source.endswith(".parquet") else "json"
+        load = functools.partial(load_dataset, kind, data_files=source, split="train", streaming=True)
+    else:
+        name, _, configuration = source.partition(":")
+        named = [name, configuration] if configuration else [name]
+        load = functools.partial(load_dataset, *named, split=split, streaming=True)
     try:
         try:
             return load()
@@ -125,20 +172,33 @@ def _hub_dataset(source: str, split: str) -> Any:
             # Of a dataset with a loading script, which `datasets` no longer runs, the Hub keeps a parquet copy.
             return load(revision="refs/convert/parquet")
     except (OSError, RuntimeError, ValueError) as error:
+        hint = "; name one as 'org/name:configuration'" if "config name is missing" in str(error).lower() else ""
         raise ValueError(
-            f"{source}: no such file or folder, and it does not open as a Hub dataset: {error}"
+            f"{source}: no such file or folder, and it does not open as a Hub dataset: {error}{hint}"
         ) from error
 
 
-def _file_rows(path: Path, text_column: str) -> Iterator[Row]:
-    where, domain, is_text = str(path), path.parent.name, path.suffix == ".txt"
+def _hub_rows(source: str, shard: Iterable[Mapping[str, Any]], index: int) -> Iterator[Row]:
+    domain = source.split("/")[-2] if source.startswith(HUB_FILES) else source.split("/")[1]
+    try:
+        for number, record in enumerate(shard):
+            yield source, domain, f"{index}:{number}", record
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{source}: cannot be read from the Hub: {error}") from error
+
+
+def _file_rows(path: Path, text_column: str, part_size: int) -> Iterator[Row]:
+    where, is_text = str(path), path.suffix == ".txt"
+    name = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)))]
+    domain = name if is_text else path.parent.name
     try:
         if path.suffix == ".parquet":
-            for batch in _optional("pyarrow.parquet").ParquetFile(path).iter_batches(BATCH):
-                yield from ((where, domain, record) for record in batch.to_pylist())
+            batches = _optional("pyarrow.parquet").ParquetFile(path).iter_batches(BATCH)
+            for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
+                yield where, domain, f"{name}:{number}", record
             return
         with _open(path) as file:
-            for number, part in enumerate(iter(lambda: file.read(TEXT_PART), "") if is_text else file, 1):
+            for number, part in enumerate(iter(lambda: file.read(part_size), "") if is_text else file, 1):
                 where = str(path) if is_text else f"{path}: line {number}"
                 if "\0" in part:
                     raise ValueError("binary data; expected UTF-8 text")
@@ -146,7 +206,7 @@ def _file_rows(path: Path, text_column: str) -> Iterator[Row]:
                     record = {text_column: part} if is_text else json.loads(part)
                     if not isinstance(record, dict):
                         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-                    yield where, domain, record
+                    yield where, domain, f"{name}:{number}", record
     except ImportError:
         raise
     except UnicodeDecodeError as error:

@@ -1,20 +1,23 @@
-"""Texts to measure on: documents of files or of the Hub, cut into windows."""
+"""Texts to measure on: documents, and windows cut from them."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-PROOF_PILE = "EleutherAI/proof-pile-2"
-PROOF_PILE_DOMAINS = ("arxiv", "open-web-math", "algebraic-stack")
-MOST_LOOKED_AT = 10_000  # documents of a domain of the Hub
+from lococo.data.documents import documents, local_files, single_files
+
+# Files of the test split: `datasets` no longer runs the script that this dataset comes with.
+PROOF_PILE = {
+    domain: f"hf://datasets/EleutherAI/proof-pile-2/{domain}/test/*.jsonl.zst"
+    for domain in ("arxiv", "open-web-math", "algebraic-stack")
+}
+MOST_LOOKED_AT = 10_000  # documents of a source of the Hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,69 +80,6 @@ def sliding_windows(texts: Iterable[Text], length: int, first: int) -> Iterator[
             yield Window.of(text, start, length)
 
 
-def read_documents(path: Path) -> list[dict[str, Any]]:
-    """Documents of a ``.jsonl`` file (one object with ``text`` per line) or a ``.txt`` file (one document).
-
-    Raises
-    ------
-    ValueError
-        If the file has another ending, no documents, or a line without ``text``.
-    """
-    if path.suffix == ".txt":
-        documents = [{"text": path.read_text(encoding="utf-8"), "id": path.stem, "domain": path.stem}]
-    elif path.suffix == ".jsonl":
-        documents = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    else:
-        raise ValueError(f"{path}: expected a .jsonl or .txt file")
-    if not documents or not all(document.get("text") for document in documents):
-        raise ValueError(f"{path}: every document needs a non-empty 'text', and there must be at least one")
-    return [
-        {"domain": path.parent.name, "id": f"{path.stem}:{index}", **document}
-        for index, document in enumerate(documents)
-    ]
-
-
-def read_file(path: Path, tokenizer) -> list[Text]:
-    """Documents of a local file as tokens."""
-    return [_as_tokens(document, tokenizer) for document in read_documents(path)]
-
-
-def read_proof_pile(domain: str, tokenizer, tokens: int, limit: int) -> list[Text]:
-    """The first ``limit`` documents with ``tokens`` tokens or more of a domain of Proof-Pile-2's test split, streamed.
-
-    Raises
-    ------
-    ImportError
-        If ``datasets`` is not installed.
-    ValueError
-        If the Hub cannot be read, or none of the first 10,000 documents is long enough.
-    """
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError("texts of the Hub need the package datasets: pip install lococo[eval]") from error
-    # The files themselves: `datasets` no longer runs the script that this dataset comes with.
-    files = f"hf://datasets/{PROOF_PILE}/{domain}/test/*.jsonl.zst"
-    try:
-        records = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
-        found = []
-        for index, record in enumerate(itertools.islice(records, MOST_LOOKED_AT)):
-            if record["text"]:
-                text = _as_tokens({"text": record["text"], "domain": domain, "id": str(index)}, tokenizer)
-                found += [text] if len(text.ids) >= tokens else []
-            if len(found) == limit:
-                break
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{files}: cannot be read from the Hub; name local texts with --data ({error})") from error
-    if not found:
-        raise ValueError(f"{files}: no document of the first {MOST_LOOKED_AT} has {tokens} tokens")
-    return found
-
-
-def _as_tokens(document: Mapping[str, Any], tokenizer) -> Text:
-    return Text(str(document["domain"]), str(document["id"]), tokenizer(document["text"]).input_ids)
-
-
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """How texts become windows.
@@ -151,7 +91,7 @@ class Cut:
     first : int
         First token of a window that counts.
     limit : int
-        Windows of a file at most, with ``sliding`` documents.
+        Windows of a file (or source of the Hub) at most, with ``sliding`` documents.
     min_length : int, optional
         A file without a document of a length gives windows of half, a quarter, ... of it, of this many tokens or
         more. With ``sliding`` documents of this many tokens or more are read whole. None: the length.
@@ -183,12 +123,12 @@ class Cut:
             )
 
     @property
-    def least(self) -> int:
-        """Tokens that a document needs to be of use at every length."""
-        return max(self.min_length or max(self.lengths), self.first + 1)
+    def enough(self) -> int:
+        """Tokens of a document that is used whatever the length: no more than ``limit`` of such are looked for."""
+        return self._least(max(self.lengths)) if self.sliding else max(self.lengths)
 
-    def windows(self, source: str | Path, texts: Sequence[Text]) -> list[Window]:
-        """Windows of every length of the texts of one file or domain.
+    def windows(self, source: str, texts: Sequence[Text]) -> list[Window]:
+        """Windows of every length of the texts of one file, or of one source of the Hub.
 
         Raises
         ------
@@ -197,8 +137,11 @@ class Cut:
         """
         return [window for length in self.lengths for window in self._of_length(source, texts, length)]
 
-    def _of_length(self, source: str | Path, texts: Sequence[Text], length: int) -> list[Window]:
-        least, found, wanted = max(self.min_length or length, self.first + 1), [], length
+    def _least(self, length: int) -> int:
+        return max(self.min_length or length, self.first + 1)
+
+    def _of_length(self, source: str, texts: Sequence[Text], length: int) -> list[Window]:
+        least, found, wanted = self._least(length), [], length
         if self.sliding:
             long_enough = [text for text in texts if len(text.ids) >= least]
             found = list(sliding_windows(long_enough[: self.limit], length, self.first))
@@ -206,16 +149,50 @@ class Cut:
             found = [dataclasses.replace(each, length=length) for each in windows(texts, wanted, self.limit)]
             wanted //= 2
         if not found:
-            raise ValueError(f"{source}: no document has {least} tokens; choose a smaller --length")
+            raise ValueError(
+                f"{source}: no document has {least} tokens, the longest of {len(texts)} has "
+                f"{max(len(text.ids) for text in texts)}; choose a smaller --length"
+            )
         return found
 
 
-def read_windows(paths: Sequence[Path] | None, tokenizer, cut: Cut) -> list[Window]:
-    """Windows of local files, or of the domains of Proof-Pile-2 for None."""
-    if paths is None:
-        sources: Iterable[tuple[str | Path, list[Text]]] = (
-            (domain, read_proof_pile(domain, tokenizer, cut.least, cut.limit)) for domain in PROOF_PILE_DOMAINS
-        )
-    else:
-        sources = ((path, read_file(path, tokenizer)) for path in paths)
-    return [window for source, texts in sources for window in cut.windows(source, texts)]
+def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, cut: Cut, text_column: str = "text") -> list[Text]:
+    """Documents of a file, or of a source of the Hub, until there are enough long ones.
+
+    Of a source of the Hub no more than its first 10,000 documents are looked at.
+
+    Raises
+    ------
+    ValueError, OSError, ImportError
+        As in ``lococo.data.documents.documents``.
+    """
+    texts: list[Text] = []
+    long_ones = 0
+    most = MOST_LOOKED_AT if local_files(source) is None else None
+    for document in itertools.islice(documents([source], text_column, in_order=True), most):
+        ids = tokenizer(document["text"]).input_ids
+        texts.append(Text(document["domain"], document["id"], ids))
+        long_ones += len(ids) >= cut.enough
+        if long_ones == cut.limit:
+            break
+    return texts
+
+
+def read_windows(
+    sources: Sequence[str | Path] | None, tokenizer: PreTrainedTokenizerBase, cut: Cut, text_column: str = "text"
+) -> list[Window]:
+    """Windows of every file of some sources, or of the domains of Proof-Pile-2 for None.
+
+    Raises
+    ------
+    ValueError, OSError, ImportError
+        If a source holds no text, or none that is long enough.
+    """
+    found: list[Window] = []
+    if sources is None:
+        for domain, source in PROOF_PILE.items():
+            texts = [dataclasses.replace(text, domain=domain) for text in read_texts(source, tokenizer, cut)]
+            found += cut.windows(source, texts)
+    for file in single_files(sources or ()):
+        found += cut.windows(file, read_texts(file, tokenizer, cut, text_column))
+    return found

@@ -7,10 +7,11 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -18,10 +19,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lococo.data.documents import BATCH, documents, local_files
+from lococo.data.documents import BATCH, SUFFIXES, documents, local_files
 from lococo.files import replace_folder
 
 DEFAULT_DATASET = "togethercomputer/RedPajama-Data-1T-Sample"
+DEFAULT_CACHE = Path("~/.cache/lococo")
+HELDOUT_SHARE = 0.05  # of the documents, where nothing else is said
 TRAIN_FILE, HELDOUT_FILE = "train.safetensors", "heldout.safetensors"
 
 
@@ -42,8 +45,9 @@ class DataConfig:
         documents are joined, with the tokenizer's EOS token between two, and cut regardless of where they end.
     seed : int
         Decides which documents are held out and the order of the training windows.
-    heldout_share : float
-        Share of the documents that is held out.
+    heldout_share : float, optional
+        Share of the documents that is held out; of few documents at least one that gives a window, as one stays for
+        training. None: 0.05, or 0 if ``num_heldout`` is 0.
     max_windows_per_document : int
         With "reset", at most so many windows come from one document.
 
@@ -61,7 +65,7 @@ class DataConfig:
     text_column: str = "text"
     split: str = "train"
     seed: int = 0
-    heldout_share: float = 0.05
+    heldout_share: float | None = None
     max_windows_per_document: int = 4
 
     def __post_init__(self) -> None:
@@ -73,11 +77,70 @@ class DataConfig:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if self.boundaries not in ("reset", "none"):
             raise ValueError(f"boundaries must be 'reset' or 'none', got {self.boundaries!r}")
+        if self.heldout_share is None:
+            return
         if not 0 <= self.heldout_share < 1 or (self.num_heldout and not self.heldout_share):
             raise ValueError(
                 "heldout_share must lie between 0 and 1, and be 0 only if num_heldout is 0; "
                 f"got {self.heldout_share!r} with num_heldout={self.num_heldout}"
             )
+
+    @property
+    def share(self) -> float:
+        """``heldout_share``, or what stands for None."""
+        if self.heldout_share is not None:
+            return self.heldout_share
+        return HELDOUT_SHARE if self.num_heldout else 0.0
+
+
+def as_sources(
+    dataset: str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]],
+    cache_dir: Path,
+    text_column: str = "text",
+) -> tuple[str, ...]:
+    """Names of sources for a ``DataConfig``.
+
+    Parameters
+    ----------
+    dataset : str, path, or iterable
+        Names of sources, one or several: Hub ids, files or folders. Or documents: mappings with a text in
+        ``text_column``, such as the rows of a ``datasets.Dataset``, or texts: strings with blanks inside, or longer
+        than any name, that are no file. Documents are read to the end of the iterable and kept in a file in
+        ``cache_dir``, named after what is in it, which is then the source.
+
+    Raises
+    ------
+    ValueError
+        If ``dataset`` is empty, or holds names beside documents.
+    TypeError
+        If it holds something else.
+    """
+    several = [dataset] if isinstance(dataset, (str, os.PathLike)) else list(dataset)
+    if not several:
+        raise ValueError("dataset is empty: give Hub ids, files, folders, or documents")
+    for item in several:
+        if not isinstance(item, (str, os.PathLike, Mapping)):
+            raise TypeError(f"dataset must hold names of sources, or texts or mappings, got {type(item).__name__}")
+    names = [os.fspath(item) for item in several if not isinstance(item, Mapping) and not _is_text(item)]
+    if len(names) == len(several):
+        return tuple(names)
+    if names:
+        raise ValueError(f"dataset holds {len(names)} names of sources, such as {names[0]!r}, beside documents")
+    rows: list[Any] = [item if isinstance(item, Mapping) else {text_column: item} for item in several]
+    content = "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
+    path = cache_dir / "documents" / f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")  # of several processes each writes its own
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    return (str(path),)
+
+
+def _is_text(item: str | os.PathLike) -> bool:
+    """Whether a string has blanks inside, or is longer than names are, and is no name of a file."""
+    is_long = isinstance(item, str) and (len(item.split()) > 1 or len(item) > 255)
+    return is_long and not (str(item).endswith(SUFFIXES) or os.path.exists(item))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -172,8 +235,13 @@ def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def is_heldout(text: str, share: float, seed: int) -> bool:
     """Whether a document is held out: decided by its text and the seed alone, for ``share`` of all texts."""
+    return _rank(text, seed) < share * 2**64
+
+
+def _rank(text: str, seed: int) -> int:
+    """64 bits of a document by which it is held out or not."""
     digest = hashlib.sha256(f"{seed}\n{text}".encode(errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big")
 
 
 class _Side:
@@ -192,6 +260,8 @@ class _Side:
         return len(self.rows) >= self.wanted
 
     def add(self, ids: list[int], domain: str) -> None:
+        if self.full:
+            return
         length, reset = self.config.length, self.config.boundaries == "reset"
         tokens = self.rest + self.separator + ids
         first = self.rest_domain if self.rest else domain
@@ -207,47 +277,88 @@ class _Side:
 
 
 def _find_windows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Windows, Windows]:
-    count = len(config.sources)
-    wanted = [math.ceil(number / count) for number in (config.num_windows, config.num_heldout)]
-    streams = [documents([source], config.text_column, config.split) for source in config.sources]
-    with tqdm(total=sum(wanted) * count, desc="windows", disable=None) as bar:
-        parts = [_read_source(stream, config, tokenizer, wanted, bar) for stream in streams]
-    train, heldout = (_merge([sides[kind] for sides, _, _ in parts]) for kind in (0, 1))
-    for kind, found, needed in (("training", train, config.num_windows), ("held-out", heldout, config.num_heldout)):
-        if needed and not found:
-            raise ValueError(
-                f"not one {kind} window of {config.length} tokens: {sum(read for _, read, _ in parts)} documents were "
-                f"read, the longest of {max(longest for _, _, longest in parts)} tokens; choose a smaller length, "
-                f'more data, another heldout_share (now {config.heldout_share}) or boundaries="none" (now '
-                f'"{config.boundaries}")'
-            )
-    train, heldout = train[: config.num_windows], heldout[: config.num_heldout]
+    limit = config.share * 2**64
+    sides, lengths = _read(config, tokenizer, limit)
+    if config.num_heldout and not all(sides) and (nearest := _limit_for_both(lengths, config, limit)) is not None:
+        sides, lengths = _read(config, tokenizer, nearest)
+    train, heldout = sides
+    if not train or (config.num_heldout and not heldout):
+        raise ValueError(_too_little("held-out" if train else "training", list(lengths.values()), config))
     shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     return _stacked([train[index] for index in shuffled], config.length), _stacked(heldout, config.length)
+
+
+def _limit_for_both(lengths: Mapping[int, int], config: DataConfig, limit: float) -> float | None:
+    """The rank nearest to a limit below which documents have a window, and from which on. None if there is none."""
+    apart = config.boundaries == "reset"
+    ranked = sorted((rank, tokens) for rank, tokens in lengths.items() if not apart or tokens >= config.length)
+
+    def reaching(documents: Sequence[tuple[int, int]]) -> int | None:
+        """Rank of the document with which a side of one document after another has a window."""
+        totals = itertools.accumulate(tokens for _, tokens in documents)
+        return next((rank for (rank, _), total in zip(documents, totals, strict=True) if total >= config.length), None)
+
+    low, high = reaching(ranked), reaching(ranked[::-1])
+    return None if low is None or high is None or low >= high else min(max(limit, low + 1), high)
+
+
+def _too_little(kind: str, lengths: list[int], config: DataConfig) -> str:
+    """What to say if not one window of a kind was found in documents of these lengths."""
+    found = f"not one {kind} window of {config.length} tokens: "
+    found += f"{len(lengths)} {'document was' if len(lengths) == 1 else 'documents were'} read"
+    if config.num_heldout and len(lengths) < 2:
+        return f"{found}, and 2 are needed: one to learn from, another to measure on"
+    needed = 2 if config.num_heldout else 1
+    found += f", the longest of {max(lengths)} tokens"
+    if config.boundaries == "reset" and len(lengths) >= needed:
+        found += f" and {sum(length >= config.length for length in lengths)} of {config.length} or more, "
+        found += f"{needed} needed; choose a length of at most {sorted(lengths)[-needed]}"
+    else:
+        found += f", {sum(lengths)} in all; choose a smaller length"
+    return (
+        f"{found}, more data, another heldout_share (now {config.share}) or another boundaries than "
+        f'"{config.boundaries}"'
+    )
+
+
+def _read(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: float
+) -> tuple[list[list[tuple[torch.Tensor, str]]], dict[int, int]]:
+    """Training and held-out windows, documents ranked below the limit held out; and tokens of documents by rank."""
+    count = len(config.sources)
+    numbers = (config.num_windows, config.num_heldout)
+    wanted = [math.ceil(number / count) for number in numbers]
+    streams = [documents([source], config.text_column, config.split) for source in config.sources]
+    lengths: dict[int, int] = {}
+    with tqdm(total=sum(wanted) * count, desc="windows", disable=None) as bar:
+        parts = [_read_source(stream, config, tokenizer, limit, wanted, lengths, bar) for stream in streams]
+    return [_merge(sides)[:number] for sides, number in zip(zip(*parts, strict=True), numbers, strict=True)], lengths
 
 
 def _read_source(
     stream: Iterator[dict[str, str]],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    limit: float,
     wanted: Sequence[int],
+    lengths: dict[int, int],
     bar: tqdm,
-) -> tuple[list[_Side], int, int]:
-    """Training and held-out side of one source, documents read, tokens of the longest."""
+) -> list[_Side]:
+    """Training and held-out side of one source."""
     sides = [_Side(config, number, tokenizer.eos_token_id) for number in wanted]
-    read = longest = found = 0
+    found = 0
     while not all(side.full for side in sides) and (batch := list(itertools.islice(stream, BATCH))):
-        read += len(batch)
-        sided = [(sides[is_heldout(each["text"], config.heldout_share, config.seed)], each) for each in batch]
-        needed = [(side, document) for side, document in sided if not side.full]
-        texts = [document["text"] for _, document in needed]
-        encoded = tokenizer(texts, verbose=False).input_ids if texts else []
-        for (side, document), ids in zip(needed, encoded, strict=True):
-            longest = max(longest, len(ids))
-            side.add(ids, document["domain"])
+        ranked = [(_rank(document["text"], config.seed), document) for document in batch]
+        # As long as a side has nothing, any document may yet be wanted there.
+        is_open = [not side.full or any(each.wanted and not each.rows for each in sides) for side in sides]
+        needed = [(rank, document) for rank, document in ranked if is_open[rank < limit]]
+        encoded = tokenizer([document["text"] for _, document in needed], verbose=False).input_ids if needed else []
+        for (rank, document), ids in zip(needed, encoded, strict=True):
+            lengths[rank] = len(ids)
+            sides[rank < limit].add(ids, document["domain"])
         before, found = found, sum(min(len(side.rows), side.wanted) for side in sides)
         bar.update(found - before)
-    return sides, read, longest
+    return sides
 
 
 def _merge(sides: Sequence[_Side]) -> list[tuple[torch.Tensor, str]]:

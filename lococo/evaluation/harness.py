@@ -32,17 +32,22 @@ except ImportError as error:
 class PrefixLM(HFLM):
     """lm-eval's model of Transformers, without padding, and with no token of a shared beginning read again and again.
 
-    Prompts longer than ``max_length`` are refused: cut by tokens, they would begin in the middle of an example.
+    Prompts longer than ``max_length`` are refused: lm-eval would cut their beginning, in the middle of an example.
 
     Parameters
     ----------
     pretrained : str or transformers.PreTrainedModel
         Patched or not.
+    truncate : "middle", optional
+        Leave out the middle of longer prompts, as LongBench does (Bai et al. 2024, Section 4.1).
     **kwargs
         As lm-eval's ``HFLM`` takes them.
     """
 
-    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+    def __init__(self, pretrained: Any, truncate: str | None = None, **kwargs: Any) -> None:
+        if truncate not in (None, "middle"):
+            raise ValueError(f"truncate must be middle, or not given, got {truncate!r}")
+        self.truncate = truncate
         # A prompt is encoded for its length and for each of its answers.
         self._encode = functools.lru_cache(maxsize=16)(super().tok_encode)
         super().__init__(pretrained, backend="causal", **kwargs)
@@ -76,6 +81,20 @@ class PrefixLM(HFLM):
         self._refuse_long(self.tokens_read(request.args)[1] for request in requests)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask of texts, (texts, tokens) each, cut to ``left_truncate_len`` as ``truncate`` says."""
+        if self.truncate is None or left_truncate_len is None:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        rows = [without_middle(self.tok_encode(each), left_truncate_len) for each in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
     ) -> list[tuple[float, bool]]:
@@ -84,7 +103,9 @@ class PrefixLM(HFLM):
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.rank != 0) as bar:
             for context, group in itertools.groupby(requests, key=lambda request: request[1]):
                 asked = list(group)
-                scores = self.reader.score(context, [continuation for _, _, continuation in asked])
+                continuations = [continuation for _, _, continuation in asked]
+                room = self.max_length + 1 - max(map(len, continuations))
+                scores = self.reader.score(without_middle(context, room), continuations)
                 for (text, _, _), score in zip(asked, scores, strict=True):
                     if text is not None:  # a part of a rolling one, which is cached as a whole
                         self.cache_hook.add_partial("loglikelihood", text, score)
@@ -99,11 +120,18 @@ class PrefixLM(HFLM):
 
     def _refuse_long(self, lengths: Iterable[int]) -> None:
         longest = max(lengths, default=0)
-        if longest > self.max_length:
+        if longest > self.max_length and self.truncate is None:
             raise ValueError(
                 f"a prompt and its answer have {longest} tokens, max_length is {self.max_length}: raise it or take "
-                "fewer examples ('lococo eval tasks' leaves out as many as it must)"
+                "fewer examples ('lococo eval tasks' leaves out as many as it must), or say truncate=middle"
             )
+
+
+def without_middle(ids: Sequence[int], limit: int) -> list[int]:
+    """The first and the last of too many tokens, ``limit`` in all."""
+    if len(ids) <= limit:
+        return list(ids)
+    return [*ids[: (limit + 1) // 2], *ids[len(ids) - limit // 2 :]]
 
 
 @register_model("lococo")
@@ -122,7 +150,7 @@ class LoCoCoLM(PrefixLM):
     heads : str, optional
         Folder or Hub id of trained heads; sets method, slots and block.
     **kwargs
-        As lm-eval's ``HFLM`` takes them.
+        As ``PrefixLM`` takes them.
     """
 
     def __init__(

@@ -1,50 +1,116 @@
-"""Few-shot tasks: lm-eval's own prompts and metrics, with the same examples before every question of a task."""
+"""Tasks of lm-eval by method: its prompts and metrics, with the same examples before every question of a task."""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import difflib
+import functools
 import hashlib
 import json
+import logging
+import math
 import random
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lococo.evaluation.task_files import FILES, local_splits
+from tqdm import tqdm
+
+from lococo.files import write_whole
+from lococo.methods import Run, as_method
+from lococo.results.journal import Journal
+from lococo.results.plots import GAP, Bars, Series, picture
+from lococo.results.tables import beside, write_result
 
 if TYPE_CHECKING:
     from lococo.evaluation.harness import PrefixLM
 
+Outcome = dict[str, Any]
 
-def parse_tasks(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Names and shots of ``arc_easy:40``.
+
+def parse_task(text: str) -> tuple[str, int]:
+    """Name and shots of ``arc_easy:40``.
 
     Raises
     ------
     ValueError
-        If a name is not known, or shots are no number.
+        If shots are no number.
     """
-    parsed = []
-    for each in names:
-        name, _, shots = each.partition(":")
-        if name not in FILES:
-            raise ValueError(f"unknown task {name!r}: choose from {', '.join(FILES)}")
-        if not shots.isdecimal():
-            raise ValueError(f"a task is NAME:SHOTS, {name}:4 for instance, got {each!r}")
-        parsed.append((name, int(shots)))
-    return parsed
+    name, _, shots = text.partition(":")
+    if not shots.isdecimal():
+        raise ValueError(f"a task is NAME:SHOTS, {name}:4 for instance, got {text!r}")
+    return name, int(shots)
+
+
+def read_tasks(
+    names: Sequence[str], include_path: Path | None = None, seed: int = 0, chat: bool = False
+) -> list[FewShotTask]:
+    """Tasks of lm-eval, named as ``arc_easy:40``; groups (``longbench:0``) are all of their tasks.
+
+    Parameters
+    ----------
+    include_path : Path, optional
+        Folder of task files in lm-eval's format, which come before lm-eval's own.
+    seed : int
+        Of the choice of examples.
+    chat : bool
+        Put prompts into the tokenizer's chat template.
+
+    Raises
+    ------
+    ValueError, OSError, ImportError
+        If a name is not known, data are missing or have too few examples, or lm-eval is not installed.
+    """
+    parsed = [parse_task(each) for each in names]
+    if include_path is not None and not include_path.is_dir():
+        raise FileNotFoundError(f"--include-path {include_path}: no such folder")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what every task here does
+    return [
+        FewShotTask(task, shots, seed, chat) for name, shots in parsed for task in _lm_eval_tasks(name, include_path)
+    ]
+
+
+def _lm_eval_tasks(name: str, include_path: Path | None) -> list[Any]:
+    try:
+        import lm_eval.tasks
+    except ImportError as error:
+        raise ImportError(f"tasks are measured with lm-eval ({error}): pip install lococo[eval]") from error
+
+    # An index of all of lm-eval's tasks takes many seconds: a folder named like the task is looked into first.
+    parts = name.split("_")
+    guesses = [Path(lm_eval.tasks.__path__[0], "_".join(parts[:count])) for count in range(len(parts), 0, -1)]
+    folders = [each for each in guesses if each.is_dir()][:1] + ([include_path] if include_path else [])
+    manager = lm_eval.tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
+    if name not in manager.all_tasks:
+        manager = lm_eval.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    if name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, manager.all_tasks, 5, cutoff=0.5)
+        raise ValueError(f"unknown task {name!r}: lm-eval has {', '.join(near) or 'none like it'}")
+    try:
+        return list(manager.load(name)["tasks"].values())
+    except OSError as error:
+        raise OSError(
+            f"{name} cannot be had from the Hub; task files of local data: --include-path ({error})"
+        ) from error
 
 
 class FixedExamples:
     """The same examples, in the same order, for every question: the first of the shuffled ones.
 
     It takes the place of lm-eval's sampler, which draws others for each question.
+
+    Attributes
+    ----------
+    asked : dict, optional
+        The question, which is not among its own examples.
     """
 
     def __init__(self, examples: Sequence[dict[str, Any]], seed: int) -> None:
         self.examples = list(examples)
         random.Random(seed).shuffle(self.examples)
+        self.asked: dict[str, Any] | None = None
 
     def sample(self, n: int, eval_doc: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """The first ``n`` examples that are not the question itself."""
@@ -52,7 +118,7 @@ class FixedExamples:
         for example in self.examples:
             if len(found) == n:
                 break
-            if example != eval_doc:
+            if example != self.asked:
                 found.append(example)
         return found
 
@@ -80,32 +146,34 @@ class FewShotTask:
 
     Parameters
     ----------
-    name : str
+    task : lm_eval.api.task.Task
     shots : int
-    data_dir : Path, optional
-        Folder of local files, as ``FILES`` names them. None: from the Hub.
     seed : int
         Of the choice of examples.
+    chat : bool
+        Put prompts into the tokenizer's chat template.
 
     Raises
     ------
-    ValueError, OSError
-        If data are missing, cannot be scored, or have too few examples.
+    ValueError
+        If there are too few examples, or nothing is asked.
     """
 
-    def __init__(self, name: str, shots: int, data_dir: Path | None = None, seed: int = 0) -> None:
-        self.name = name
-        self.shots = shots
-        self.task = _local_task(name, shots, data_dir) if data_dir else _hub_task(name)
-        examples = list(self.task.fewshot_docs())
+    def __init__(self, task: Any, shots: int, seed: int = 0, chat: bool = False) -> None:
+        self.name: str = task.task_name
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise ValueError(f"{self.name} measures the perplexity of texts: lococo eval ppl does")
+        self.task, self.shots, self.chat = task, shots, chat
+        examples = list(self.task.fewshot_docs()) if shots else []
         if len(examples) < shots:
-            raise ValueError(f"{name}: {shots} shots need as many examples, there are {len(examples)}")
+            raise ValueError(f"{self.name}: {shots} shots need as many examples, there are {len(examples)}")
         self.task.sampler = FixedExamples(examples, seed)
 
     @property
     def metric(self) -> str:
-        """The metric's name in lm-eval; accuracy where it has several."""
-        return "exact_match" if self.task.OUTPUT_TYPE == "generate_until" else "acc"
+        """The metric's name in lm-eval; accuracy, or else the first, where it has several."""
+        names = list(self.task.aggregation())
+        return "acc" if "acc" in names else names[0]
 
     def questions(self, limit: int | None = None) -> list[dict[str, Any]]:
         """The first ``limit`` questions."""
@@ -122,7 +190,7 @@ class FewShotTask:
         Raises
         ------
         ValueError
-            If the question alone is too long.
+            If the question alone is too long, and the model does not cut prompts.
         """
         shots = self.shots
         if self._tokens_read(lm, question, shots) > lm.max_length:
@@ -130,55 +198,131 @@ class FewShotTask:
                 range(self.shots), lm.max_length, key=lambda shots: self._tokens_read(lm, question, shots)
             )
             shots = fitting - 1
-        if shots < 0:
+        if shots < 0 and lm.truncate is None:
             raise ValueError(
                 f"{self.name}: a question alone has {self._tokens_read(lm, question, 0)} tokens, more than the "
-                f"{lm.max_length} of the model; choose a larger --max-length"
+                f"{lm.max_length} of the model; choose a larger --max-length, or --truncate middle"
             )
-        requests = self._requests(question, shots)
-        return Prompt(requests, shots, lm.tokens_read(requests[0].args)[0])
+        requests = self._requests(lm, question, max(shots, 0))
+        return Prompt(requests, max(shots, 0), min(lm.tokens_read(requests[0].args)[0], lm.max_length))
 
-    def is_right(self, lm: PrefixLM, question: dict[str, Any], prompt: Prompt) -> bool:
-        """Whether the model's answer is right by the task's metric."""
+    def answer(self, lm: PrefixLM, question: dict[str, Any], prompt: Prompt) -> Any:
+        """The figure that the task's metric gives the model's answer."""
         answers = getattr(lm, prompt.requests[0].request_type)(prompt.requests, disable_tqdm=True)
         for request, answer in zip(prompt.requests, answers, strict=True):
             request.resps = [answer]
         self.task._instances = prompt.requests
         self.task.apply_filters()
         filtered = [next(iter(request.filtered_resps.values())) for request in prompt.requests]
-        return bool(self.task.process_results(question, filtered)[self.metric])
+        return self.task.process_results(question, filtered)[self.metric]
 
-    def _requests(self, doc: dict[str, Any], shots: int) -> list[Any]:
-        prompt = self.task.fewshot_context(doc, shots)
-        requests = self.task.construct_requests(doc, prompt, metadata=(self.name, None, 1))
+    def score(self, figures: Sequence[Any]) -> tuple[float, float | None]:
+        """Score over all answers by the task's own aggregation, and the standard error where figures are numbers."""
+        error = None
+        if all(isinstance(each, int | float) for each in figures):
+            error = math.sqrt(statistics.pvariance(figures) / len(figures))
+        return float(self.task.aggregation()[self.metric](figures)), error
+
+    def _requests(self, lm: PrefixLM, doc: dict[str, Any], shots: int) -> list[Any]:
+        self.task.sampler.asked = doc
+        chat = dict(apply_chat_template=self.chat, chat_template=lm.apply_chat_template if self.chat else None)
+        prompt = self.task.fewshot_context(doc, shots, **chat)
+        requests = self.task.construct_requests(doc, prompt, metadata=(self.name, None, 1), **chat)
         return requests if isinstance(requests, list) else [requests]
 
     def _tokens_read(self, lm: PrefixLM, doc: dict[str, Any], shots: int) -> int:
-        return max(lm.tokens_read(request.args)[1] for request in self._requests(doc, shots))
+        return max(lm.tokens_read(request.args)[1] for request in self._requests(lm, doc, shots))
 
 
-def _local_task(name: str, shots: int, data_dir: Path) -> Any:
-    from datasets import Dataset
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[FewShotTask],
+    runs: Sequence[Run],
+    output: Path,
+    command: str,
+    *,
+    limit: int | None = None,
+    max_length: int | None = None,
+    truncate: str | None = None,
+    **facts: Any,
+) -> list[dict[str, Any]]:
+    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes.
 
-    splits = {split: Dataset.from_list(rows) for split, rows in local_splits(name, shots, data_dir).items()}
-    return _lm_eval_task(name, training_split="train", custom_dataset=lambda **_: splits)
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not patched.
+    limit : int, optional
+        Questions per task. None: all.
+    max_length : int, optional
+        Tokens of a prompt with its answer. None: as many as the model was made for.
+    truncate : "middle", optional
+        Leave out the middle of a question that is too long even without examples. None: refuse it.
+    **facts
+        What else the result says of all rows; a journal of other facts is not gone on with.
+
+    Raises
+    ------
+    ValueError
+        If a question is longer than ``max_length``.
+    """
+    from lococo.evaluation.harness import PrefixLM
+
+    lm = PrefixLM(model, tokenizer=tokenizer, max_length=max_length, truncate=truncate)
+    questions = [task.questions(limit) for task in tasks]
+    journal = Journal(beside(output, ".partial.jsonl"))
+    outcomes: dict[tuple[int, int], list[Outcome]] = {}
+    for column, run in enumerate(tqdm(runs, desc="methods", disable=None)):
+        with as_method(model, run.config, run.heads):
+            lm.forget()
+            for line, task in enumerate(tasks):
+                how = (lm.max_length, truncate, task.chat, task.name, task.shots)
+                same = (*facts.values(), *how, run.name, run.identity())
+                outcomes[line, column] = [
+                    journal.measure((*same, task.digest(question)), functools.partial(_ask, lm, task, question))
+                    for question in tqdm(questions[line], desc=f"{run.name} {task.name}", leave=False, disable=None)
+                ]
+    rows = [_row(tasks[line], runs[column], outcomes[line, column]) for line, column in sorted(outcomes)]
+    write_result(output, command, model.device, rows, **facts, max_length=lm.max_length)
+    write_whole(beside(output, ".png"), _picture(rows))
+    journal.finish()
+    return rows
 
 
-def _hub_task(name: str) -> Any:
-    # RACE comes without other texts than those that are scored: a question is not among its own examples.
-    changes = {"fewshot_split": "test"} if name == "race" else {}
-    try:
-        return _lm_eval_task(name, **changes)
-    except OSError as error:
-        raise OSError(f"{name} cannot be had from the Hub; local files: --data-dir ({error})") from error
+def _ask(lm: PrefixLM, task: FewShotTask, question: dict[str, Any]) -> Outcome:
+    prompt = task.prompt(lm, question)
+    return {"figure": task.answer(lm, question, prompt), "shots": prompt.shots, "tokens": prompt.tokens}
 
 
-def _lm_eval_task(name: str, **changes: Any) -> Any:
-    import lm_eval.tasks
+def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    score, error = task.score([outcome["figure"] for outcome in outcomes])
+    return {
+        "task": task.name,
+        "shots": task.shots,
+        "method": run.name,
+        "num_slots": run.num_slots,
+        "block_size": None if run.config is None else run.config.block_size,
+        "items": len(outcomes),
+        "metric": task.metric,
+        "score": score,
+        "stderr": error,
+        "shots_that_fit": statistics.fmean(outcome["shots"] for outcome in outcomes),
+        "prompt_tokens": statistics.fmean(outcome["tokens"] for outcome in outcomes),
+    }
 
-    # Only this folder: an index of all of lm-eval's tasks takes many seconds.
-    folder = Path(lm_eval.tasks.__path__[0], "arc" if name.startswith("arc_") else name)
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    # A task as the member of a group takes changes to what its file says.
-    (task,) = manager.load({"group": "lococo", "task": [{"task": name, **changes}]})["tasks"].values()
-    return task
+
+def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Score by task and method, with a standard error to both sides."""
+    by_method: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        label = row["method"] if row["num_slots"] is None else f"{row['method']} {row['num_slots']}"
+        by_method.setdefault(label, {})[f"{row['task']}\n{row['shots']} shots"] = row
+    tasks = list(dict.fromkeys(name for by_task in by_method.values() for name in by_task))
+    series = []
+    for label, by_task in by_method.items():
+        scores = [by_task[name]["score"] if name in by_task else GAP for name in tasks]
+        errors = [(by_task[name]["stderr"] or 0) if name in by_task else 0 for name in tasks]
+        ends = [[score + sign * error for score, error in zip(scores, errors, strict=True)] for sign in (-1, 1)]
+        series.append(Series(label, scores, low=ends[0], high=ends[1]))
+    return picture([[Bars(tasks, series, label="score", upright=True)]], (max(5, 1.7 * len(tasks)), 4))

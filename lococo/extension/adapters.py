@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,19 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lococo.models import attention_layers, base_config, find_decoder
-from lococo.state import head_modules, is_patched
+from lococo.models import base_config, find_family
+from lococo.patch import unpatch_model
+from lococo.state import find_patch, is_patched
+from lococo.training.frozen import modes_kept
+
+# What PEFT and checkpointing note on modules that are there already.
+NOTES = (
+    "peft_config",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
 
 
 def adapter_config(model: nn.Module, rank: int = 8, alpha: int = 16) -> Any:
@@ -43,10 +54,11 @@ def adapter_config(model: nn.Module, rank: int = 8, alpha: int = 16) -> Any:
         if value < 1:
             raise ValueError(f"LoRA's {name} must be at least 1, got {value}")
     peft = _peft()
-    decoder = find_decoder(model)
+    family = find_family(model)
+    decoder = family.decoder
     linear = {
         name
-        for layer in attention_layers(decoder).values()
+        for layer in family.layers.values()
         for name, module in layer.named_children()
         if isinstance(module, nn.Linear)
     }
@@ -74,9 +86,10 @@ def adapted(model: nn.Module, config: Any) -> Any:
     return _peft().get_peft_model(model, config)
 
 
-def let_learn(learner: Any) -> Any:
-    """Heads learn too, if there are any, and all that learns is in float32 or wider. Returns the model."""
-    for head in head_modules(learner).values() if is_patched(learner) else []:
+def unfreeze(learner: Any) -> Any:
+    """Let heads learn too, if there are any, and all that learns be in float32 or wider. Returns the model."""
+    patch = find_patch(learner)
+    for head in patch.heads.values() if patch else []:
         head.requires_grad_(True)
     for parameter in learner.parameters():
         if parameter.requires_grad:
@@ -104,58 +117,51 @@ def checkpoint_layers(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-@contextmanager
-def as_it_was(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
-    """Undo at the end of a ``with`` block what was put into a model: adapters, rotary embeddings, flags, its config.
+@contextlib.contextmanager
+def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
+    """Undo at the end of a ``with`` block what an extension puts into a model.
 
-    Its weights must not have been written to.
+    A patch is taken out; adapters and rotary embeddings leave for the modules that they took the place of; modes,
+    ``requires_grad``, hooks, what is noted on modules and the fields of configs are what they were. PEFT's own
+    ``unload`` would leave trained copies of embeddings and norms in the model. Weights must not have been written to.
+
+    Parameters
+    ----------
+    after_errors_only : bool
+        Leave what was put in where the block ends without an error.
     """
-    modules = [(vars(module), _copied(vars(module))) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    configs = [(vars(config), copy.deepcopy(vars(config))) for config in _configs(model)]
+    was_patched = is_patched(model)
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    notes = [(vars(module), name, vars(module).get(name)) for module in model.modules() for name in NOTES]
+    hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    fields = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
 
     def undo() -> None:
-        for current, before in modules:
-            for name, value in before.items():
-                if isinstance(value, dict):  # of parameters, modules, hooks: others may hold it, too
-                    current[name].clear()
-                    current[name].update(value)
-                    before[name] = current[name]
+        if is_patched(model) and not was_patched:
+            unpatch_model(model)
+        for parent, name, child in children:
+            setattr(parent, name, child)
+        for attributes, name, before in notes:
+            if attributes.get(name) is not before:
+                attributes.pop(name)
+                attributes.update({} if before is None else {name: before})
+        for current, kept in [*hooks, *fields]:
             current.clear()
-            current.update(before)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
-        for current, before in configs:
-            current.clear()
-            current.update(before)
+            current.update(kept)
 
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.enter_context(modes_kept(model))
+        at_the_end.callback(undo)
         yield
-    except BaseException:
-        undo()
-        raise
-    if not after_errors_only:
-        undo()
+        if after_errors_only:
+            at_the_end.pop_all()
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     for parent in model.modules():
         for name, module in parent.named_children():
             yield parent, name, module
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _is_norm(module: nn.Module) -> bool:

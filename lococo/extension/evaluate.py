@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.data.texts import Text, Window, sliding_windows
-from lococo.evaluation.ppl_pictures import plot_by_length
-from lococo.evaluation.ppl_table import ALL_DOMAINS, DocumentLosses, digest, mean_nll
-from lococo.extension.adapters import as_it_was
+from lococo.data.documents import single_files
+from lococo.data.texts import Cut, Text, Window, read_texts, sliding_windows
+from lococo.evaluation.perplexity import ALL_DOMAINS, DocumentLosses, digest, plot_by_length
+from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
 from lococo.methods import Run, as_method
-from lococo.results.tables import Journal, beside, write_result
+from lococo.metrics import mean_nll
+from lococo.results.journal import Journal
+from lococo.results.tables import beside, write_result
 
 HOW = (
     "The same tokens count at every length: windows slide over the first {longest} tokens of each document, overlap "
@@ -53,6 +55,21 @@ class Reader:
         extension, _ = read_extension(folder)
         return cls(Run(folder.resolve().name, extension.config), folder, extension.length)
 
+    @classmethod
+    def of_all(cls, folders: Sequence[Path]) -> list[Reader]:
+        """The readers of several extensions.
+
+        Raises
+        ------
+        ValueError
+            If two have the same name, which would be that of both rows.
+        """
+        readers = [cls.of(folder) for folder in folders]
+        names = [reader.run.name for reader in readers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--extensions must have different names, got {', '.join(names)}")
+        return readers
+
     def identity(self) -> list[Any]:
         """What its losses depend on besides the model, as plain JSON values."""
         weights = None if self.folder is None else extension_digest(self.folder)
@@ -65,8 +82,28 @@ class Reader:
             with as_method(model, self.run.config, self.run.heads):
                 yield model
         else:
-            with as_it_was(model):
+            with restored(model):
                 yield load_extended(model, self.folder)
+
+
+def read_alike(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    first: int,
+    limit: int,
+    text_column: str = "text",
+) -> list[Window]:
+    """Windows of every length over the same tokens of some documents of every file, as in ``cut_alike``.
+
+    Raises
+    ------
+    ValueError, OSError, ImportError
+        If a source holds no text, or none that is as long as the longest window.
+    """
+    cut = Cut(tuple(sorted(set(lengths))), first, limit, sliding=True)
+    texts = [read_texts(file, tokenizer, cut, text_column) for file in single_files(sources)]
+    return [window for found in texts for window in cut_alike(found, cut.lengths, first, limit)]
 
 
 def cut_alike(texts: Sequence[Text], lengths: Sequence[int], first: int, limit: int) -> list[Window]:

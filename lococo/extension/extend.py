@@ -6,91 +6,59 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
-import json
-import shutil
-import time
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.data.documents import local_files
-from lococo.data.windows import DataConfig, Windows, prepare
-from lococo.extension.adapters import adapted, adapter_config, as_it_was, checkpoint_layers, let_learn
-from lococo.extension.folder import check_extension_folder, merge_extended, save_extended
+from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
+from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
+from lococo.extension.folder import RECORD_NAMES, check_extension_folder, merge_extended, save_extended
 from lococo.extension.longlora import shifted_sparse
-from lococo.extension.recipe import ExtensionRecipe
-from lococo.extension.report import record_files
-from lococo.extension.rope_scaling import stretch_positions
+from lococo.extension.recipe import ExtensionRecipe, extension_config
+from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.extension.sharding import gathered, sharded_arguments
 from lococo.extension.trainer import ExtensionTrainer, load_parts
-from lococo.files import write_whole
-from lococo.heads import load_heads
+from lococo.heads import load_heads, read_heads_config
+from lococo.models import base_config
 from lococo.patch import patched
 from lococo.results.deadline import Deadline
-from lococo.results.tables import peak_memory
+from lococo.results.plots import picture
 from lococo.state import is_patched
-from lococo.training.calibrate import this_process, weights_identity
-from lococo.training.runs import check_same_run, check_work_folder, train_to_the_end, trainer_arguments
-from lococo.training.window_trainer import StopInTime
-
-RUN_NAME = "run.json"
-WORK_NAMES = (RUN_NAME, "trainer")
+from lococo.training.calibrate import Dataset
+from lococo.training.report import loss_panel, record, source_names
+from lococo.training.runs import RUN_NAME, Result, TrainingRun, check_same_run, plain, weights_identity
 
 
-def check_extension(
-    data: DataConfig,
-    output: Path,
-    *,
-    work_dir: Path,
-    resume: bool = False,
-    merge_into: Path | None = None,
-    shard: bool = False,
-) -> None:
-    """Refuse what ``extend_context`` would refuse with these arguments, before a model is there.
+@dataclasses.dataclass(frozen=True)
+class Extended(Result):
+    """What ``extend_context`` has made: a folder for ``lococo.load_extended(base, folder)``.
 
-    Raises
-    ------
-    ValueError, OSError
-        As in ``extend_context``.
-    ImportError
-        If a package is missing.
+    Attributes
+    ----------
+    folder : Path
+        Adapters for PEFT, heads, what it was made from, and ``training.json`` and ``.png``: the losses.
+    rows : list of dict
+        ``step``, ``loss``, ``grad_norm`` and ``learning_rate`` of every step.
     """
-    check_extension_folder(output)
-    if merge_into is not None and shard:
-        raise ValueError("a sharded run writes no merged model: lococo.merge_extended makes one of what it writes")
-    if merge_into is not None and merge_into.exists():
-        raise FileExistsError(f"{merge_into} exists; give a new folder for the merged model")
-    check_work_folder(work_dir, WORK_NAMES, resume)
-    for source in data.sources:
-        local_files(source)
-    for name in ("peft", "matplotlib"):
-        if not importlib.util.find_spec(name):
-            raise ImportError(f"extension needs the package {name}: pip install lococo[train]")
 
 
 def extend_context(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: DataConfig,
-    recipe: ExtensionRecipe,
-    output: Path,
+    dataset: Dataset,
     *,
-    work_dir: Path,
-    cache_dir: Path,
-    heads: str | None = None,
-    resume: bool = False,
-    merge_into: Path | None = None,
-    shard: bool = False,
-    training_arguments: dict[str, Any] | None = None,
-    command: str = "lococo.extend_context(...)",
-    deadline: Deadline | None = None,
-) -> list[dict[str, Any]]:
+    output: str | os.PathLike,
+    factor: float = 8.0,
+    original_length: int | None = None,
+    **options: Any,
+) -> Extended:
     """Train a model to read longer texts, and write what was trained into a folder for ``load_extended``.
+
+    ``lococo.extend_context(model, tokenizer, ["my_texts"], factor=4, output="extended")``
 
     Adapters, copies of embeddings and norms, and heads learn in float32; a base model in bfloat16 computes in it.
 
@@ -98,34 +66,36 @@ def extend_context(
     ----------
     model : transformers.PreTrainedModel
         A causal language model, not patched; it is as it was afterwards, bit for bit, unless it was sharded.
-    data : DataConfig
-        Text, its windows as long as the texts that the model is to read. No window is held out.
-    recipe : ExtensionRecipe
-    output : Path
-        The folder: adapters for PEFT, heads, what it was made from, and the losses.
-    work_dir : Path
-        State of the run, removed at the end.
-    cache_dir : Path
-        Token windows, which other runs use too.
-    heads : str, optional
-        Folder or Hub id of heads that the training starts from; made for the recipe's config.
-    resume : bool
-        Go on with the run in ``work_dir``, if there is one.
-    merge_into : Path, optional
-        Folder for a plain checkpoint with all that was trained in its weights.
-    shard : bool
-        Every process keeps a part of each layer's weights only (FSDP2). The model is best on the CPU before.
-    training_arguments : dict, optional
-        For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
-    command : str
-        What is written down as having made it.
-    deadline : Deadline, optional
-        The run stops after it, between two steps, and can be resumed.
+    dataset : str, path, or iterable
+        Hub ids, files or folders, one or several, or documents, as in ``lococo.data.windows.as_sources``.
+    output : path
+        The folder to write: adapters for PEFT, heads, what it was made from, and the losses.
+    factor : float
+        New length / old length.
+    original_length : int, optional
+        Old length in tokens. None: the model's ``max_position_embeddings``.
+    **options
+        What is said otherwise than it stands here:
+
+        - ``method="lococo"``: or ``"h2o"``, ``"streaming"``, ``"full"``, ``"longlora"``; ``rope_type="linear"``, or
+          ``"yarn"``, ``"dynamic"``.
+        - ``num_slots=512``, ``block_size=None`` (as many, at most 512), ``positions="absolute"``: the compressed
+          cache. ``heads=None``: folder or Hub id of heads to start from, which say all three. ``config=None``: a
+          ``LoCoCoConfig`` in place of these.
+        - ``steps``, ``windows_per_step``, ``learning_rate``, ``heads_learning_rate``, ``scalar_lr_factor``, ``rank``,
+          ``alpha``, ``depth``, ``save_every``: as in ``ExtensionRecipe``.
+        - ``length=None``: tokens per window; as many as the new length. ``num_windows=None``: as many as the steps
+          read. ``boundaries``, ``text_column``, ``split``, ``seed``: as in ``DataConfig``.
+        - ``merge_into=None``: folder for a plain checkpoint with all that was trained in its weights.
+        - ``shard=False``: every process keeps a part of each layer's weights only (FSDP2). The model is best on the
+          CPU before.
+        - ``work_dir``, ``resume``, ``cache_dir``, ``time_limit``, ``training_arguments``, ``on_progress``: as of
+          ``lococo.calibrate``.
 
     Returns
     -------
-    list of dict
-        ``step``, ``loss``, ``grad_norm`` and ``learning_rate`` of every step.
+    Extended
+        ``folder`` and ``rows``.
 
     Raises
     ------
@@ -136,55 +106,186 @@ def extend_context(
     FloatingPointError
         If training diverges.
     OutOfTime
-        If the deadline came before the end.
+        If the time limit came before the end.
     """
-    deadline, started = deadline or Deadline(), time.monotonic()
-    check_extension(data, output, work_dir=work_dir, resume=resume, merge_into=merge_into, shard=shard)
-    _check_model(model, recipe)
-    resumed = (work_dir / RUN_NAME).is_file()
-    processes = this_process(on_cpu=model.device.type == "cpu" and not shard)
-    if shard and processes.num_processes == 1:
-        raise ValueError("shard=True needs several processes, this is the only one: start it with accelerate launch")
-    if recipe.windows_per_step % processes.num_processes:
-        raise ValueError(
-            f"windows_per_step={recipe.windows_per_step} must be a multiple of {processes.num_processes} processes"
-        )
-    processes.wait_for_everyone()  # all have seen the work folder as it was
-    with processes.main_process_first():
-        windows, _ = prepare(data, tokenizer, cache_dir / "tokens")
-        run = _description(data, recipe, heads, weights_identity(model), shard)
-        check_same_run(work_dir / RUN_NAME, run)
-        if processes.is_main_process:
-            write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
-    dtype = model.dtype  # what learns is wider
-    # What could put a sharded model together again would keep the memory of the whole one.
-    restored = contextlib.nullcontext() if shard else as_it_was(model)
-    with restored, extended_for_training(model, recipe, heads, data.seed) as learner:
-        precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-        sharding = sharded_arguments() if shard else {}
-        given = {**precision, **sharding, "seed": data.seed, **(training_arguments or {})}
-        rows = _train(learner, windows, recipe, work_dir / "trainer", given, deadline)
-        processes.wait_for_everyone()  # none still writes into the work folder
-        with gathered(learner):
+    if original_length is None:
+        original_length = getattr(base_config(model).get_text_config(), "max_position_embeddings", None)
+        if original_length is None:
+            raise ValueError("the model's config has no max_position_embeddings: say original_length")
+    plan = plan_extension(dataset, output=output, factor=factor, original_length=original_length, **options)
+    return plan.run(model, tokenizer)
+
+
+def plan_extension(
+    dataset: Dataset,
+    *,
+    output: str | os.PathLike,
+    original_length: int,
+    factor: float = 8.0,
+    rope_type: str = "linear",
+    method: str = "lococo",
+    num_slots: int = 512,
+    block_size: int | None = None,
+    positions: str = "absolute",
+    heads: str | os.PathLike | None = None,
+    length: int | None = None,
+    num_windows: int | None = None,
+    boundaries: Literal["reset", "none"] = "reset",
+    text_column: str = "text",
+    split: str = "train",
+    seed: int = 0,
+    merge_into: str | os.PathLike | None = None,
+    shard: bool = False,
+    work_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike = DEFAULT_CACHE,
+    resume: bool = False,
+    time_limit: float | None = None,
+    training_arguments: Mapping[str, Any] | None = None,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    command: str = "lococo.extend_context(...)",
+    **recipe: Any,
+) -> ExtensionRun:
+    """An extension that is checked before a model is there. Arguments and errors as of ``extend_context``.
+
+    Parameters
+    ----------
+    command : str
+        What is written down as having made it.
+    **recipe
+        Other fields of ``ExtensionRecipe``.
+    """
+    if heads is not None and method != "lococo":
+        raise ValueError(f'heads are for method="lococo", got method={method!r}')
+    if "config" not in recipe and heads is not None:
+        recipe["config"] = read_heads_config(heads)
+    block_size = min(num_slots, 512) if block_size is None else block_size
+    recipe.setdefault("config", extension_config(method, num_slots, block_size, positions))
+    scaling, cache = RopeScaling(factor, original_length, rope_type), Path(cache_dir).expanduser()
+    chosen = ExtensionRecipe(method=method, rope_scaling=scaling, **recipe)
+    data = DataConfig(
+        sources=as_sources(dataset, cache, text_column),
+        length=length or scaling.length,
+        num_windows=chosen.windows_needed if num_windows is None else num_windows,
+        num_heldout=0,
+        boundaries=boundaries,
+        text_column=text_column,
+        split=split,
+        seed=seed,
+    )
+    extension = ExtensionRun(
+        data=data,
+        recipe=chosen,
+        output=Path(output),
+        heads=None if heads is None else os.fspath(heads),
+        merge_into=None if merge_into is None else Path(merge_into),
+        shard=shard,
+        work_dir=None if work_dir is None else Path(work_dir),
+        cache_dir=cache,
+        resume=resume,
+        training_arguments=training_arguments,
+        command=command,
+        deadline=Deadline(time_limit),
+        on_progress=on_progress,
+    )
+    extension.check()
+    return extension
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionRun(TrainingRun):
+    """An extension, all but the model. No window of its data is held out.
+
+    Parameters
+    ----------
+    heads : str, optional
+        Folder or Hub id of heads that the training starts from; made for the recipe's config.
+    merge_into : Path, optional
+        Folder for a plain checkpoint with all that was trained in its weights.
+    shard : bool
+        Every process keeps a part of each layer's weights only (FSDP2).
+    """
+
+    recipe: ExtensionRecipe
+    heads: str | None = None
+    merge_into: Path | None = None
+    shard: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before a model is there. Errors as of ``extend_context``."""
+        check_extension_folder(self.output)
+        if self.merge_into is not None and self.shard:
+            raise ValueError("a sharded run writes no merged model: lococo.merge_extended makes one of what it writes")
+        if self.merge_into is not None and self.merge_into.exists():
+            raise FileExistsError(f"{self.merge_into} exists; give a new folder for the merged model")
+        super().check()
+        if not importlib.util.find_spec("peft"):
+            raise ImportError("extension needs the package peft: pip install lococo[train]")
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Extended:
+        """Train and save. Errors as of ``extend_context``."""
+        self.check()
+        _check_model(model, self.recipe)
+        usage = self.meter()
+        processes = self.processes(on_cpu=model.device.type == "cpu" and not self.shard)
+        if self.shard and processes.num_processes == 1:
+            raise ValueError(
+                "shard=True needs several processes, this is the only one: start it with accelerate launch"
+            )
+        with processes.main_process_first():
+            windows, _ = prepare(self.data, tokenizer, self.cache / "tokens")
+            named = {"data": self.data, "recipe": self.recipe, "heads": self.heads, "shard": self.shard}
+            description = plain({"model": weights_identity(model), **named})
+            check_same_run(self.work / RUN_NAME, description)
             if processes.is_main_process:
-                usage = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(processes.device)}
-                usage["resumed"] = resumed  # what an earlier process took is not counted
-                files = record_files(rows, recipe, data, usage, command, processes.device)
-                save_extended(learner, output, recipe.extension, files=files)
-                if merge_into is not None:
-                    _write_merged(learner, merge_into, tokenizer)
-                shutil.rmtree(work_dir, ignore_errors=True)
-    return rows
+                self.begin(description)
+        dtype = model.dtype  # what learns is wider
+        # What could put a sharded model together again would keep the memory of the whole one.
+        kept = contextlib.nullcontext() if self.shard else restored(model)
+        with kept, extended_for_training(model, self.recipe, self.heads, self.data.seed) as learner:
+            trainer = ExtensionTrainer(
+                learner,
+                self.trainer_arguments(
+                    save_every=self.recipe.save_every,
+                    bf16=dtype == torch.bfloat16,
+                    fp16=dtype == torch.float16,
+                    **(sharded_arguments() if self.shard else {}),
+                ),
+                objective=self.recipe.objective,
+                heads_learning_rate=self.recipe.heads_learning_rate,
+                scalar_lr_factor=self.recipe.scalar_lr_factor,
+                train_dataset=windows,
+                callbacks=self.callbacks(),
+            )
+            rows = self.train(trainer, lambda checkpoint: load_parts(learner, checkpoint))
+            processes.wait_for_everyone()  # none still writes into the work folder
+            with gathered(learner):
+                if processes.is_main_process:
+                    files = self._record(rows, usage(processes.device), processes.device)
+                    save_extended(learner, self.output, self.recipe.extension, files=files)
+                    if self.merge_into is not None:  # a copy: the model itself is to be as it was
+                        merge_extended(copy.deepcopy(learner), self.merge_into, tokenizer)
+                    self.remove_work()
+        return Extended(self.output, rows)
+
+    def _record(self, rows: list[dict[str, Any]], usage: dict[str, Any], device: torch.device) -> dict[str, bytes]:
+        """``training.json`` and ``training.png`` by name."""
+        facts = {"recipe": self.recipe, "length": self.data.length, "sources": source_names(self.data.sources)}
+        title = f"training loss, {self.recipe.method}, {self.recipe.rope_scaling.length}"
+        contents = (
+            record(self.command, device, rows, **plain(facts), usage=usage),
+            picture([[loss_panel(rows, title)]], (6, 3.6)),
+        )
+        return dict(zip(RECORD_NAMES, contents, strict=True))
 
 
 @contextlib.contextmanager
 def extended_for_training(
     model: PreTrainedModel, recipe: ExtensionRecipe, heads: str | None = None, seed: int = 0
 ) -> Iterator[Any]:
-    """A model inside a ``with`` block, ready to be trained: stretched, with adapters, and its cache in force."""
+    """A model inside a ``with`` block, ready to be trained: scaled, with adapters, and its cache in force."""
     extension = recipe.extension
-    if extension.stretch:
-        stretch_positions(model, extension.stretch)
+    if extension.rope_scaling:
+        scale_positions(model, extension.rope_scaling)
     torch.manual_seed(seed)  # first weights of adapters and heads
     learner = adapted(model, adapter_config(model, recipe.rank, recipe.alpha))
     in_force = patched(learner, recipe.config) if recipe.config else contextlib.nullcontext()
@@ -193,7 +294,7 @@ def extended_for_training(
     with in_force:
         if heads is not None:
             load_heads(learner, heads)
-        let_learn(learner)
+        unfreeze(learner)
         if recipe.config is None:  # its memory grows with the window
             checkpoint_layers(model)
         yield learner.train()
@@ -202,52 +303,7 @@ def extended_for_training(
 def _check_model(model: PreTrainedModel, recipe: ExtensionRecipe) -> None:
     if is_patched(model):
         raise ValueError("the model is patched: call lococo.unpatch_model first")
-    with as_it_was(model):
-        if recipe.extension.stretch:
-            stretch_positions(model, recipe.extension.stretch)
+    with restored(model):
+        if recipe.extension.rope_scaling:
+            scale_positions(model, recipe.extension.rope_scaling)
         adapter_config(model, recipe.rank, recipe.alpha)
-
-
-def _train(
-    learner: Any,
-    windows: Windows,
-    recipe: ExtensionRecipe,
-    folder: Path,
-    training_arguments: dict[str, Any],
-    deadline: Deadline,
-) -> list[dict[str, Any]]:
-    processes = PartialState()
-    per_process, on_cpu = recipe.windows_per_step // processes.num_processes, processes.device.type == "cpu"
-    given = trainer_arguments(folder, recipe.steps, per_process, recipe.save_every, on_cpu)
-    given["learning_rate"] = recipe.learning_rate
-    trainer = ExtensionTrainer(
-        learner,
-        TrainingArguments(**{**given, **training_arguments}),
-        objective=recipe.objective,
-        heads_learning_rate=recipe.heads_learning_rate,
-        scalar_lr_factor=recipe.scalar_lr_factor,
-        train_dataset=windows,
-        callbacks=[StopInTime(deadline)],
-    )
-    state = train_to_the_end(trainer, lambda checkpoint: load_parts(learner, checkpoint))
-    wanted = ("step", "loss", "grad_norm", "learning_rate")
-    return [{name: entry[name] for name in wanted} for entry in state.log_history if "loss" in entry]
-
-
-def _write_merged(learner: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Merge a copy: the model itself is to be as it was."""
-    merge_extended(copy.deepcopy(learner), folder, tokenizer)
-
-
-def _description(
-    data: DataConfig, recipe: ExtensionRecipe, heads: str | None, model: str, shard: bool
-) -> dict[str, Any]:
-    """What makes one run another, as plain JSON values."""
-    content = {
-        "model": model,
-        "data": dataclasses.asdict(data),
-        "recipe": dataclasses.asdict(recipe),
-        "heads": heads,
-        "shard": shard,
-    }
-    return json.loads(json.dumps(content))

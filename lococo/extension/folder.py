@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from lococo.config import LoCoCoConfig
-from lococo.extension.adapters import as_it_was, load_adapter
-from lococo.extension.rope_scaling import Stretch, stretch_positions
+from lococo.extension.adapters import load_adapter, restored
+from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.files import check_replaceable, new_folder, write_whole
 from lococo.heads import save_heads
 from lococo.models import base_config, base_shape
 from lococo.patch import patch_model
-from lococo.state import head_modules, is_patched, lococo_config
+from lococo.state import find_patch, is_patched
 from lococo.version import __version__
 
 EXTENSION_NAME = "extension.json"
@@ -38,7 +38,7 @@ class Extension:
         How it was trained. "full" and "longlora" read with the full cache.
     length : int
         Tokens of the texts it was trained on.
-    stretch : Stretch, optional
+    rope_scaling : RopeScaling, optional
         None where positions are those inside the cache.
     config : LoCoCoConfig, optional
         The compressed cache it reads with. None for the full cache.
@@ -46,7 +46,7 @@ class Extension:
 
     method: str
     length: int
-    stretch: Stretch | None
+    rope_scaling: RopeScaling | None
     config: LoCoCoConfig | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,11 +56,14 @@ class Extension:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Extension:
         """An extension from ``to_dict`` output."""
-        stretch, config = values["stretch"], values["config"]
+        scaling, config = (
+            values.get("rope_scaling", values.get("stretch")),
+            values["config"],
+        )  # "stretch" in old folders
         return cls(
             values["method"],
             values["length"],
-            stretch and Stretch(**stretch),
+            scaling and RopeScaling(**scaling),
             config and LoCoCoConfig.from_dict(config),
         )
 
@@ -138,7 +141,8 @@ def save_parts(model: Any, folder: Path) -> None:
     # "embeddings" are among the modules to save; PEFT would look for the base model to tell.
     model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
     (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
-    if is_patched(model) and head_modules(model):
+    patch = find_patch(model)
+    if patch and patch.heads:
         save_heads(model, folder / HEADS_FOLDER)
 
 
@@ -177,9 +181,9 @@ def load_extended(base: nn.Module | str | os.PathLike, folder: str | os.PathLike
             f"{folder} extends {content['base']['name']} of shape {content['base']['shape']}, the model has shape "
             f"{_shape(base)}"
         )
-    with as_it_was(base, after_errors_only=True):
-        if extension.stretch:
-            stretch_positions(base, extension.stretch)
+    with restored(base, after_errors_only=True):
+        if extension.rope_scaling:
+            scale_positions(base, extension.rope_scaling)
         model = load_adapter(base, Path(folder, ADAPTER_FOLDER))
         if extension.config:
             heads = Path(folder, HEADS_FOLDER)
@@ -216,10 +220,11 @@ def merge_extended(model: Any, folder: str | os.PathLike | None = None, tokenize
             plain.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
-            if is_patched(plain) and head_modules(plain):
+            patch = find_patch(plain)
+            if patch and patch.heads:
                 save_heads(plain, new / HEADS_FOLDER)
-            elif is_patched(plain):
-                lococo_config(plain).save_pretrained(new / HEADS_FOLDER)
+            elif patch:
+                patch.config.save_pretrained(new / HEADS_FOLDER)
     return plain
 
 

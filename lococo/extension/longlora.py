@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lococo.compat import AttentionInterface, AttentionMaskInterface
-from lococo.models import find_decoder
+from lococo.models import find_family
 
 NAME = "lococo_longlora"
 GROUPS = 4
@@ -131,7 +131,7 @@ def shifted_sparse(model: nn.Module) -> Iterator[nn.Module]:
     ValueError
         If the model's attention cannot be replaced.
     """
-    config: Any = find_decoder(model).config
+    config: Any = find_family(model).decoder.config
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from lococo.config import LoCoCoConfig
 from lococo.extension.folder import METHODS, Extension
-from lococo.extension.rope_scaling import Stretch
+from lococo.extension.rope_scaling import RopeScaling
 from lococo.training.objectives import NextToken
+from lococo.training.recipes import TrainingRecipe, check_ranges
 
 
-@dataclasses.dataclass(frozen=True)
-class ExtensionRecipe:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionRecipe(TrainingRecipe):
     """What a run of ``extend_context`` does.
 
     Parameters
@@ -20,23 +20,17 @@ class ExtensionRecipe:
     method : {"lococo", "h2o", "streaming", "full", "longlora"}
         The cache that the model learns to read with. "longlora" trains on shifted sparse attention and reads, as
         "full", with the full cache.
-    stretch : Stretch
+    rope_scaling : RopeScaling
         Positions of the longer texts. A cache with positions of its own ("streaming", ``positions="slot"``) leaves
         them as they are.
     config : LoCoCoConfig, optional
         The compressed cache. None for "full" and "longlora".
     rank, alpha : int
         LoRA's r and alpha.
-    steps : int
-        Steps of the optimizer.
-    windows_per_step : int
-        Windows in the global batch of a step.
     learning_rate : float
-        Of adapters, embeddings and norms, falling linearly to 0.
+        Of adapters, embeddings and norms.
     heads_learning_rate : float
         Of the heads' convolutions.
-    scalar_lr_factor : float
-        Factor on it for their gates, mass scales and biases.
     depth : int, optional
         Compressions that back-propagation goes through at most: memory does not grow with the window. None: all.
     save_every : int
@@ -49,7 +43,7 @@ class ExtensionRecipe:
     """
 
     method: str
-    stretch: Stretch
+    rope_scaling: RopeScaling
     config: LoCoCoConfig | None
     rank: int = 8
     alpha: int = 16
@@ -57,7 +51,6 @@ class ExtensionRecipe:
     windows_per_step: int = 8
     learning_rate: float = 5e-5
     heads_learning_rate: float = 1e-3
-    scalar_lr_factor: float = 10.0
     depth: int | None = 2
     save_every: int = 100
 
@@ -67,19 +60,16 @@ class ExtensionRecipe:
         reads_all = self.method in ("full", "longlora")
         if reads_all != (self.config is None):
             raise ValueError(f"method={self.method!r} needs {'no config' if reads_all else 'a config'}")
-        for name in ("rank", "alpha", "steps", "windows_per_step", "save_every", "depth"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "heads_learning_rate", "scalar_lr_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        super().__post_init__()
+        least = dict.fromkeys(("rank", "alpha", "steps", "save_every", "depth"), 1)
+        check_ranges(self, least, ("heads_learning_rate",))
 
     @property
     def extension(self) -> Extension:
         """What such a run makes."""
         keeps_positions = self.config is not None and self.config.positions == "slot"
-        return Extension(self.method, self.stretch.length, None if keeps_positions else self.stretch, self.config)
+        scaling = None if keeps_positions else self.rope_scaling
+        return Extension(self.method, self.rope_scaling.length, scaling, self.config)
 
     @property
     def objective(self) -> NextToken:
@@ -88,13 +78,8 @@ class ExtensionRecipe:
             return NextToken()
         return NextToken(backprop_tokens=self.depth * self.config.block_size)
 
-    @property
-    def windows_needed(self) -> int:
-        """Windows for every step to read new ones."""
-        return self.steps * self.windows_per_step
 
-
-def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> Any:
+def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> LoCoCoConfig | None:
     """The compressed cache of a method: ours with low-rank heads whose gates start a little open; None for others."""
     if method == "lococo":
         return LoCoCoConfig(num_slots, block_size, head_rank=16, gate_init=0.05, positions=positions)  # type: ignore

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lococo.models.chatglm.family import is_remote_chatglm
-from lococo.models.transformers import find_decoder
+from lococo.models import find_family
 
 ROPE_TYPES = ("linear", "yarn", "dynamic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class RopeScaling:
     """How positions of a longer text are mapped to those a model knows.
 
     Parameters
@@ -54,7 +53,7 @@ class Stretch:
         return round(self.original_length * self.factor)
 
 
-def stretch_positions(model: nn.Module, stretch: Stretch) -> nn.Module:
+def scale_positions(model: nn.Module, scaling: RopeScaling) -> nn.Module:
     """Give a model a rotary embedding for longer texts, and a config that says so. Returns the model.
 
     Parameters
@@ -67,24 +66,21 @@ def stretch_positions(model: nn.Module, stretch: Stretch) -> nn.Module:
     ValueError
         If the model's positions cannot be stretched; says why. The model is then as it was.
     """
-    decoder: Any = find_decoder(model)
-    name = type(model).__name__
-    if is_remote_chatglm(decoder):
-        raise ValueError(
-            f"{name} in ChatGLM's own code cannot be extended: write it as Transformers' own GLM first "
-            "(lococo convert-chatglm SRC DST)"
-        )
+    family, name = find_family(model), type(model).__name__
+    decoder = family.decoder
+    if family.instead is not None:
+        raise ValueError(f"{name} in code of its own cannot be extended: {family.instead}")
     rotary: Any = getattr(decoder, "rotary_emb", None)
     if [module for module in decoder.modules() if hasattr(module, "inv_freq")] != [rotary]:
         raise ValueError(f"{name} cannot be extended: its layers do not share one rotary embedding")
-    changes = _changes(name, decoder.config, stretch)
+    changes = _changes(name, decoder.config, scaling)
     config = copy.deepcopy(decoder.config)
     _update(config, changes)
     try:
         type(config).from_dict(config.to_dict())  # as a saved model is loaded
     except Exception as error:  # of a kind of their own in every release
         raise ValueError(
-            f"{name} cannot be extended with rope_type={stretch.rope_type!r}: its config does not take it ({error})"
+            f"{name} cannot be extended with rope_type={scaling.rope_type!r}: its config does not take it ({error})"
         ) from error
     device = rotary.inv_freq.device
     longer = type(rotary)(config).to(torch.device("cpu") if device.type == "meta" else device)
@@ -95,30 +91,30 @@ def stretch_positions(model: nn.Module, stretch: Stretch) -> nn.Module:
     return model
 
 
-def _changes(name: str, config: Any, stretch: Stretch) -> dict[str, Any]:
-    """Fields of a decoder's config for a stretch, as the installed Transformers calls them."""
+def _changes(name: str, config: Any, scaling: RopeScaling) -> dict[str, Any]:
+    """Fields of a decoder's config for a scaling, as the installed Transformers calls them."""
     field = "rope_parameters" if getattr(config, "rope_parameters", None) else "rope_scaling"
     rope = dict(getattr(config, field, None) or {})
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{name} cannot be extended: its layers rotate in {len(rope)} different ways")
-    rope_type, factor = rope.get("rope_type", rope.get("type", "default")), stretch.factor
-    if rope_type == "linear" == stretch.rope_type:
+    rope_type, factor = rope.get("rope_type", rope.get("type", "default")), scaling.factor
+    if rope_type == "linear" == scaling.rope_type:
         factor *= rope["factor"]
     elif rope_type != "default":
         raise ValueError(
-            f"{name} cannot be extended with rope_type={stretch.rope_type!r}: its positions are already stretched "
+            f"{name} cannot be extended with rope_type={scaling.rope_type!r}: its positions are already stretched "
             f"with {rope_type!r}"
         )
     rope.pop("type", None)
-    rope.update(rope_type=stretch.rope_type, factor=float(factor))
-    if stretch.rope_type == "yarn":
-        rope["original_max_position_embeddings"] = stretch.original_length
+    rope.update(rope_type=scaling.rope_type, factor=float(factor))
+    if scaling.rope_type == "yarn":
+        rope["original_max_position_embeddings"] = scaling.original_length
     # "dynamic" reads the length that the model was trained on where others have the new one.
-    changes = {field: rope, "max_position_embeddings": stretch.length}
-    if stretch.rope_type == "dynamic":
-        changes["max_position_embeddings"] = stretch.original_length
+    changes = {field: rope, "max_position_embeddings": scaling.length}
+    if scaling.rope_type == "dynamic":
+        changes["max_position_embeddings"] = scaling.original_length
     elif hasattr(config, "original_max_position_embeddings"):  # Phi-3, there it comes first
-        changes["original_max_position_embeddings"] = stretch.original_length
+        changes["original_max_position_embeddings"] = scaling.original_length
     return changes
 
 

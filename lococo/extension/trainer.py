@@ -13,11 +13,9 @@ from transformers import TrainingArguments
 from lococo.extension.folder import ADAPTER_FOLDER, HEADS_FOLDER, save_parts
 from lococo.extension.sharding import check_sharding, gathered, keep_precision
 from lococo.heads import load_heads
-from lococo.state import HEAD, is_patched
-from lococo.training.objectives import Caches, NextToken, NextTokenLoss
+from lococo.state import HEAD
+from lococo.training.objectives import NextToken, NextTokenLoss
 from lococo.training.window_trainer import WindowTrainer
-
-NOT_SUPPORTED = {"push_to_hub": "upload the folder that the run writes"}
 
 
 class ExtensionTrainer(WindowTrainer):
@@ -36,7 +34,7 @@ class ExtensionTrainer(WindowTrainer):
     heads_learning_rate : float
         Of heads' convolutions.
     scalar_lr_factor : float
-        Factor on it for their gates, mass scales and biases.
+        As of ``WindowTrainer``.
     **kwargs
         For ``Trainer``.
 
@@ -45,6 +43,9 @@ class ExtensionTrainer(WindowTrainer):
     ValueError
         For arguments under which the model cannot be trained.
     """
+
+    not_supported = {"push_to_hub": "upload the folder that the run writes"}
+    all_finite = "all parameters are finite: the numbers of the model overflow"
 
     def __init__(
         self,
@@ -56,54 +57,26 @@ class ExtensionTrainer(WindowTrainer):
         scalar_lr_factor: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        for name, instead in NOT_SUPPORTED.items():
-            if getattr(args, name, None):
-                raise ValueError(f"{name}={getattr(args, name)!r} is not supported by ExtensionTrainer: {instead}")
-        if objective.backprop_tokens is not None and not is_patched(model):
-            raise ValueError("backprop_tokens is for compressed caches: a full cache is trained on whole windows")
         self.heads_learning_rate = heads_learning_rate
-        self.scalar_lr_factor = scalar_lr_factor
         keep_precision(args)
-        super().__init__(NextTokenLoss(model, objective), model, args, objective, **kwargs)
+        super().__init__(NextTokenLoss(model, objective), args, scalar_lr_factor, **kwargs)
         check_sharding(self)
 
-    def new_caches(self) -> Caches | None:
-        """See ``WindowTrainer``."""
-        return Caches(self.trained_model) if is_patched(self.trained_model) else None
+    def learning_rate_of(self, name: str, parameter: nn.Parameter) -> float:
+        """Of a parameter of a head, or of the model."""
+        if f".{HEAD}." not in name:
+            return self.args.learning_rate
+        return self.heads_learning_rate * (1.0 if parameter.dim() > 1 else self.scalar_lr_factor)
 
-    def what_is_unhealthy(self) -> str:
-        """See ``WindowTrainer``."""
-        for name, parameter in self.trained_model.named_parameters():
-            if not parameter.isfinite().all():
-                return f"{name} is not finite"
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"the gradient of {name} is not finite"
-        return "all parameters are finite: the numbers of the model overflow"
+    def place_of(self, name: str) -> tuple[str, str]:
+        """The parameter by its name in the model."""
+        return "", name.removeprefix("model.")
 
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
-        """See ``Trainer``; for a sharded model, too, whose weights are in two dtypes."""
+        """Autocast as of ``Trainer``; for a sharded model, too, whose weights are in two dtypes."""
         if self.is_fsdp_enabled:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(*args, **kwargs)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """AdamW with weight decay on matrices, and the heads' learning rates."""
-        if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(self._parameter_groups(), **options)
-        return self.optimizer
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        rate = self.args.learning_rate
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.trained_model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_matrix = parameter.dim() > 1
-            heads_rate = self.heads_learning_rate * (1.0 if is_matrix else self.scalar_lr_factor)
-            key = (heads_rate if f".{HEAD}." in name else rate, self.args.weight_decay if is_matrix else 0.0)
-            groups.setdefault(key, []).append(parameter)
-        return [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
 
     # Checkpoints
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lococo.inspection.trace import KINDS, Trace
+import torch
+from transformers import PreTrainedModel
+
+from lococo.config import LoCoCoConfig
+from lococo.files import write_whole
+from lococo.inspection.trace import KINDS, Trace, trace
+from lococo.patch import patched
 
 SCALE = 1000  # weights are written as whole thousandths
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -59,3 +65,36 @@ def page(data: dict[str, Any]) -> str:
     """The data inside the page that shows it. No text in it can end the script that holds it."""
     written = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", written)
+
+
+def write_page(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    output: Path,
+    config: LoCoCoConfig,
+    *,
+    heads: str | None = None,
+    title: str = "",
+    threshold: float = 0.01,
+) -> dict[str, Any]:
+    """Read a text with a model, write the page of what its slots hold, and return what it shows.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not patched; it is as it was afterwards.
+    ids : torch.Tensor
+        (1, tokens) of the text.
+    config : LoCoCoConfig
+        How the model is patched; with trained heads, theirs.
+    heads : str, optional
+        Folder or Hub id of trained heads.
+    threshold : float
+        Smallest weight listed, from 0.001 to 1.
+    """
+    with patched(model, config, heads=heads):
+        traces = trace(model, ids)
+    data = page_data(traces, [tokenizer.decode([token]) for token in ids[0].tolist()], title, threshold)
+    write_whole(output, page(data))
+    return data

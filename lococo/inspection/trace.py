@@ -13,8 +13,8 @@ from lococo.cache.layer import HeadGroup, KVBuffer
 from lococo.compression.base import Compressor
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget, mixing
-from lococo.forward import Request, asking, new_cache
-from lococo.state import patched_decoder
+from lococo.context import ForwardRequest
+from lococo.state import patch_of
 
 KINDS = ("sink", "heavy", "recent", "fused", "open")
 
@@ -105,13 +105,14 @@ def trace(model: Any, input_ids: torch.Tensor) -> list[Trace]:
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be one row (1, tokens), got {tuple(input_ids.shape)}")
-    cache = new_cache(patched_decoder(model))
+    patch = patch_of(model)
+    cache = patch.new_cache()
     followed: list[dict[HeadGroup, TokenWeights]] = [{} for _ in cache.layers]
     for layer, groups in zip(cache.layers, followed, strict=True):
         layer.observer = functools.partial(_follow, groups)
     ids = input_ids.to(model.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]  # ChatGLM's own code does not count
-    with asking(model, Request(cache=cache, keep=1)):
+    with patch.asking(ForwardRequest(cache=cache, keep=1)):
         model(ids, position_ids=positions, use_cache=True)
     found = []
     for index, (layer, groups) in enumerate(zip(cache.layers, followed, strict=True)):

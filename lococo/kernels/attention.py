@@ -301,7 +301,7 @@ ATTENTIONS: Registry[Callable] = Registry("attention", _check)
 
 
 def register_attention(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: an attention kernel, for reading and decoding, that is chosen by its name.
+    """Decorator: an attention kernel that ``patch_model(model, attention=name)`` finds, for reading and decoding.
 
     The function takes query (batch, heads, queries, head_dim), key and value (batch, kv_heads, entries, head_dim), all
     of one type, scale, a ``LogitBias``, dropout and whether the log-sum-exp is wanted. It returns the output, as the

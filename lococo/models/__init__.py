@@ -1,25 +1,17 @@
-"""What differs per model family: which layers to patch, and how a layer's keys are rotated."""
+"""What differs per family of models: which layers to patch, how they are called, how their keys are rotated."""
 
-from lococo.models.transformers import (
-    apply_rotary,
-    attention_layers,
-    base_config,
-    base_shape,
-    find_decoder,
-    layer_head_dim,
-    length_dependent_rotaries,
-    rotary_embedding,
-    uses_rotary,
-)
+from lococo.models.family import Family, base_config, base_shape, find_family, register_family
+from lococo.models.transformers import TransformersFamily, length_dependent_rotaries
+
+from lococo.models.chatglm.family import RemoteChatGLM  # isort: skip, asked before the family registered first
 
 __all__ = [
-    "apply_rotary",
-    "attention_layers",
+    "Family",
+    "RemoteChatGLM",
+    "TransformersFamily",
     "base_config",
     "base_shape",
-    "find_decoder",
-    "layer_head_dim",
+    "find_family",
     "length_dependent_rotaries",
-    "rotary_embedding",
-    "uses_rotary",
+    "register_family",
 ]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from lococo.cache.plan import upload
 from lococo.config import LoCoCoConfig
-from lococo.models import apply_rotary, attention_layers, layer_head_dim, rotary_embedding, uses_rotary
+from lococo.models.family import Family, execution_device
 
 
 class RotaryTable:
@@ -17,25 +15,25 @@ class RotaryTable:
 
     Parameters
     ----------
-    decoder : torch.nn.Module
-        The model that owns the rotary embedding.
-    attention : torch.nn.Module
-        An attention layer of it; its modeling file gives ``apply_rotary_pos_emb``.
+    family : Family
+        Knows the decoder that owns the rotary embedding.
+    layer : torch.nn.Module
+        An attention layer of it.
     capacity : int
         Number of positions, ``num_slots + block_size``.
     """
 
-    def __init__(self, decoder: Any, attention: Any, capacity: int, device: torch.device) -> None:
+    def __init__(self, family: Family, layer: Any, capacity: int, device: torch.device) -> None:
         exact = torch.zeros((), dtype=torch.float32)
-        cos, sin = rotary_embedding(decoder, attention, exact, torch.arange(capacity)[None])
+        cos, sin = family.rotary(layer, exact, torch.arange(capacity)[None])
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]
         # (1, capacity, rotary_dim or half of it), float32; the embedding may be on another device than the layer.
-        self.cos, self.sin = upload(cos / scaling, device), upload(sin / scaling, device)
-        self._apply = apply_rotary(attention)
+        self.cos, self.sin = (cos / scaling).to(device), (sin / scaling).to(device)
+        self._apply = family.apply_rotary(layer)
         # A family that rotates in a way of its own fails here, not in the middle of a text.
         self.rotate(
-            torch.zeros(1, 1, 1, layer_head_dim(attention), device=device),
+            torch.zeros(1, 1, 1, family.head_dim(layer), device=device),
             torch.zeros(1, 1, dtype=torch.long, device=device),
         )
 
@@ -56,20 +54,26 @@ class RotaryTable:
         return rotated.to(keys.dtype)
 
 
-def rotary_tables(decoder: Any, config: LoCoCoConfig, device: torch.device) -> dict[int, RotaryTable | None]:
-    """One table per layer, the same object for layers that rotate alike; None for a layer without positions."""
+def rotary_tables(family: Family, config: LoCoCoConfig) -> dict[int, RotaryTable | None]:
+    """One table per layer, the same object for layers that rotate alike; None for a layer without positions.
+
+    Raises
+    ------
+    ValueError
+        If the keys of a layer cannot be moved.
+    """
     by_type: dict[Any, RotaryTable] = {}
-    layer_types = getattr(decoder.config, "layer_types", None)
+    layer_types = getattr(family.decoder.config, "layer_types", None)
     tables: dict[int, RotaryTable | None] = {}
-    for index, layer in attention_layers(decoder).items():
-        if not uses_rotary(layer):
+    for index, layer in family.layers.items():
+        if not family.uses_rotary(layer):
             tables[index] = None
             continue
         layer_device = execution_device(layer)
         kind = (layer_types[index] if layer_types else None, layer_device)
         if kind not in by_type:
             try:
-                by_type[kind] = RotaryTable(decoder, layer, config.capacity, layer_device)
+                by_type[kind] = RotaryTable(family, layer, config.capacity, layer_device)
             except (AttributeError, KeyError, RuntimeError, TypeError) as error:
                 raise ValueError(
                     f"positions='slot' must move keys, those of {type(layer).__name__} cannot be rotated outside its "
@@ -77,14 +81,3 @@ def rotary_tables(decoder: Any, config: LoCoCoConfig, device: torch.device) -> d
                 ) from error
         tables[index] = by_type[kind]
     return tables
-
-
-def execution_device(layer: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate keeps weights it offloads on the meta device between calls."""
-    for module in layer.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    weights = [*layer.parameters(), *layer.buffers()]
-    # Quantised layers keep their weights elsewhere than in parameters; what they compute on then is what there is.
-    return weights[0].device if weights else torch.device("cpu")

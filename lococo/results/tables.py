@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 import transformers
 
 from lococo.files import write_whole
-from lococo.results.deadline import Deadline
 from lococo.version import __version__
 
 PACKAGE = Path(__file__).parent.parent
@@ -144,46 +143,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
-
-
-class Journal:
-    """Rows measured so far, one JSON line each, so that a killed run goes on where it stopped.
-
-    Parameters
-    ----------
-    path : Path
-        Made at the first row; removed by ``finish``.
-    deadline : Deadline, optional
-        No measurement begins after it: ``measure`` raises ``OutOfTime``.
-    """
-
-    def __init__(self, path: Path, deadline: Deadline | None = None) -> None:
-        self.path = path
-        self.deadline = deadline or Deadline()
-        self.rows: dict[str, Any] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the run was killed while it wrote this line
-                self.rows[entry["key"]] = entry["value"]
-
-    def measure(self, key: Iterable[Any], function: Callable[[], Any]) -> Any:
-        """The value under a key, measured now if no earlier run has."""
-        name = json.dumps(list(key))
-        if name not in self.rows:
-            self.deadline.check()
-            self.rows[name] = function()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": name, "value": self.rows[name]}) + "\n")
-        return self.rows[name]
-
-    def recall(self, key: Iterable[Any]) -> Any | None:
-        """The value under a key, None if it has not been measured."""
-        return self.rows.get(json.dumps(list(key)))
-
-    def finish(self) -> None:
-        """Remove the file: the result stands in its own."""
-        self.path.unlink(missing_ok=True)

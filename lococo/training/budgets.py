@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
-from lococo.training.record import LayerRecord, felt_error, read_record, record
+from lococo.training.record import LayerRecord, fisher_error, read_record, record
 
 STACKED_LAYERS = 10
 STEPS_BETWEEN = 3  # levels put between two measured ones
@@ -97,7 +97,7 @@ def _stack_errors(stack: Sequence[LayerRecord], config: LoCoCoConfig) -> list[li
         for name in ("query", "key", "value", "output", "gradient")
     }
     entry = dataclasses.replace(stack[0], **tensors)  # (layers, heads or kv_heads, tokens, head_dim)
-    felt = felt_error(read_record(entry, config), entry)  # (layers, heads, tokens)
+    felt = fisher_error(read_record(entry, config), entry)  # (layers, heads, tokens)
     return felt.double().sum(dim=2).unflatten(1, (entry.key.shape[1], -1)).sum(dim=2).tolist()
 
 

@@ -3,264 +3,343 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.util
-import json
-import shutil
-import time
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.config import LoCoCoConfig
-from lococo.data.documents import local_files
-from lococo.data.windows import DataConfig, Windows, prepare
-from lococo.files import write_whole
-from lococo.heads import check_heads_folder, load_heads
+from lococo.data.windows import DEFAULT_CACHE, DataConfig, Windows, as_sources, prepare
+from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
 from lococo.patch import patched
 from lococo.results.deadline import Deadline
-from lococo.results.tables import Journal, peak_memory
-from lococo.state import head_modules
+from lococo.results.journal import Journal
+from lococo.state import patch_of
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
-from lococo.training.frozen import checksums
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
-from lococo.training.recipe import Recipe
-from lococo.training.report import save_calibrated
-from lococo.training.runs import check_same_run, check_work_folder, train_to_the_end, trainer_arguments
+from lococo.training.recipes import RECIPES, Recipe, adjusted
+from lococo.training.report import calibration_picture, record, source_names, without_folders
+from lococo.training.runs import RUN_NAME, Result, TrainingRun, check_same_run, plain, weights_identity
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
-from lococo.training.window_trainer import StopInTime
 
-RUN_NAME = "run.json"
-WORK_NAMES = (RUN_NAME, "recordings", "local", "trainer")
-
-
-def this_process(*, on_cpu: bool) -> PartialState:
-    """One process among those of a distributed run, with a GPU of its own; the others wait long for the first."""
-    return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
+Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
+Rows = list[dict[str, Any]]
 
 
-def check_calibration(
-    config: LoCoCoConfig,
-    data: DataConfig,
-    recipe: Recipe,
-    output: Path,
-    *,
-    work_dir: Path,
-    resume: bool = False,
-    first: int = 512,
-) -> None:
-    """Refuse what ``calibrate`` would refuse with these arguments, before a model is there.
+@dataclasses.dataclass(frozen=True)
+class Calibrated(Result):
+    """What ``calibrate`` has made: a heads folder, for ``lococo.patch_model(model, heads=folder)``.
 
-    Raises
-    ------
-    ValueError, OSError
-        As in ``calibrate``.
-    ImportError
-        If a package is missing.
+    Attributes
+    ----------
+    folder : Path
+        Heads, config, model card, and ``calibration.json`` and ``.png``: how it went.
+    rows : list of dict
+        One per thing measured: ``stage``, ``step``, and what it is about. Stage ``saved`` is what stands in the
+        folder. Of several processes the main one has all rows.
     """
-    check_heads_folder(output)
-    check_work_folder(work_dir, WORK_NAMES, resume)
-    for source in data.sources:
-        local_files(source)
-    if not 1 <= first < data.length:
-        raise ValueError(f"first must lie between 1 and {data.length - 1} for windows of {data.length}, got {first}")
-    if not data.num_heldout:
-        raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
-    evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before the first compression
-    if data.length <= evicting + 1:
-        raise ValueError(
-            f"windows of {data.length} tokens are too short for num_slots={config.num_slots} and "
-            f"block_size={config.block_size}: the first token is evicted after {evicting}"
-        )
-    if not importlib.util.find_spec("matplotlib"):
-        raise ImportError("calibration draws a picture with the package matplotlib: pip install lococo[train]")
+
+    @property
+    def gap_ratio(self) -> float | None:
+        """Of the heads in the folder: 0 is the full cache, 1 is H2O. None where H2O loses nothing."""
+        return [row for row in self.rows if "gap_ratio" in row][-1]["gap_ratio"]
 
 
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: LoCoCoConfig,
-    data: DataConfig,
-    recipe: Recipe,
-    output: Path,
+    dataset: Dataset,
     *,
-    work_dir: Path,
-    cache_dir: Path,
-    resume: bool = False,
-    first: int = 512,
-    dtype: torch.dtype | None = torch.bfloat16,
-    training_arguments: dict[str, Any] | None = None,
-    command: str = "lococo.calibrate(...)",
-    recordings_dir: Path | None = None,
-    deadline: Deadline | None = None,
-) -> list[dict[str, Any]]:
-    """Train the heads of a model and write them, with how they were made and what they measure, into a folder.
+    output: str | os.PathLike,
+    num_slots: int = 512,
+    **options: Any,
+) -> Calibrated:
+    """Train compression heads for a model, and write them with how they were made and what they measure.
+
+    ``lococo.calibrate(model, tokenizer, ["my_texts"], num_slots=256, output="heads")``
+
+    The recipe ``"default"`` finds how many slots each KV head needs, then distils the full cache into the heads.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         A causal language model, not patched; it is as it was afterwards, bit for bit.
-    config : LoCoCoConfig
-        The heads to train. ``slots_per_head`` is found by calibration if the recipe says so.
-    data : DataConfig
-        Text for training and for measurement.
-    output : Path
-        The heads folder.
-    work_dir : Path
-        State of the run: recordings, finished layers, checkpoints. Removed at the end.
-    cache_dir : Path
-        Token windows, errors per head and baselines, which other runs use too.
-    resume : bool
-        Go on with the run in ``work_dir``, if there is one.
-    first : int
-        First token of a held-out window that counts for the gap ratio.
-    dtype : torch.dtype, optional
-        Of the saved heads. None: as they were trained.
-    training_arguments : dict, optional
-        For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
-    command : str
-        What is written down as having made the heads.
-    recordings_dir : Path, optional
-        Recorded texts of this model, data and number of texts, for other runs too. None: in ``work_dir``.
-    deadline : Deadline, optional
-        The run stops after it, between two steps, texts or layers, and can be resumed.
+    dataset : str, path, or iterable
+        Hub ids, files or folders, one or several, or documents, as in ``lococo.data.windows.as_sources``. Ten are
+        enough to try, RedPajama's sample (``togethercomputer/RedPajama-Data-1T-Sample``) is what ours were made on.
+    output : path
+        The heads folder to write.
+    num_slots : int
+        KV slots per layer and KV head, on average.
+    **options
+        What is said otherwise than it stands here:
+
+        - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
+        - ``recipe="default"``: or ``"paper"``, or a ``Recipe``; its fields are options, too: ``objective``
+          (``"distill"``, ``"next-token"``, ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``,
+          ``learning_rate``, ``scalar_lr_factor``, ``budget_texts``, ``local_steps``, ``local_texts``,
+          ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the recipe's.
+        - ``length=4096``: tokens per window; ``first=512``: the first of them that counts for the gap ratio.
+        - ``num_windows=None``: to learn from; as many as the recipe reads. ``num_heldout=8``: to measure on.
+          ``heldout_share``, ``boundaries``, ``text_column``, ``split``, ``seed``: as in ``DataConfig``.
+        - ``dtype=torch.bfloat16``: of the saved heads; None: as they were trained.
+        - ``work_dir=None``: state of the run, removed at the end; ``<output>.work``. ``resume=False``: go on with the
+          run in it. ``cache_dir="~/.cache/lococo"``: token windows and figures, which other runs use too.
+        - ``time_limit=None``: seconds after which the run stops, to be resumed.
+        - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
+        - ``on_progress=None``: called with every row of the record as soon as it is there, the gap ratio among them.
 
     Returns
     -------
-    list of dict
-        One row per thing measured: ``stage``, ``step``, and what it is about. Stage ``saved`` is what stands in the
-        folder. Of several processes the main one has all rows.
+    Calibrated
+        ``folder``, ``gap_ratio`` and ``rows``.
 
     Raises
     ------
     ValueError
-        For a bad argument, before any work, or if the run to resume was another.
+        For a bad argument, before any work; if there is too little text; or if the run to resume was another.
     FileExistsError
         If ``output`` holds something else, or ``work_dir`` a run that is not resumed or something else.
     FloatingPointError
         If training diverges.
     OutOfTime
-        If the deadline came before the end.
+        If the time limit came before the end.
     """
-    deadline = deadline or Deadline()
-    started, resumed = time.monotonic(), (work_dir / RUN_NAME).is_file()
-    processes = this_process(on_cpu=model.device.type == "cpu")
-    check_calibration(config, data, recipe, output, work_dir=work_dir, resume=resume, first=first)
-    if recipe.objective and recipe.windows_per_step % processes.num_processes:
-        raise ValueError(
-            f"windows_per_step={recipe.windows_per_step} must be a multiple of {processes.num_processes} processes"
+    return plan_calibration(dataset, output=output, num_slots=num_slots, **options).run(model, tokenizer)
+
+
+def plan_calibration(
+    dataset: Dataset,
+    *,
+    output: str | os.PathLike,
+    num_slots: int = 512,
+    block_size: int | None = None,
+    recipe: str | Recipe = "default",
+    config: LoCoCoConfig | None = None,
+    length: int = 4096,
+    first: int = 512,
+    num_windows: int | None = None,
+    num_heldout: int = 8,
+    heldout_share: float | None = None,
+    boundaries: Literal["reset", "none"] = "reset",
+    text_column: str = "text",
+    split: str = "train",
+    seed: int = 0,
+    dtype: torch.dtype | None = torch.bfloat16,
+    work_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike = DEFAULT_CACHE,
+    resume: bool = False,
+    time_limit: float | None = None,
+    training_arguments: Mapping[str, Any] | None = None,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    command: str = "lococo.calibrate(...)",
+    **changes: Any,
+) -> Calibration:
+    """A calibration that is checked before a model is there. Arguments and errors as of ``calibrate``.
+
+    Parameters
+    ----------
+    command : str
+        What is written down as having made the heads.
+    **changes
+        For ``lococo.training.recipes.adjusted``.
+    """
+    name = "default" if isinstance(recipe, Recipe) else recipe
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
+    block_size = min(num_slots, 512) if block_size is None else block_size
+    recipe_config, named = RECIPES[name](num_slots, block_size)
+    chosen = adjusted(recipe if isinstance(recipe, Recipe) else named, **changes)
+    cache = Path(cache_dir).expanduser()
+    data = DataConfig(
+        sources=as_sources(dataset, cache, text_column),
+        length=length,
+        num_windows=chosen.windows_needed if num_windows is None else num_windows,
+        num_heldout=num_heldout,
+        boundaries=boundaries,
+        text_column=text_column,
+        split=split,
+        seed=seed,
+        heldout_share=heldout_share,
+    )
+    calibration = Calibration(
+        config=config or recipe_config,
+        data=data,
+        recipe=chosen,
+        output=Path(output),
+        first=first,
+        dtype=dtype,
+        work_dir=None if work_dir is None else Path(work_dir),
+        cache_dir=cache,
+        resume=resume,
+        training_arguments=training_arguments,
+        command=command,
+        deadline=Deadline(time_limit),
+        on_progress=on_progress,
+    )
+    calibration.check()
+    return calibration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration(TrainingRun):
+    """A calibration, all but the model.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+        The heads to train. ``slots_per_head`` is found by calibration if the recipe says so.
+    first : int
+        First token of a held-out window that counts for the gap ratio.
+    dtype : torch.dtype, optional
+        Of the saved heads. None: as they were trained.
+    recordings_dir : Path, optional
+        Recorded texts of this model, data and number of texts, for other runs too. None: in ``work_dir``.
+    """
+
+    config: LoCoCoConfig
+    recipe: Recipe
+    first: int = 512
+    dtype: torch.dtype | None = torch.bfloat16
+    recordings_dir: Path | None = None
+
+    work_names = (*TrainingRun.work_names, "recordings", "local")
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before a model is there. Errors as of ``calibrate``."""
+        check_heads_folder(self.output)
+        super().check()
+        length, config = self.data.length, self.config
+        if not 1 <= self.first < length:
+            raise ValueError(f"first must lie between 1 and {length - 1} for windows of {length}, got {self.first}")
+        if not self.data.num_heldout:
+            raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
+        evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before a compression
+        if length <= evicting + 1:
+            raise ValueError(
+                f"windows of {length} tokens are too short for num_slots={config.num_slots} and "
+                f"block_size={config.block_size}: the first token is evicted after {evicting}"
+            )
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Calibrated:
+        """Train and save. Errors as of ``calibrate``."""
+        self.check()
+        usage = self.meter()
+        processes = self.processes(on_cpu=model.device.type == "cpu", has_steps=self.recipe.objective is not None)
+        rows = _Rows(self.on_progress if processes.is_main_process else None)
+        with processes.main_process_first():
+            train, heldout = prepare(self.data, tokenizer, self.cache / "tokens")
+            description = self._description(weights_identity(model))
+            check_same_run(self.work / RUN_NAME, description)
+            journal = Journal(self.cache / f"measured-{description['model']}.jsonl", self.deadline)
+            gap = baselines(model, heldout.ids, self.config, self.first, journal)
+            config = self._with_budgets(model, train, journal, rows)
+            if processes.is_main_process:
+                self.begin(description)
+            recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
+            if self.recipe.local:
+                recordings.add(model, train.evenly(self.recipe.local_texts))
+        torch.manual_seed(self.data.seed)  # the heads' initial weights
+        with patched(model, config):
+            rows.add("start", step=0, **gap.measure(model))
+            if local := self.recipe.local:
+                with processes.main_process_first():
+                    for row in train_locally(model, recordings, local, self.work / "local", self.deadline):
+                        rows.add("local", **row)
+                rows.add("local", step=local.steps, **gap.measure(model))
+            if self.recipe.objective:
+                rows.rows += self._train_end_to_end(model, train, gap, rows.tell)
+            processes.wait_for_everyone()  # none still writes into the work folder
+            if processes.is_main_process:
+                if self.dtype is not None:
+                    _round_heads(model, self.dtype)
+                    steps = self.recipe.steps if self.recipe.objective else 0
+                    rows.add("saved", step=steps, **gap.measure(model))
+                self._save(model, config, gap, rows.rows, usage(model.device))
+                self.remove_work()
+        return Calibrated(self.output, rows.rows)
+
+    def _description(self, model: str) -> dict[str, Any]:
+        """What makes one run another, as plain JSON values."""
+        recipe = {"recipe": self.recipe, "objective": self.recipe.objective_name}
+        return plain(
+            {"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, "first": self.first}
         )
-    processes.wait_for_everyone()  # all have seen the work folder as it was
-    with processes.main_process_first():
-        train, heldout = prepare(data, tokenizer, cache_dir / "tokens")
-        run = _description(config, data, recipe, first, weights_identity(model))
-        check_same_run(work_dir / RUN_NAME, run)
-        journal = Journal(cache_dir / f"measured-{run['model']}.jsonl", deadline)
-        gap = baselines(model, heldout.ids, config, first, journal)
-        config, rows = _with_budgets(model, train, config, recipe, journal)
-        if processes.is_main_process:
-            write_whole(work_dir / RUN_NAME, json.dumps(run, indent=1))
-        recordings = Recordings(recordings_dir or work_dir / "recordings", deadline)
-        if recipe.local:
-            recordings.add(model, train.evenly(recipe.local_texts))
-    torch.manual_seed(data.seed)  # the heads' initial weights
-    with patched(model, config):
-        rows.append({"stage": "start", "step": 0, **gap.measure(model)})
-        if recipe.local:
-            with processes.main_process_first():
-                layers = train_locally(model, recordings, recipe.local, work_dir / "local", deadline)
-            rows += [{"stage": "local", **row} for row in layers]
-            rows.append({"stage": "local", "step": recipe.local.steps, **gap.measure(model)})
-        if recipe.objective:
-            trainer_dir = work_dir / "trainer"
-            rows += _train_end_to_end(model, train, recipe, gap, trainer_dir, data.seed, training_arguments, deadline)
-        processes.wait_for_everyone()  # none still writes into the work folder
-        if processes.is_main_process:
-            if dtype is not None:
-                _round_heads(model, dtype)
-                rows.append({"stage": "saved", "step": recipe.steps if recipe.objective else 0, **gap.measure(model)})
-            usage = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory(model.device)}
-            usage["resumed"] = resumed  # what an earlier process took is not counted
-            save_calibrated(model, output, rows, usage, gap, recipe, data, config, dtype, command)
-            shutil.rmtree(work_dir, ignore_errors=True)
-    return rows
+
+    def _with_budgets(self, model: PreTrainedModel, train: Windows, journal: Journal, rows: _Rows) -> LoCoCoConfig:
+        """The config with as many slots for each KV head as it needs, if the recipe says so."""
+        config = self.config
+        if not self.recipe.budget_texts or config.slots_per_head is not None:
+            return config
+        levels = slot_levels(config.num_slots)
+        windows = train.evenly(self.recipe.budget_texts)
+        slots = allocate(eviction_errors(model, windows, config, levels, journal.measure), levels, config.num_slots)
+        for layer, counts in enumerate(slots):
+            for head, count in enumerate(counts):
+                rows.add("budgets", layer=layer, kv_head=head, slots=count)
+        return dataclasses.replace(config, slots_per_head=slots)
+
+    def _train_end_to_end(
+        self, model: PreTrainedModel, train: Windows, gap: GapRatio, tell: Callable[[dict[str, Any]], Any]
+    ) -> Rows:
+        recipe, stage = self.recipe, "end-to-end"
+        assert recipe.objective is not None
+        measuring = MeasureGap(model, gap, recipe.measure_every, lambda row: tell({"stage": stage, **row}))
+        trainer = HeadTrainer(
+            model,
+            self.trainer_arguments(save_every=recipe.measure_every),
+            objective=recipe.objective,
+            scalar_lr_factor=recipe.scalar_lr_factor,
+            train_dataset=train,
+            callbacks=[measuring, *self.callbacks(stage)],
+        )
+        return self.train(trainer, lambda checkpoint: load_heads(model, checkpoint / HEADS_FOLDER), stage)
+
+    def _save(
+        self, model: PreTrainedModel, config: LoCoCoConfig, gap: GapRatio, rows: Rows, usage: dict[str, Any]
+    ) -> None:
+        """Write the heads folder: how the heads were made, what that took, what they measure, and a picture."""
+        last = [row for row in rows if "gap_ratio" in row][-1]
+        metrics = {
+            "heldout_nll": last["heldout_nll"],
+            "heldout_nll_full": gap.full,
+            "heldout_nll_h2o": gap.h2o,
+            "gap_ratio": last["gap_ratio"],
+            "heldout_windows": len(gap.windows),
+            "length": self.data.length,
+            "first": gap.first,
+        }
+        training = {
+            "command": without_folders(self.command),
+            "recipe": plain({"recipe": self.recipe})["recipe"],
+            "objective": self.recipe.objective_name,
+            "sources": source_names(self.data.sources),
+        }
+        contents = (record(self.command, model.device, rows, usage=usage), calibration_picture(rows, config))
+        attachments = dict(zip(ATTACHMENTS, contents, strict=True))
+        save_heads(model, self.output, training=training, metrics=metrics, dtype=self.dtype, attachments=attachments)
 
 
-def weights_identity(model: PreTrainedModel) -> str:
-    """Name of a model by its weights, for figures measured on it."""
-    total = 0
-    for value in checksums(model).values():
-        total = (31 * total + value) % 2**64
-    return f"{total:016x}"
+class _Rows:
+    """Rows of a record, told to a caller as they come."""
 
+    def __init__(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+        self.rows: Rows = []
+        self.tell = on_progress or (lambda row: None)
 
-def _description(config: LoCoCoConfig, data: DataConfig, recipe: Recipe, first: int, model: str) -> dict[str, Any]:
-    """What makes one run another, as plain JSON values."""
-    content = {
-        "model": model,
-        "config": config.to_dict(),
-        "data": dataclasses.asdict(data),
-        "recipe": dataclasses.asdict(recipe),
-        "objective": recipe.objective_name,
-        "first": first,
-    }
-    return json.loads(json.dumps(content))
+    def add(self, stage: str, **row: Any) -> None:
+        """Add a row."""
+        self.rows.append({"stage": stage, **row})
+        self.tell(self.rows[-1])
 
 
 @torch.no_grad()
 def _round_heads(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the heads the values that they have when saved in a dtype."""
-    for head in head_modules(model).values():
+    for head in patch_of(model).heads.values():
         for parameter in head.parameters():
             parameter.copy_(parameter.to(dtype))
-
-
-def _with_budgets(
-    model: PreTrainedModel, train: Windows, config: LoCoCoConfig, recipe: Recipe, journal: Journal
-) -> tuple[LoCoCoConfig, list[dict[str, Any]]]:
-    if not recipe.budget_texts or config.slots_per_head is not None:
-        return config, []
-    levels = slot_levels(config.num_slots)
-    errors = eviction_errors(model, train.evenly(recipe.budget_texts), config, levels, journal.measure)
-    slots = allocate(errors, levels, config.num_slots)
-    rows = [
-        {"stage": "budgets", "layer": layer, "kv_head": head, "slots": count}
-        for layer, counts in enumerate(slots)
-        for head, count in enumerate(counts)
-    ]
-    return dataclasses.replace(config, slots_per_head=slots), rows
-
-
-def _train_end_to_end(
-    model: PreTrainedModel,
-    train: Windows,
-    recipe: Recipe,
-    gap: GapRatio,
-    folder: Path,
-    seed: int,
-    training_arguments: dict[str, Any] | None,
-    deadline: Deadline,
-) -> list[dict[str, Any]]:
-    assert recipe.objective is not None
-    wanted = ("step", "loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")
-    windows, on_cpu = recipe.windows_per_step // PartialState().num_processes, model.device.type == "cpu"
-    given = trainer_arguments(folder, recipe.steps, windows, recipe.measure_every, on_cpu)
-    given.update(learning_rate=recipe.learning_rate, seed=seed)
-    trainer = HeadTrainer(
-        model,
-        TrainingArguments(**{**given, **(training_arguments or {})}),
-        objective=recipe.objective,
-        scalar_lr_factor=recipe.scalar_lr_factor,
-        train_dataset=train,
-        callbacks=[MeasureGap(model, gap, recipe.measure_every), StopInTime(deadline)],
-    )
-    state = train_to_the_end(trainer, lambda checkpoint: load_heads(model, checkpoint / HEADS_FOLDER))
-    return [
-        {"stage": "end-to-end", **{name: entry[name] for name in wanted if name in entry}}
-        for entry in state.log_history
-        if "loss" in entry or "gap_ratio" in entry
-    ]

@@ -8,32 +8,47 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lococo.state import HEAD, head_modules
+from lococo.state import HEAD, Patch, patch_of
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
-def only_heads_learn(model: nn.Module) -> Iterator[nn.Module]:
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the training modes of modules and ``requires_grad`` of parameters back at the end of a ``with`` block."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def only_heads_learn(model: nn.Module, patch: Patch | None = None) -> Iterator[nn.Module]:
     """A patched model inside a ``with`` block: heads trainable in float32 or wider, the rest frozen, no dropout.
 
     Afterwards modes, flags and the heads' dtype are what they were.
+
+    Parameters
+    ----------
+    patch : Patch, optional
+        The model's handle. None: looked up.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    heads = [(head, next(head.parameters()).dtype) for head in head_modules(model).values()]
-    try:
+    patch = patch or patch_of(model)
+    heads = [(head, next(head.parameters()).dtype) for head in patch.heads.values()]
+    with modes_kept(model):
         model.eval().requires_grad_(False)
         for head, dtype in heads:
             head.requires_grad_(True).to(torch.promote_types(dtype, torch.float32))
-        yield model
-    finally:
-        for head, dtype in heads:
-            head.to(dtype)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        for module, mode in modes:
-            module.training = mode
+        try:
+            yield model
+        finally:
+            for head, dtype in heads:
+                head.to(dtype)
 
 
 @contextlib.contextmanager
@@ -74,14 +89,3 @@ def _checksum(tensor: torch.Tensor, piece: int = 2**22) -> int:
         factors = torch.arange(1, 2 * len(part), 2, device=tensor.device)
         total = 31 * total + (part.long() * factors).sum()
     return int(total)
-
-
-def first_unhealthy_head(model: nn.Module) -> str:
-    """Where the first number among head parameters and their gradients that is not finite lies, in words."""
-    for index, head in head_modules(model).items():
-        for name, parameter in head.named_parameters():
-            if not parameter.isfinite().all():
-                return f"in layer {index} the head's {name} is not finite"
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"in layer {index} the gradient of the head's {name} is not finite"
-    return "all heads are finite: the numbers of the base model overflow"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.gap import gap_ratio
 from lococo.methods import as_method, method_config
-from lococo.metrics import token_nlls
-from lococo.results.tables import Journal
+from lococo.metrics import gap_ratio, mean_nll
+from lococo.results.journal import Journal
 
 BASELINES = ("full", "h2o", "h2o-slot")
 
 
 @dataclasses.dataclass(frozen=True)
 class GapRatio:
-    """``lococo.evaluation.gap.gap_ratio`` on some windows: 0 is the full cache, 1 is H2O.
+    """``lococo.metrics.gap_ratio`` on some windows: 0 is the full cache, 1 is H2O.
 
     Attributes
     ----------
@@ -41,11 +42,6 @@ class GapRatio:
         return {"heldout_nll": nll, "gap_ratio": gap_ratio(nll, self.full, [self.h2o])}
 
 
-def mean_nll(model: PreTrainedModel, windows: torch.Tensor, first: int) -> float:
-    """Mean negative log-likelihood over the tokens of (texts, tokens) windows, from token ``first`` on."""
-    return torch.stack([token_nlls(model, ids[None].long(), first).double().mean() for ids in windows]).mean().item()
-
-
 def baselines(
     model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, first: int, journal: Journal
 ) -> GapRatio:
@@ -60,13 +56,22 @@ def baselines(
 
 
 class MeasureGap(TrainerCallback):
-    """Logs the gap ratio every so many steps."""
+    """Measures the gap ratio every so many steps, and logs it.
 
-    def __init__(self, model: PreTrainedModel, gap: GapRatio, every: int) -> None:
-        self.model, self.gap, self.every = model, gap, every
+    Parameters
+    ----------
+    tell : callable
+        Called with every row of the log that is added.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, gap: GapRatio, every: int, tell: Callable[[dict[str, Any]], Any]
+    ) -> None:
+        self.model, self.gap, self.every, self.tell = model, gap, every, tell
 
     def on_step_end(self, args, state, control, **kwargs):
-        """See ``TrainerCallback``."""
+        """Measure, if it is the step for it."""
         is_last = state.global_step == state.max_steps
         if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
             state.log_history.append({"step": state.global_step, **self.gap.measure(self.model)})
+            self.tell(state.log_history[-1])

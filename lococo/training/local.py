@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -17,47 +16,13 @@ from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
 from lococo.results.deadline import Deadline
-from lococo.state import head_modules, lococo_config
+from lococo.state import patch_of
 from lococo.training.frozen import only_heads_learn
-from lococo.training.record import LayerRecord, felt_error, read_record, record
+from lococo.training.recipes import LocalConfig
+from lococo.training.record import LayerRecord, fisher_error, read_record, record
 
 TENSORS = ("query", "key", "value", "output", "gradient")
 FACTS = ("scale", "window", "softcap")
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalConfig:
-    """How long and how fast the head of a layer learns.
-
-    Parameters
-    ----------
-    steps : int
-        Texts read per layer, one after another and again from the first.
-    learning_rate : float
-        Of AdamW, falling linearly to 0.
-    scalar_learning_rate : float
-        Of gates, mass scale and biases: few numbers, that have far to go.
-    num_checked : int
-        Texts at the end of the recordings that are not learned from: the error is measured on them.
-
-    Raises
-    ------
-    ValueError
-        If a value is out of range.
-    """
-
-    steps: int = 40
-    learning_rate: float = 2e-3
-    scalar_learning_rate: float = 2e-2
-    num_checked: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "num_checked"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"local {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "scalar_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"local {name} must be positive, got {getattr(self, name)}")
 
 
 class Recordings:
@@ -116,7 +81,7 @@ def train_locally(
     """Train the head of every layer on recordings, layer after layer; no pass through the model.
 
     The loss is the error of the attention output over the unrolled segments as the next-token loss feels it
-    (``felt_error``), relative to that of plain token selection, so that every text counts alike.
+    (``fisher_error``), relative to that of plain token selection, so that every text counts alike.
 
     Parameters
     ----------
@@ -143,14 +108,13 @@ def train_locally(
         raise ValueError(
             f"local calibration needs more than num_checked={settings.num_checked} texts, got {len(recordings.paths)}"
         )
-    rows = []
-    heads = head_modules(model)
-    with only_heads_learn(model), tqdm(heads.items(), desc="local", unit="layer", disable=None) as bar:
+    rows, patch = [], patch_of(model)
+    with only_heads_learn(model, patch), tqdm(patch.heads.items(), desc="local", unit="layer", disable=None) as bar:
         for layer_idx, head in bar:
             path = folder / f"layer_{layer_idx:03d}.safetensors"
             if not path.is_file():
                 (deadline or Deadline()).check()
-                error = train_layer(layer_idx, head, lococo_config(model), recordings, settings)
+                error = train_layer(layer_idx, head, patch.config, recordings, settings)
                 tensors = {name: parameter.detach().cpu() for name, parameter in head.named_parameters()}
                 write_whole(path, save(tensors, metadata={"error": json.dumps(error)}))
             head.load_state_dict(load_file(path))
@@ -205,4 +169,4 @@ def train_layer(
 def _summed_error(
     entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: Compressor | None = None
 ) -> torch.Tensor:
-    return felt_error(read_record(entry, config, layer_idx, head), entry).sum()
+    return fisher_error(read_record(entry, config, layer_idx, head), entry).sum()

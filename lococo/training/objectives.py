@@ -12,9 +12,9 @@ from torch import nn
 
 from lococo.compat import cache_of, with_cache
 from lococo.compression.base import Compressor
-from lococo.forward import Request, asking, new_cache
+from lococo.context import ForwardRequest
 from lococo.patch import suspended
-from lococo.state import head_modules, is_patched, lococo_config, patched_decoder
+from lococo.state import Patch, find_patch, patch_of
 from lococo.whole_text import reading_pieces
 
 # Tokens whose logits are held at once, the same on every machine.
@@ -133,26 +133,54 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Caches:
-    """What a patched model remembers of the windows it has begun to read, compressed and in full."""
+    """What a patched model remembers of the windows it has begun to read, compressed and in full.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.compressed = new_cache(patched_decoder(model))
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A patched causal language model.
+    patch : Patch, optional
+        Its handle. None: looked up.
+    """
+
+    def __init__(self, model: nn.Module, patch: Patch | None = None) -> None:
+        self.model = model
+        self.patch = patch or patch_of(model)
+        self.compressed = self.patch.new_cache()
         self.full: Any = None
         self.full_tokens = 0
 
-    def logits(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    def losses(
+        self, objective: Objective, input_ids: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Losses of some tokens of windows. Arguments and result as in ``WindowLoss.forward``."""
+        if input_ids.shape[1] < 2:
+            raise ValueError(f"windows need at least 2 tokens, one to predict, got {input_ids.shape[1]}")
+        stop = input_ids.shape[1] - 1 if stop is None else stop
+        step = self.patch.prefill_chunk_size or LOSS_CHUNK
+        losses = []
+        with reading_pieces(self.model, last_position=input_ids.shape[1] - 2):
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
+                full = self.full_logits(ids) if objective.needs_full_cache else None
+                losses.append(objective.losses(self.logits(ids), targets, full))
+        return torch.cat(losses, dim=1)
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, vocabulary) through the compressed cache, which has read the tokens afterwards."""
         # Named as a request, the cache is used in training mode too, and the model makes none of its own beside it.
-        with asking(model, Request(cache=self.compressed)):
-            return model(input_ids=input_ids, use_cache=False).logits
+        with self.patch.asking(ForwardRequest(cache=self.compressed)):
+            return self.model(input_ids=input_ids, use_cache=False).logits
 
     @torch.no_grad()
-    def full_logits(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    def full_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The same through the full cache, without gradients."""
         start, self.full_tokens = self.full_tokens, self.full_tokens + input_ids.shape[1]
-        places = torch.arange(start, self.full_tokens, device=input_ids.device)[None]
-        with suspended(model):
-            output = model(input_ids=input_ids, position_ids=places, **with_cache(model, self.full), use_cache=True)
+        positions = torch.arange(start, self.full_tokens, device=input_ids.device)[None]
+        cache = with_cache(self.model, self.full)
+        with suspended(self.model):
+            output = self.model(input_ids=input_ids, position_ids=positions, **cache, use_cache=True)
         self.full = cache_of(output)
         return output.logits
 
@@ -183,9 +211,10 @@ class WindowLoss(nn.Module):
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
-        heads = head_modules(model)
+        self.patch = patch_of(model)
+        heads = self.patch.heads
         if not heads:
-            raise ValueError(f"the model has no heads to train: it is patched with {lococo_config(model)}")
+            raise ValueError(f"the model has no heads to train: it is patched with {self.patch.config}")
         for head in heads.values():
             if not isinstance(head, Compressor):
                 raise ValueError(
@@ -196,6 +225,10 @@ class WindowLoss(nn.Module):
         self.objective = objective
         if hasattr(model, "hf_device_map"):
             self.hf_device_map = model.hf_device_map  # keeps Trainer from moving heads away from their layers
+
+    def new_caches(self) -> Caches:
+        """For windows of which nothing has been read."""
+        return Caches(self.model, self.patch)
 
     def forward(
         self, input_ids: torch.Tensor, caches: Caches | None = None, start: int = 0, stop: int | None = None
@@ -221,7 +254,7 @@ class WindowLoss(nn.Module):
         ValueError
             If windows have fewer than two tokens.
         """
-        return window_losses(self.model, self.objective, input_ids, caches or Caches(self.model), start, stop)
+        return (caches or self.new_caches()).losses(self.objective, input_ids, start, stop)
 
 
 class NextTokenLoss(nn.Module):
@@ -232,44 +265,33 @@ class NextTokenLoss(nn.Module):
     model : torch.nn.Module
         A causal language model. A patched one reads windows chunk by chunk, another one whole.
     objective : NextToken
+
+    Raises
+    ------
+    ValueError
+        If the windows of a model that is not patched are to be read in chunks.
     """
 
     def __init__(self, model: nn.Module, objective: NextToken) -> None:
         super().__init__()
         self.model = model
+        self.patch = find_patch(model)
         self.objective = objective
+        if objective.backprop_tokens is not None and self.patch is None:
+            raise ValueError("backprop_tokens is for compressed caches: a full cache is trained on whole windows")
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP shards layer by layer
+
+    def new_caches(self) -> Caches | None:
+        """For windows of which nothing has been read. None where they are read whole."""
+        return Caches(self.model, self.patch) if self.patch else None
 
     def forward(
         self, input_ids: torch.Tensor, caches: Caches | None = None, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
         """Losses of some tokens. Arguments and result as in ``WindowLoss.forward``; without a cache of all tokens."""
-        if is_patched(self.model):
-            caches = caches or Caches(self.model)
-            return window_losses(self.model, self.objective, input_ids, caches, start, stop)
+        caches = caches or self.new_caches()
+        if caches is not None:
+            return caches.losses(self.objective, input_ids, start, stop)
         logits = self.model(input_ids=input_ids[:, :-1], use_cache=False).logits
         parts = zip(logits.split(LOSS_CHUNK, dim=1), input_ids[:, 1:].split(LOSS_CHUNK, dim=1), strict=True)
         return torch.cat([self.objective.losses(logits, targets) for logits, targets in parts], dim=1)
-
-
-def window_losses(
-    model: nn.Module,
-    objective: Objective,
-    input_ids: torch.Tensor,
-    caches: Caches,
-    start: int = 0,
-    stop: int | None = None,
-) -> torch.Tensor:
-    """Losses of a patched model over some tokens of windows. Arguments and result as in ``WindowLoss.forward``."""
-    if input_ids.shape[1] < 2:
-        raise ValueError(f"windows need at least 2 tokens, one to predict, got {input_ids.shape[1]}")
-    stop = input_ids.shape[1] - 1 if stop is None else stop
-    step = lococo_config(model).prefill_chunk_size or LOSS_CHUNK
-    losses = []
-    with reading_pieces(model, last_position=input_ids.shape[1] - 2):
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
-            full = caches.full_logits(model, ids) if objective.needs_full_cache else None
-            losses.append(objective.losses(caches.logits(model, ids), targets, full))
-    return torch.cat(losses, dim=1)

@@ -21,9 +21,10 @@ from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.kernels import scoring as kernels
 from lococo.masks import padding_mask
-from lococo.models import find_decoder
-from lococo.models.chatglm.family import bridges, end_call, is_remote_chatglm, remote_arguments
+from lococo.models import Family, find_family
+from lococo.models.changes import Changes
 from lococo.state import is_patched
+from lococo.training.frozen import modes_kept
 
 NAME = "lococo_record"
 
@@ -106,36 +107,24 @@ def _cross_entropy_gradient(logits: torch.Tensor, input_ids: torch.Tensor) -> to
 
 @contextlib.contextmanager
 def _attending_by(model: PreTrainedModel, keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
-    decoder: Any = find_decoder(model)
-    attention = decoder.config._attn_implementation
-    training = [module for module in model.modules() if module.training]
-    needs_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    bridged = list(bridges(decoder)) if is_remote_chatglm(decoder) else []
-    decoder.config._attn_implementation, decoder.lococo_keep = NAME, keep
-    handle = decoder.register_forward_pre_hook(_hand_over, with_kwargs=True)
-    for module, name, value in bridged:
-        setattr(module, name, value)
-    model.requires_grad_(False).eval()
+    family, changes = find_family(model), Changes()
+    attend = functools.partial(_recording_attention, lococo_keep=keep)
     try:
-        yield
+        family.install(changes, model, NAME)
+        hand_over = functools.partial(_hand_over, family, attend)
+        changes.hooks.append(family.decoder.register_forward_pre_hook(hand_over, with_kwargs=True))
+        with modes_kept(model):
+            model.requires_grad_(False).eval()
+            yield
     finally:
-        handle.remove()
-        end_call(decoder)
-        for module, name, _ in bridged:
-            delattr(module, name)
-        del decoder.lococo_keep
-        decoder.config._attn_implementation = attention
-        for module in training:
-            module.training = True
-        for parameter in needs_gradient:
-            parameter.requires_grad_(True)
+        family.finish()
+        changes.undo()
 
 
-def _hand_over(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if is_remote_chatglm(decoder):
-        attend = functools.partial(_recording_attention, lococo_keep=decoder.lococo_keep)
-        return args, remote_arguments(decoder, kwargs, attend)
-    return args, {**kwargs, "lococo_keep": decoder.lococo_keep}
+def _hand_over(
+    family: Family, attend: functools.partial, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    return args, family.arguments(kwargs, attend)
 
 
 def _recording_attention(
@@ -194,11 +183,11 @@ def read_record(
     layer = LayerCache(config, layer_idx)
     layer.window = entry.window
     fusing = head if entry.window is None else None
-    reading = LayerReading(plan_for, entry.scale, fusing, softcap=entry.softcap, kernel=config.attention)
+    reading = LayerReading(plan_for, entry.scale, fusing, softcap=entry.softcap)
     return read_layer(layer, reading, entry.query, entry.key, entry.value)
 
 
-def felt_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
+def fisher_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
     """Error of an attention output as the loss feels it: its part along the loss' gradient, squared.
 
     The sum over tokens and heads is twice the rise of the loss to second order, with the empirical Fisher information

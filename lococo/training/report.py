@@ -1,9 +1,7 @@
-"""What a calibration leaves behind: the heads folder with its record and picture."""
+"""What a training leaves behind besides weights: its record, and a picture of it."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
 import shlex
 from collections.abc import Sequence
@@ -11,55 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
 from lococo.data.documents import local_files
-from lococo.data.windows import DataConfig
-from lococo.heads import ATTACHMENTS, save_heads
+from lococo.results.plots import THIN, HeatMap, Lines, Panel, Series, picture
 from lococo.results.tables import result_content
-from lococo.training.gap import GapRatio
-from lococo.training.recipe import Recipe
-
-RESULT_NAME, PICTURE_NAME = ATTACHMENTS
 
 
-def save_calibrated(
-    model: PreTrainedModel,
-    output: Path,
-    rows: Sequence[dict[str, Any]],
-    usage: dict[str, Any],
-    gap: GapRatio,
-    recipe: Recipe,
-    data: DataConfig,
-    config: LoCoCoConfig,
-    dtype: torch.dtype | None,
-    command: str,
-) -> None:
-    """Write a heads folder with how the heads were made, what that took, what they measure, and a picture."""
-    command = without_folders(command)
-    last = [row for row in rows if "gap_ratio" in row][-1]
-    metrics = {
-        "heldout_nll": last["heldout_nll"],
-        "heldout_nll_full": gap.full,
-        "heldout_nll_h2o": gap.h2o,
-        "gap_ratio": last["gap_ratio"],
-        "heldout_windows": len(gap.windows),
-        "length": data.length,
-        "first": gap.first,
-    }
-    training = {
-        "command": command,
-        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
-        "objective": recipe.objective_name,
-        "sources": [Path(source).name if local_files(source) else source for source in data.sources],
-    }
-    result = {"usage": usage, **result_content(command, model.device, rows)}
-    attachments = {
-        RESULT_NAME: (json.dumps(result, indent=1) + "\n").encode(),
-        PICTURE_NAME: _picture(rows, config),
-    }
-    save_heads(model, output, training=training, metrics=metrics, dtype=dtype, attachments=attachments)
+def record(command: str, device: torch.device, rows: Sequence[dict[str, Any]], **facts: Any) -> bytes:
+    """A result file: the facts, what made the rows where, and the rows."""
+    content = {**facts, **result_content(without_folders(command), device, rows)}
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def without_folders(command: str) -> str:
@@ -68,28 +28,31 @@ def without_folders(command: str) -> str:
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
-def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
-    """PNG: slots per KV head, loss and gap ratio over the steps."""
-    from matplotlib.figure import Figure
+def source_names(sources: Sequence[str]) -> list[str]:
+    """Sources by name: a Hub id as it is, the last part of a path."""
+    return [Path(source).name if local_files(source) else source for source in sources]
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    budgets, losses, gaps = figure.subplots(1, 3)
-    if config.slots_per_head:
-        image = budgets.imshow(torch.tensor(config.slots_per_head).T.log2().numpy(), aspect="auto", cmap="viridis")
-        bar = figure.colorbar(image, ax=budgets)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{2**value:.0f}")
-        budgets.yaxis.get_major_locator().set_params(integer=True)
-    budgets.set(xlabel="layer", ylabel="KV head", title=f"slots per head, {config.num_slots} on average")
+
+def loss_panel(rows: Sequence[dict[str, Any]], title: str) -> Panel:
+    """The training loss over the steps."""
     trained = [row for row in rows if "loss" in row]
-    losses.plot([row["step"] for row in trained], [row["loss"] for row in trained], linewidth=1)
-    losses.set(xlabel="step", title="training loss (nats per token)")
+    loss = Series("", [row["loss"] for row in trained], [row["step"] for row in trained], style=THIN)
+    return Lines([loss], title, "step", "nats per token")
+
+
+def calibration_picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
+    """PNG: slots per KV head, loss and gap ratio over the steps."""
+    budgets = None
+    if config.slots_per_head:
+        by_head = list(zip(*config.slots_per_head, strict=True))
+        budgets = HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True)
     measured = [row for row in rows if row.get("gap_ratio") is not None and row["stage"] != "local"]
     ratios = [row["gap_ratio"] for row in measured]
-    gaps.plot([row["step"] for row in measured], ratios, marker="o")
-    gaps.set(xlabel="step", title="gap ratio on held-out text" if ratios else "no gap: H2O loses nothing")
-    gaps.set_ylim(1.1 * min([0.0, *ratios]), 1.1 * max([0.1, *ratios]))
-    for axes in (losses, gaps):
-        axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
-    return content.getvalue()
+    gaps = Lines(
+        [Series("", ratios, [row["step"] for row in measured])],
+        "gap ratio on held-out text" if ratios else "no gap: H2O loses nothing",
+        "step",
+        bottom=1.1 * min([0.0, *ratios]),
+        top=1.1 * max([0.1, *ratios]),
+    )
+    return picture([[budgets, loss_panel(rows, "training loss"), gaps]], (11, 3.6))

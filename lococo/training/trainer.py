@@ -5,24 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from lococo.heads import load_heads, save_heads
-from lococo.training.frozen import base_unchanged, first_unhealthy_head, only_heads_learn
-from lococo.training.objectives import Caches, Objective, WindowLoss
+from lococo.training.frozen import base_unchanged, only_heads_learn
+from lococo.training.objectives import Objective, WindowLoss
 from lococo.training.window_trainer import WindowTrainer
 
 HEADS_FOLDER = "heads"
-
-NOT_SUPPORTED = {
-    "gradient_checkpointing": "layers run twice would read twice into the cache; set backprop_tokens to save memory",
-    "activation_checkpointing": "layers run twice would read twice into the cache; set backprop_tokens to save memory",
-    "fsdp": "use a copy of the model per process, a device map, or lococo.training.window_trainer.DEEPSPEED_ZERO2",
-    "push_to_hub": "use lococo.push_heads after training",
-}
+TWICE = "layers run twice would read twice into the cache; set backprop_tokens to save memory"
 
 
 class HeadTrainer(WindowTrainer):
@@ -40,8 +33,7 @@ class HeadTrainer(WindowTrainer):
     objective : Objective
         ``NextToken`` or ``Distill``.
     scalar_lr_factor : float
-        Factor on the learning rate of gates, mass scales and biases: few numbers that have far to go. They have no
-        weight decay.
+        As of ``WindowTrainer``.
     **kwargs
         For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.data.windows.Windows``).
 
@@ -51,7 +43,13 @@ class HeadTrainer(WindowTrainer):
         If the model is not patched or has no heads to train, or for arguments under which heads cannot be trained.
     """
 
-    scalar_lr_factor: float
+    not_supported = {
+        "gradient_checkpointing": TWICE,
+        "activation_checkpointing": TWICE,
+        "fsdp": "use a copy of the model per process, a device map, or lococo.training.window_trainer.DEEPSPEED_ZERO2",
+        "push_to_hub": "use lococo.push_heads after training",
+    }
+    all_finite = "all heads are finite: the numbers of the base model overflow"
 
     def __init__(
         self,
@@ -62,47 +60,34 @@ class HeadTrainer(WindowTrainer):
         scalar_lr_factor: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        loss = WindowLoss(model, objective)
-        _check_arguments(args, scalar_lr_factor)
-        self.scalar_lr_factor = scalar_lr_factor
-        super().__init__(loss, model, args, objective, **kwargs)
+        super().__init__(WindowLoss(model, objective), args, scalar_lr_factor, **kwargs)
         if self.is_fsdp_enabled:  # accelerate launch may say so
-            raise ValueError(f"FSDP is not supported by HeadTrainer: {NOT_SUPPORTED['fsdp']}")
+            raise ValueError(f"FSDP is not supported by HeadTrainer: {self.not_supported['fsdp']}")
 
-    def new_caches(self) -> Caches:
-        """See ``WindowTrainer``."""
-        return Caches(self.trained_model)
+    def learning_rate_of(self, name: str, parameter: nn.Parameter) -> float:
+        """Of a parameter of a head."""
+        return self.args.learning_rate * (1.0 if parameter.dim() > 1 else self.scalar_lr_factor)
 
-    def what_is_unhealthy(self) -> str:
-        """See ``WindowTrainer``."""
-        return first_unhealthy_head(self.trained_model)
+    def place_of(self, name: str) -> tuple[str, str]:
+        """The layer, and the parameter of its head."""
+        _, index, parameter = name.split(".", 2)
+        return f"in layer {index} ", f"the head's {parameter}"
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train the heads. Arguments as of ``WindowTrainer.train``.
+        """Train the heads. Arguments and errors as of ``WindowTrainer.train``.
 
         Raises
         ------
-        ValueError, FloatingPointError
-            See ``WindowTrainer.train``.
         RuntimeError
             If the base model's weights have changed.
         """
-        with base_unchanged(self.trained_model), only_heads_learn(self.trained_model):
+        with base_unchanged(self.trained_model), only_heads_learn(self.trained_model, self.loss.patch):
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``Trainer.evaluation_loop``."""
-        with only_heads_learn(self.trained_model):
+        """Evaluate with the base model frozen. Arguments as of ``Trainer.evaluation_loop``."""
+        with only_heads_learn(self.trained_model, self.loss.patch):
             return super().evaluation_loop(*args, **kwargs)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """See ``Trainer.create_optimizer``."""
-        is_given = self.optimizer is not None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        for group in [] if is_given else optimizer.param_groups:
-            if all(parameter.dim() <= 1 for parameter in group["params"]):
-                group["lr"] *= self.scalar_lr_factor
-        return optimizer
 
     # Checkpoints
 
@@ -113,14 +98,3 @@ class HeadTrainer(WindowTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_heads(self.trained_model, Path(resume_from_checkpoint, HEADS_FOLDER))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def _check_arguments(args: TrainingArguments, scalar_lr_factor: float) -> None:
-    for name, instead in NOT_SUPPORTED.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{name}={getattr(args, name)!r} is not supported by HeadTrainer: {instead}")
-    if not scalar_lr_factor > 0:
-        raise ValueError(f"scalar_lr_factor must be positive, got {scalar_lr_factor!r}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from lococo.results.deadline import Deadline
-from lococo.state import head_modules, is_patched
-from lococo.training.objectives import Caches, Objective
+from lococo.state import Patch
+from lococo.training.objectives import Caches, NextTokenLoss, WindowLoss
 
 DEEPSPEED_ZERO2 = Path(__file__).with_name("deepspeed_zero2.json")  # for TrainingArguments(deepspeed=...)
 
@@ -26,51 +27,63 @@ DEEPSPEED_ZERO2 = Path(__file__).with_name("deepspeed_zero2.json")  # for Traini
 class WindowTrainer(Trainer, abc.ABC):
     """A ``Trainer`` of losses over windows, each chunk's backward coming before the next chunk's forward.
 
+    Weight decay is that of matrices alone.
+
     Parameters
     ----------
-    loss : torch.nn.Module
-        Called as ``WindowLoss``. Its parameters that require gradients are trained.
-    model : torch.nn.Module
-        The model in it; moved to ``args.device`` unless it has a device map or is to be sharded.
+    loss : WindowLoss or NextTokenLoss
+        Its parameters that require gradients are trained. Its model is moved to ``args.device`` unless it has a device
+        map or is to be sharded.
     args : transformers.TrainingArguments
-    objective : Objective
-        Gives the chunks.
+    scalar_lr_factor : float
+        Factor on the heads' learning rate for gates, mass scales and biases: few numbers that have far to go.
     **kwargs
         For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.data.windows.Windows``).
 
     Raises
     ------
     ValueError
-        If the process has several GPUs to itself.
+        For arguments that are not supported, or if the process has several GPUs to itself.
     """
 
-    trained_model: nn.Module
-    objective: Objective
+    not_supported: ClassVar[dict[str, str]]  # arguments, and what to do instead
+    all_finite: ClassVar[str]  # what to say of a loss that is not, where all parameters are
 
     def __init__(
-        self, loss: nn.Module, model: nn.Module, args: TrainingArguments, objective: Objective, **kwargs: Any
+        self, loss: WindowLoss | NextTokenLoss, args: TrainingArguments, scalar_lr_factor: float, **kwargs: Any
     ) -> None:
-        if getattr(model, "hf_device_map", None) is None and not args.fsdp:
-            model.to(args.device)
+        for name, instead in self.not_supported.items():
+            if getattr(args, name, None):
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} is not supported by {type(self).__name__}: {instead}"
+                )
+        if not scalar_lr_factor > 0:
+            raise ValueError(f"scalar_lr_factor must be positive, got {scalar_lr_factor!r}")
+        if getattr(loss.model, "hf_device_map", None) is None and not args.fsdp:
+            loss.model.to(args.device)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter has a gradient, whatever the text
-        self.trained_model = model
-        self.objective = objective
+        self.loss, self.scalar_lr_factor = loss, scalar_lr_factor
         super().__init__(loss, args, **kwargs)
-        self.add_callback(GatesWithinReach(model))
+        self.add_callback(GatesWithinReach(loss.patch))
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process: start one process per GPU (torchrun, accelerate launch), or "
                 "choose one with CUDA_VISIBLE_DEVICES"
             )
 
-    @abc.abstractmethod
-    def new_caches(self) -> Caches | None:
-        """What the model remembers of a batch of windows between chunks. None where there is one chunk."""
+    @property
+    def trained_model(self) -> nn.Module:
+        """The model in the loss."""
+        return self.loss.model
 
     @abc.abstractmethod
-    def what_is_unhealthy(self) -> str:
-        """Where the first number that is not finite lies, in words."""
+    def learning_rate_of(self, name: str, parameter: nn.Parameter) -> float:
+        """Of a parameter of the loss."""
+
+    @abc.abstractmethod
+    def place_of(self, name: str) -> tuple[str, str]:
+        """Where a parameter of the loss lies, in words, and what it is called there."""
 
     # Training
 
@@ -101,9 +114,9 @@ class WindowTrainer(Trainer, abc.ABC):
         """Forward and backward of one chunk of a batch of windows after another. Returns their loss."""
         input_ids = _unpadded(inputs)
         predicted = input_ids.shape[1] - 1
-        caches = self.new_caches()
+        caches = self.loss.new_caches()
         losses = []
-        for start, stop in self.objective.spans(predicted):
+        for start, stop in self.loss.objective.spans(predicted):
             chunk = {"input_ids": input_ids, "caches": caches, "start": start, "stop": stop}
             with self._synchronising(model, is_last=stop == predicted):
                 losses.append(super().training_step(model, chunk, num_items_in_batch))
@@ -151,21 +164,45 @@ class WindowTrainer(Trainer, abc.ABC):
 
     # Optimizer
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but vectors."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of ``args``, with a learning rate of its own for every kind of parameter."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in self.loss.named_parameters():
+                if parameter.requires_grad:
+                    decay = self.args.weight_decay if parameter.dim() > 1 else 0.0
+                    groups.setdefault((self.learning_rate_of(name, parameter), decay), []).append(parameter)
+            listed = [{"params": each, "lr": rate, "weight_decay": decay} for (rate, decay), each in groups.items()]
+            self.optimizer = optimizer_class(listed, **options)
+        return self.optimizer
 
     # Data
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "attention_mask"]  # type: ignore[assignment]
 
+    # Checkpoints
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     # Failures
+
+    def what_is_unhealthy(self) -> str:
+        """Where the first number among parameters and gradients that is not finite lies, in words."""
+        for name, parameter in self.loss.named_parameters():
+            place, known = self.place_of(name)
+            if not parameter.isfinite().all():
+                return f"{place}{known} is not finite"
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"{place}the gradient of {known} is not finite"
+        return self.all_finite
 
     def _check_gradients(self) -> None:
         if not self.accelerator.sync_gradients or self.accelerator.scaler is not None:
             return  # not whole yet; or the scaler leaves out steps with infinite ones
-        gradients = [parameter.grad for parameter in self.model.parameters()]  # type: ignore[union-attr]
+        gradients = [parameter.grad for parameter in self.loss.parameters()]
         finite = [grad.isfinite().all().to(self.args.device) for grad in gradients if grad is not None]
         if finite and not torch.stack(finite).all():
             raise FloatingPointError(f"step {self.state.global_step + 1}: {self.what_is_unhealthy()}")
@@ -192,15 +229,20 @@ class GatesWithinReach(TrainerCallback):
     """Moves gates of a model that left [0, 1] back after every step: steps beyond would have to be taken back first.
 
     DeepSpeed steps copies of its own, which it then writes into the model.
+
+    Parameters
+    ----------
+    patch : Patch, optional
+        Of the model; None where it has no heads.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, patch: Patch | None) -> None:
+        self.patch = patch
 
     @torch.no_grad()
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """See ``TrainerCallback``."""
-        for head in head_modules(self.model).values() if is_patched(self.model) else []:
+        """Called by the Trainer."""
+        for head in self.patch.heads.values() if self.patch else []:
             for parameter in head.after_step():
                 if hasattr(parameter, "_hp_mapping"):
                     importlib.import_module("deepspeed.utils").safe_set_full_fp32_param(parameter, parameter)
@@ -213,9 +255,32 @@ class StopInTime(TrainerCallback):
         self.deadline = deadline
 
     def on_step_end(self, args, state, control, **kwargs):
-        """See ``TrainerCallback``."""
+        """Called by the Trainer."""
         if self.deadline.is_over:
             control.should_save = control.should_training_stop = True
+
+
+def deepspeed_arguments(config: str) -> dict[str, str]:
+    """What ``transformers.TrainingArguments`` are told to train with DeepSpeed.
+
+    Parameters
+    ----------
+    config : str
+        A DeepSpeed config file, or ``zero2`` for ours.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ImportError
+        If DeepSpeed is not installed.
+    """
+    path = DEEPSPEED_ZERO2 if config == "zero2" else Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such DeepSpeed config file")
+    if not importlib.util.find_spec("deepspeed"):
+        raise ImportError("--deepspeed needs the package deepspeed: pip install deepspeed")
+    return {"deepspeed": str(path)}
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path:

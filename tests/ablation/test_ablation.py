@@ -12,16 +12,14 @@ from tiny import tiny_llama
 
 from lococo.ablation import run
 from lococo.ablation.grid import KINDS, Axes, combined
-from lococo.ablation.pictures import plot_rows
-from lococo.cli import ablate as command
+from lococo.ablation.run import plot_rows
 from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.gap import gap_ratio
-from lococo.evaluation.ppl_table import DocumentLosses, gap_change
+from lococo.evaluation.perplexity import DocumentLosses, gap_change
 from lococo.methods import Run, as_method
-from lococo.metrics import token_nlls
+from lococo.metrics import gap_ratio, token_nlls
 from lococo.results.deadline import Deadline, OutOfTime
-from lococo.results.tables import Journal
+from lococo.results.journal import Journal
 from lococo.training import gap
 
 LENGTH, FIRST, SLOTS, BLOCK = 48, 24, 16, 8
@@ -243,20 +241,20 @@ def test_out_of_time_then_killed_then_finished_equals_uninterrupted(whole, ablat
     assert len(steps) == 1 and not output.with_suffix(".json").exists()
     assert "no time for 3 cells; the same command goes on" in capsys.readouterr().err
 
-    original = run.calibrate
+    original = run.Calibration.run
 
-    def counted(*args, **options):
-        calibrations.append(args[2].kernel_size)
+    def counted(calibration, *args):
+        calibrations.append(calibration.config.kernel_size)
         if len(calibrations) == 2:
             raise KeyboardInterrupt
-        return original(*args, **options)
+        return original(calibration, *args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(run, "calibrate", counted)
+        patched.setattr(run.Calibration, "run", counted)
         patched.setattr(gap.MeasureGap, "on_step_end", lambda *args, **kw: steps.append(1) or taken(*args, **kw))
         ablate(output, *arguments)
     assert len(steps) == 2, "the step that was taken is not taken again"
-    monkeypatch.setattr(run, "calibrate", counted)
+    monkeypatch.setattr(run.Calibration, "run", counted)
     assert ablate(output, *arguments, "--steps", 3) == 2
     assert "holds a run with another data, recipe" in capsys.readouterr().err
     assert ablate(output, *arguments) == 0
@@ -266,14 +264,14 @@ def test_out_of_time_then_killed_then_finished_equals_uninterrupted(whole, ablat
 
 
 def test_what_there_was_time_for_is_written(ablate, tmp_path, monkeypatch, capsys):
-    output, original, done = tmp_path / "ablation", run.calibrate, []
+    output, original, done = tmp_path / "ablation", run.Calibration.run, []
     arguments = ["--centre", SLOTS, 5, ALL, "--num-slots", 32, "--objective", "local", "--steps", 1, "--windows", 3]
 
-    def slow(*args, **options):
-        done.append(original(*args, **options))
+    def slow(*args):
+        done.append(original(*args))
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "calibrate", slow)
+        patched.setattr(run.Calibration, "run", slow)
         patched.setattr(Journal, "measure", in_time(Journal.measure, lambda: len(done) > 1))
         assert ablate(output, *arguments) == 0
     assert content(output)["not_measured"] == ["m32-k5-sinks+heavy+recent+fused-seed0"]
@@ -303,19 +301,19 @@ def in_time(measure, is_over):
         ([*CENTRE, "--combine", "sinks:9+recent:9+fused"], "9 sinks + 9 recent leave nothing for fused"),
         ([*CENTRE, "--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         ([*CENTRE, "--num-slots", "64"], "windows of 48 tokens are too short for num_slots=64"),
-        (["--centre", "16", "five", ALL], "--centre is a number of slots, a kernel size and kinds, got 16 five"),
+        (["--centre", "16", "five", ALL], "Invalid value for '--centre'"),
         ([*SMALL, "--methods", "full,streaming"], "--methods needs full and h2o for the gap ratio, h2o is missing"),
         ([*SMALL, "--methods", "full,h2o,h3o"], "unknown method 'h3o'"),
         ([*SMALL, "--first", "48"], "--first must lie between 1 and 47"),
-        ([*SMALL, "--steps", "0"], "steps must be at least 1"),
+        ([*SMALL, "--steps", "0"], "Invalid value for '--steps'"),
         ([*SMALL, "--objective", "local", "--learning-rate", "1"], "--learning-rate is that of training from end"),
         ([*SMALL, "--objective", "local", "--windows", "2"], "local_texts must be more than the 2"),
         ([*SMALL, "--time-limit", "0"], "a time limit must be more than 0 seconds, got 0"),
-        ([*SMALL, "--data", "missing.txt"], "--data missing.txt: no such file"),
+        ([*SMALL, "--data", "missing.txt"], "missing.txt: no such file"),
     ],
 )
 def test_a_bad_grid_is_refused_before_a_model_is_loaded(ablate, tmp_path, monkeypatch, capsys, options, message):
-    monkeypatch.setattr(command, "load", None)
+    monkeypatch.setattr("lococo.loading.load_model", None)
     assert ablate(tmp_path / "ablation", *options) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
     assert message in error
@@ -323,13 +321,13 @@ def test_a_bad_grid_is_refused_before_a_model_is_loaded(ablate, tmp_path, monkey
 
 
 def test_heads_are_not_measured_on_what_they_learn_from(ablate, texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load", None)
+    monkeypatch.setattr("lococo.loading.load_model", None)
     assert ablate(tmp_path / "x", *SMALL, "--dataset", texts) == 2
     assert "heldout.jsonl is in --data and in --dataset" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(ablate, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load", None)
+    monkeypatch.setattr("lococo.loading.load_model", None)
     (tmp_path / "thesis.txt").write_text("mine")
     assert ablate(tmp_path / "x", *SMALL, "--work-dir", tmp_path) == 2
     assert "has no ablation.json, so it is no run to go on with" in capsys.readouterr().err

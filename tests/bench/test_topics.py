@@ -7,20 +7,18 @@ from tiny import tiny_ids, tiny_llama
 import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.bench.decode import Decode, compressed_cache, random_full_cache
-from lococo.bench.dispatch import HeldBytes, Operations
 from lococo.bench.extend import Extend, saved_bytes
-from lococo.bench.limits import measure_limits
-from lococo.bench.meter import Meter
-from lococo.bench.methods import OPEN, plan_bench
+from lococo.bench.meter import HeldBytes, Meter, Operations
 from lococo.bench.prefill import Prefill
+from lococo.bench.roofline import measure_limits
+from lococo.bench.runner import Cell, random_ids
 from lococo.bench.score import Score
-from lococo.bench.topic import Cell, random_ids
 from lococo.bench.train import Train, learning, objective_of, with_objectives
 from lococo.cache.layer import KVBuffer
 from lococo.generation import cache_bytes
 from lococo.kernels.scoring import SCORE_TILE
-from lococo.methods import PRESETS, Run, as_method
-from lococo.state import head_modules
+from lococo.methods import PRESETS, Run, as_method, plan_runs
+from lococo.state import patch_of
 from lococo.training.objectives import Distill, NextToken, WindowLoss
 
 M, B = 16, 8
@@ -34,17 +32,17 @@ def model():
 
 def test_open_gates_run_the_convolution_that_closed_ones_leave_out(model):
     for name, is_closed in {"lococo-uncalibrated": True, "lococo-open": False, "lococo-open-rank16": False}.items():
-        (run,) = plan_bench([name], [M], B)
+        (run,) = plan_runs([name], [M], B)
         with as_method(model, run.config), torch.no_grad():
-            assert {head.is_closed for head in head_modules(model).values()} == {is_closed}
-    with pytest.raises(ValueError, match=f"unknown method 'h20': choose from full, .*{list(OPEN)[-1]}"):
-        plan_bench(["h20"], [M], B)
+            assert {head.is_closed for head in patch_of(model).heads.values()} == {is_closed}
+    with pytest.raises(ValueError, match="unknown method 'h20': choose from full, .*lococo-open-rank16"):
+        plan_runs(["h20"], [M], B)
 
 
 def test_trained_heads_are_named_by_their_folder(model, tmp_path):
     with patched(model, LoCoCoConfig(M, block_size=B, gate_init=0.5)):
         lococo.save_heads(model, tmp_path / "mine")
-    full, ours = plan_bench(["full"], [M], B, [str(tmp_path / "mine")])
+    full, ours = plan_runs(["full"], [M], B, [str(tmp_path / "mine")], name_heads=True)
     assert (ours.name, ours.num_slots, full.config) == ("lococo-mine", M, None)
     found = Prefill().take(lococo.patch_model(tiny_llama(), heads=ours.heads), Cell(ours, 40, 1), Meter(CPU))
     assert found["seconds"] > 0
@@ -104,8 +102,7 @@ def test_a_decoded_token_has_its_share_of_the_compression(model, monkeypatch, na
         return compress(*args)
 
     monkeypatch.setattr(KVBuffer, "compress", counted)
-    presets = {**PRESETS, **OPEN}
-    config = presets[name](M, block_size=B, decode_block_size=decode_block)
+    config = PRESETS[name](M, block_size=B, decode_block_size=decode_block)
     cell = Cell(Run(name, config), 80, 2)
     with patched(model, config):
         found = Decode(steps).take(model, cell, CountingMeter(CPU))
@@ -139,7 +136,7 @@ def test_only_the_full_cache_keeps_more_with_every_token(model, name, batch):
         "paper-decoding": LoCoCoConfig(M, block_size=B, decode_block_size=1),
         "pairs": LoCoCoConfig(M, block_size=B, decode_block_size=2),
     }.get(name)
-    (run,) = [Run(name, config)] if config else plan_bench([name], [M], B)
+    (run,) = [Run(name, config)] if config else plan_runs([name], [M], B)
     with as_method(model, run.config):
         counted = Decode(3).count(model, Cell(run, 80, batch))
     assert counted["ops_per_step"] > 2 * 20  # the model's own
@@ -154,7 +151,7 @@ def test_operations_are_counted_as_they_are_dispatched():
 
 
 def test_objectives_are_for_heads_alone_and_in_the_chunks_of_the_recipe():
-    runs = plan_bench(["full", "streaming", "lococo-open"], [512], 512)
+    runs = plan_runs(["full", "streaming", "lococo-open"], [512], 512)
     cells = with_objectives([Cell(run, 4096, 1) for run in runs], ["distill", "next-token"])
     assert [(cell.run.name, cell.objective) for cell in cells] == [
         ("full", "next-token"),
@@ -180,7 +177,7 @@ def test_a_training_step_leaves_the_model_as_it_is(monkeypatch, name, objective)
             return super().step(*args)
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    (cell,) = with_objectives([Cell(run, 1400, 1) for run in plan_bench([name], [M], B)], [objective])
+    (cell,) = with_objectives([Cell(run, 1400, 1) for run in plan_runs([name], [M], B)], [objective])
     with as_method(model, cell.run.config):
         found = Train().take(model, cell, Meter(CPU))
     ((*has_gradient,),) = steps
@@ -195,7 +192,7 @@ def test_a_step_of_an_extension_keeps_no_more_for_longer_windows_with_slots(name
     model = tiny_llama().bfloat16()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     logits = model(tiny_ids()).logits
-    (run,) = plan_bench([name], [M], B)
+    (run,) = plan_runs([name], [M], B)
     found = []
     for length in (97, 385):
         with as_method(model, run.config):
@@ -231,7 +228,7 @@ def test_where_there_are_no_heads_norms_learn(model):
 @pytest.mark.parametrize("name", ["full", "streaming", "h2o", "lococo-open", "split"])
 def test_scoring_is_timed_where_entries_are_scored(model, name):
     split = LoCoCoConfig(M, block_size=B, slots_per_head=((20, 12), (9, 16)))
-    (run,) = plan_bench(["h2o" if name == "split" else name], [M], B)
+    (run,) = plan_runs(["h2o" if name == "split" else name], [M], B)
     run = Run(name, split) if name == "split" else run
     with as_method(model, run.config):
         found = Score(B).take(model, Cell(run, M + B, 3), Meter(CPU))
@@ -247,7 +244,7 @@ def test_scoring_is_timed_where_entries_are_scored(model, name):
 
 def test_scoring_never_holds_a_matrix_of_the_whole_block(model):
     block = 4 * SCORE_TILE
-    (run,) = plan_bench(["lococo-uncalibrated"], [block], block)
+    (run,) = plan_runs(["lococo-uncalibrated"], [block], block)
     with as_method(model, run.config):
         found = Score(block).take(model, Cell(run, 2 * block, 1), Meter(CPU))
     assert found["score_largest_bytes"] <= found["matrix_bytes"] / 4
@@ -285,6 +282,6 @@ def test_the_peak_of_memory_counts_from_the_first_to_what_is_set_apart():
 
 
 def test_limits_are_rates(monkeypatch):
-    monkeypatch.setattr("lococo.bench.limits.CPU_SIZES", (2**16, 64))
+    monkeypatch.setattr("lococo.bench.roofline.CPU_SIZES", (2**16, 64))
     limits = measure_limits(CPU, torch.float32)
     assert limits.bytes_per_second > 0 and limits.flops_per_second > 0

@@ -46,9 +46,9 @@ WAYS = {
 }
 
 
-def patched_llama(config, **sizes):
+def patched_llama(config, options=None, **sizes):
     torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(**sizes), config)
+    return lococo.patch_model(tiny_llama(**sizes), config, **(options or {}))
 
 
 def read(model, ids, cache=None, **arguments):
@@ -192,7 +192,7 @@ def test_another_model_or_method_is_refused_by_name(tmp_path):
 def test_how_it_is_computed_may_differ():
     model, ids = patched_llama(CONFIGS["open"]), TEXT[:1]
     cache = read(model, ids[:, :30])[1]
-    other = patched_llama(LoCoCoConfig(16, 8, gate_init=0.4, attention="eager", prefill_chunk_size=8))
+    other = patched_llama(CONFIGS["open"], dict(attention="eager", prefill_chunk_size=8))
     expected = read(model, ids[:, 30:60], copy.deepcopy(cache))[0]
     torch.testing.assert_close(read(other, ids[:, 30:60], cache)[0], expected, rtol=0, atol=1e-5)
 
@@ -234,7 +234,7 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
 @torch.no_grad()
 def test_what_cannot_be_saved_says_so(tmp_path):
     model = patched_llama(CONFIGS["open"])
-    cache = lococo.forward.new_cache(model.model)
+    cache = lococo.state.patch_of(model).new_cache()
     with pytest.raises(ValueError, match="nothing has been read into this cache yet"):
         cache.save(tmp_path / "cache.safetensors")
     cache = read(model, TEXT[:1, :30])[1]
@@ -276,9 +276,8 @@ def test_a_cache_follows_the_model_to_its_device_and_dtype(name, tmp_path):
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @torch.no_grad()
 def test_a_prompt_that_fails_after_some_pieces_is_not_read_on(error):
-    config = LoCoCoConfig(16, block_size=8, prefill_chunk_size=8)
     for piece in (1, 3, 4):  # of five
-        model = patched_llama(config)
+        model = patched_llama(LoCoCoConfig(16, block_size=8), dict(prefill_chunk_size=8))
         cache, calls = read(model, TEXT[:1, :5])[1], []
 
         def fail(module, args, calls=calls, piece=piece):

@@ -10,7 +10,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import lococo
-from lococo.cli.main import main, prompt_ids
+from lococo.cli.main import main
+from lococo.generation import prompt_ids
 
 WORDS = [f"w{index}" for index in range(61)]
 TEXT = " ".join(WORDS[index * index % 61] for index in range(200))
@@ -33,6 +34,10 @@ def checkpoint(tmp_path_factory):
 
 def figures(output):
     return {line[:15].strip(): line[16:] for line in output.splitlines() if line[:15].strip() and len(line) > 16}
+
+
+def errors(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: error: ")]
 
 
 @pytest.mark.parametrize(("method", "slots"), [("lococo-uncalibrated", 16), ("h2o", 16), ("full", None)])
@@ -73,15 +78,38 @@ def test_generate_with_heads(checkpoint, tmp_path, capsys):
     [
         (["--prompt-file", "missing.txt"], "missing.txt"),
         (["--prompt", ""], "the prompt is empty"),
+        ([], "either --prompt-file or --prompt"),
+        (["--prompt", "w1", "--prompt-file", "text.txt"], "either --prompt-file or --prompt"),
         (["--prompt", "w1 w2", "--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--prompt", "w1 w2", "--question", "w3"], "chat template"),
         (["--prompt", "w1 w2", "--heads", "missing"], "missing"),
+        (["--prompt", "w1 w2", "--method", "h20"], "unknown method 'h20': choose from full, streaming, "),
+        (["--prompt", "w1 w2", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--prompt", "w1 w2", "--device", "tpu9"], "--device must be cpu, cuda, cuda:1, ..., got 'tpu9'"),
+        (["--prompt", "w1 w2", "--dtype", "float"], "--dtype"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(checkpoint, capsys, arguments, message):
+    if message == "--dtype":
+        arguments, message = [*arguments[:-1], "float99"], "--dtype must be float32, bfloat16, ..., got 'float99'"
     assert main(["generate", "--model", str(checkpoint), *arguments]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
-    assert len(errors) == 1 and message in errors[0]
+    (error,) = errors(capsys)
+    assert message in error
+
+
+@pytest.mark.parametrize("folder", ["/no/model", "./model", "models/llama/8b"])
+def test_a_folder_that_is_not_there_is_named(capsys, folder):
+    assert main(["generate", "--model", folder, "--prompt", "w1 w2"]) == 2
+    assert f"{folder}: no such folder, and not a Hub id" in errors(capsys)[0]
+
+
+def test_what_may_be_of_the_hub_is_looked_for_there(capsys, monkeypatch):
+    def not_found(name, **options):
+        raise OSError(f"{name} is not a valid model identifier")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", not_found)
+    assert main(["generate", "--model", "org/model", "--prompt", "w1 w2"]) == 2
+    assert "org/model: no such folder, and not found on the Hub: org/model is not a valid" in errors(capsys)[0]
 
 
 def test_question_comes_after_the_text_in_chat_format():
@@ -91,17 +119,32 @@ def test_question_comes_after_the_text_in_chat_format():
     assert tokenizer.decode(ids[0]).split() == ["w0", "w1", "w2", "w7", "w60"]
 
 
-def test_eval_ppl_writes_its_files(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("slots", [["--num-slots", "16", "32"], ["--num-slots", "16", "--num-slots", "32"]])
+def test_eval_ppl_writes_its_files(checkpoint, tmp_path, capsys, slots):
     (tmp_path / "poems.txt").write_text(TEXT)
-    arguments = ["--data", str(tmp_path / "poems.txt"), "--length", "100", "--first", "50", "--num-slots", "16", "32"]
+    arguments = ["--data", str(tmp_path / "poems.txt"), "--length", "100", "--first", "50", *slots]
     output = tmp_path / "results" / "perplexity"
     assert (
         main(["eval", "ppl", "--model", str(checkpoint), "--block-size", "8", *arguments, "--output", str(output)])
         == 0
     )
-    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
-    assert len(rows) == 2 * (1 + 2 * 4)
-    assert capsys.readouterr().out.count("\n") >= 9
+    content = json.loads(output.with_suffix(".json").read_text())
+    assert len(content["rows"]) == 2 * (1 + 2 * 4) and {row["domain"] for row in content["rows"]} == {"poems", "all"}
+    assert content["command"].startswith("lococo eval ppl --model")
+    said = capsys.readouterr().out
+    assert said.count("\n") >= 9 and max(map(len, said.splitlines()[:-1])) <= 100
+    assert f"{output}.json" in said
+
+
+def test_data_is_looked_at_before_the_model_is_loaded(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
+    (tmp_path / "a.jsonl").write_text('{"body": "w1 w2"}\n{"text"')
+    for column, message in (("text", "a.jsonl: line 1: no column 'text'; it has 'body'"), ("body", "line 2: invalid")):
+        arguments = ["--model", str(checkpoint), "--data", str(tmp_path / "a.jsonl"), "--text-column", column]
+        assert main(["eval", "ppl", *arguments]) == 2
+        assert message in errors(capsys)[0]
+    assert main(["eval", "ppl", "--model", str(checkpoint), "--data", "missing.txt"]) == 2
+    assert "missing.txt: no such file or folder, and not a Hub dataset" in errors(capsys)[0]
 
 
 def test_bench_memory_shows_growth_and_no_growth(checkpoint, tmp_path):
@@ -116,9 +159,17 @@ def test_bench_memory_shows_growth_and_no_growth(checkpoint, tmp_path):
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lococo {lococo.__version__}\n"
+
+
+@pytest.mark.parametrize("module", ["lococo", "lococo.cli.main"])
+def test_the_package_runs_as_a_module(module):
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
+    assert result.stdout == f"lococo {lococo.__version__}\n", result.stderr
+    wrong = subprocess.run([sys.executable, "-m", module, "measure"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "lococo: error: No such command 'measure'. (lococo --help shows what there is)\n"
 
 
 def test_commands_need_no_package_of_an_extra():

@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from lococo.data import documents as reading
 from lococo.data import windows as data
-from lococo.data.documents import SUFFIXES, documents
+from lococo.data.documents import SUFFIXES, check_sources, documents
 from lococo.data.windows import DEFAULT_DATASET, DataConfig, is_heldout, prepare
 
 
@@ -306,6 +306,52 @@ def test_a_hub_dataset_is_streamed_from_all_its_shards(monkeypatch):
     assert {document["domain"] for document in found} == {"RedPajama-Data-1T-Sample"}
 
 
+def test_a_configuration_of_a_hub_dataset_is_named_behind_a_colon(monkeypatch):
+    calls = hub(monkeypatch, [hub_rows(3)])
+    (first, *_) = read("org/name:en.v2", text_column="body")
+    assert calls == [(("org/name", "en.v2"), {"split": "train", "streaming": True})]
+    assert first["domain"] == "name:en.v2"
+    hub(monkeypatch, [ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")])
+    with pytest.raises(ValueError, match="(?s)pick one among.*; name one as 'org/name:configuration'"):
+        read("org/name")
+
+
+def test_files_of_the_hub_are_read_where_they_are(monkeypatch):
+    address = "hf://datasets/org/name/books/*.jsonl.zst"
+    calls = hub(monkeypatch, [hub_rows(3)])
+    assert {document["domain"] for document in read(address, text_column="body")} == {"books"}
+    assert calls == [(("json",), {"data_files": address, "split": "train", "streaming": True})]
+
+
+def test_a_connection_that_breaks_is_named(monkeypatch):
+    def breaks():
+        yield {"text": "a"}
+        raise ConnectionError("reset")
+
+    hub(monkeypatch, [datasets.IterableDataset.from_generator(breaks)])
+    with pytest.raises(ValueError, match="org/name: cannot be read from the Hub: .*reset"):
+        list(read("org/name"))
+
+
+def test_in_order_means_file_after_file(tmp_path):
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [f"{name}{index}" for index in range(3)])
+    found = list(read(tmp_path, in_order=True))
+    assert [document["text"] for document in found] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert len({document["id"] for document in found}) == 6
+
+
+def test_sources_are_checked_by_their_first_document(tmp_path):
+    check_sources([str(write_lines(tmp_path / "a.jsonl", ["one", "two"])), "org/name"])
+    with pytest.raises(ValueError, match="no column 'body'; it has 'text'"):
+        check_sources([str(tmp_path / "a.jsonl")], "body")
+    (tmp_path / "b.txt").write_text(" ")
+    with pytest.raises(ValueError, match="b.txt: empty; expected at least one document with text"):
+        check_sources([str(tmp_path / "b.txt")])
+    with pytest.raises(FileNotFoundError, match="missing.jsonl: no such file or folder"):
+        check_sources([str(tmp_path / "missing.jsonl")])
+
+
 def test_a_hub_dataset_with_a_script_is_read_from_its_parquet_copy(monkeypatch):
     scripts = RuntimeError("Dataset scripts are no longer supported, but found x.py")
     calls = hub(monkeypatch, [scripts, hub_rows(3)])
@@ -394,11 +440,109 @@ def test_fewer_windows_than_wanted_are_used_with_a_warning_each_time(tmp_path):
         assert 0 < len(train) < 100 and len(heldout) == 3
 
 
+@pytest.mark.parametrize("boundaries", ["reset", "none"])
+@pytest.mark.parametrize("share", [None, 1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 10])
+def test_of_few_documents_one_at_least_is_on_either_side(tmp_path, boundaries, share, count):
+    for seed in range(5):
+        texts = many_texts(count, seed=seed)
+        path = write_lines(tmp_path / f"{seed}.jsonl", texts)
+        wish = config(path, boundaries=boundaries, heldout_share=share, num_windows=1, num_heldout=1, seed=seed)
+        train, heldout = prepare(wish, word_tokenizer(), tmp_path)
+        whole = [
+            {row for start in range(40) for row in cut(ids[start:], 8)} for ids in word_tokenizer()(texts).input_ids
+        ]
+        sides = [
+            {place for place, windows in enumerate(whole) if rows(side)[0] in windows} for side in (train, heldout)
+        ]
+        assert len(train) == len(heldout) == 1 and all(sides) and not sides[0] & sides[1]
+
+
+def test_of_few_documents_the_share_is_held_out_where_it_can_be(tmp_path):
+    texts = many_texts(10)
+    wish = config(write_lines(tmp_path / "a.jsonl", texts), heldout_share=0.4, num_windows=99, num_heldout=99)
+    assert 0 < sum(is_heldout(text, 0.4, 0) for text in texts) < 10
+    with pytest.warns(UserWarning, match="wanted"):
+        _, heldout = prepare(dataclasses.replace(wish, max_windows_per_document=99), word_tokenizer(), tmp_path)
+    expected = [word_tokenizer()(text).input_ids for text in texts if is_heldout(text, 0.4, 0)]
+    assert rows(heldout) == [row for ids in expected for row in cut(ids, 8)]
+
+
+def test_short_documents_are_joined_until_either_side_has_a_window(tmp_path):
+    texts = many_texts(10, words=3)
+    paths = write_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(ValueError, match=r"10 documents were read, the longest of 3 tokens and 0 of 8 or more"):
+        prepare(config(paths), word_tokenizer(), tmp_path)
+    wish = config(paths, boundaries="none", num_windows=1, num_heldout=1)
+    train, heldout = prepare(wish, word_tokenizer(), tmp_path)
+    assert len(train) == len(heldout) == 1
+
+
+def test_documents_in_files_of_their_own_are_few_together(tmp_path):
+    texts = many_texts(4)
+    for place, text in enumerate(texts):
+        (tmp_path / f"{place}.txt").write_text(text)
+    sources = [tmp_path / f"{place}.txt" for place in range(4)]
+    with pytest.warns(UserWarning, match="wanted"):
+        train, heldout = prepare(config(*sources, heldout_share=1e-9), word_tokenizer(), tmp_path)
+    assert len(train) == 9 and len(heldout) == 1, "every source gives as many"
+
+
+def test_a_single_document_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", many_texts(1))
+    with pytest.raises(
+        ValueError, match="1 document was read, and 2 are needed: one to learn from, another to measure"
+    ):
+        prepare(config(path), word_tokenizer(), tmp_path)
+    with pytest.warns(UserWarning, match="holds 4 training windows of 10 wanted"):
+        train, _ = prepare(config(path, num_heldout=0), word_tokenizer(), tmp_path)
+    assert len(train) == 4
+
+
+# Documents that are no files
+
+
+def test_names_of_sources_stay_names(tmp_path):
+    blank = write_lines(tmp_path / "my texts" / "a b.jsonl", ["one"])
+    for names in (["a.jsonl"], [blank], [str(blank.parent)], ["org/name", "x y.txt"], [Path("nowhere")]):
+        assert data.as_sources(names, tmp_path / "cache") == tuple(map(str, names))
+    assert data.as_sources("org/name", tmp_path / "cache") == ("org/name",)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["texts", "rows", "generator", "dataset", "chinese"])
+def test_documents_are_kept_in_a_file_that_is_the_source(tmp_path, kind):
+    texts = ["三" * 300] if kind == "chinese" else ["one two", "three four\n"]
+    given = [{"text": text, "domain": "news"} for text in texts] if kind in ("rows", "dataset") else texts
+    given = datasets.Dataset.from_list(given) if kind == "dataset" else given
+    (path,) = data.as_sources((each for each in given) if kind == "generator" else given, tmp_path)
+    found = list(read(path))
+    assert [document["text"] for document in found] == texts
+    assert {document["domain"] for document in found} == {"news" if kind in ("rows", "dataset") else "documents"}
+    assert data.as_sources(list(given), tmp_path) == (path,)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [Path(path)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], ValueError, "dataset is empty"),
+        (["a.txt", "one two"], ValueError, "dataset holds 1 names of sources, such as 'a.txt', beside documents"),
+        ([1], TypeError, "dataset must hold names of sources, or texts or mappings, got int"),
+    ],
+)
+def test_data_of_other_kinds_is_refused(tmp_path, dataset, error, message):
+    with pytest.raises(error, match=message):
+        data.as_sources(dataset, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"length": 50}, "not one training window of 50 tokens: 20 documents were read, the longest of 40 tokens"),
-        ({"heldout_share": 1e-9}, r"not one held-out window of 8 tokens: .*another heldout_share \(now 1e-09\)"),
+        ({"length": 41}, r"of 40 tokens and 0 of 41 or more, 2 needed; choose a length of at most 40, .*\(now 0.05\)"),
+        ({"boundaries": "none", "length": 700}, "the longest of 40 tokens, 800 in all; choose a smaller length"),
     ],
 )
 def test_no_window_says_what_was_read_and_what_to_change(tmp_path, changes, message):

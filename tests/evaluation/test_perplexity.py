@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 
@@ -5,15 +6,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import zstandard
 from tiny import tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig, patched
-from lococo.data.texts import Cut, Text, read_documents, read_file, read_proof_pile, read_windows
-from lococo.evaluation import perplexity, ppl_table, sliding_windows, token_nlls, windows
-from lococo.evaluation.gap import gap_interval, gap_ratio
+from lococo.data.texts import PROOF_PILE, Cut, Text, read_texts, read_windows, sliding_windows, windows
+from lococo.evaluation import perplexity as perplexity_module
 from lococo.methods import plan_runs
-from lococo.results.tables import Journal, markdown_table
+from lococo.metrics import gap_interval, gap_ratio, mean_nll, perplexity, token_nlls
+from lococo.results.journal import Journal
+from lococo.results.tables import markdown_table
 
 
 class Characters:
@@ -102,7 +105,7 @@ def run(model, corpus, output, methods=METHODS, length=40, budgets=(12,), **chan
     runs = plan_runs(methods, budgets, block_size=8, heads=changes.pop("heads", ()))
     lengths = length if isinstance(length, tuple) else (length,)
     texts = read_windows([corpus], Characters(), Cut(lengths, first=20, limit=3, **changes))
-    return ppl_table.run(model, texts, runs, first=20, output=output, command="command")
+    return perplexity_module.evaluate_perplexity(model, texts, runs, first=20, output=output, command="command")
 
 
 def test_table_holds_what_it_says(model, corpus, tmp_path):
@@ -117,7 +120,7 @@ def test_table_holds_what_it_says(model, corpus, tmp_path):
         (ours - full) / (min(h2o, h2o_slot) - full)
     )
     assert cell["books", "full"]["tokens"] == 3 * 20
-    texts = list(windows(read_file(corpus, Characters()), 40, 3))
+    texts = list(windows(read_texts(str(corpus), Characters(), Cut((40,), first=20, limit=3)), 40, 3))
     expected = torch.stack([token_nlls(model, window.ids, 20).mean() for window in texts]).mean().item()
     assert full == pytest.approx(expected)
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
@@ -132,16 +135,16 @@ def test_killed_run_goes_on_where_it_stopped(model, corpus, tmp_path, monkeypatc
         if len(calls) == 5:
             raise KeyboardInterrupt
         calls.append(args)
-        return token_nlls(*args)
+        return mean_nll(*args)
 
-    monkeypatch.setattr(ppl_table, "token_nlls", counted)
+    monkeypatch.setattr(perplexity_module, "mean_nll", counted)
     with pytest.raises(KeyboardInterrupt):
         run(model, corpus, tmp_path / "cut")
     assert not (tmp_path / "cut.json").exists()
     with (tmp_path / "cut.partial.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     again = []
-    monkeypatch.setattr(ppl_table, "token_nlls", lambda *args: again.append(args) or token_nlls(*args))
+    monkeypatch.setattr(perplexity_module, "mean_nll", lambda *args: again.append(args) or mean_nll(*args))
     assert run(model, corpus, tmp_path / "cut") == expected
     assert len(calls) + len(again) == 4 * 3
     assert not (tmp_path / "cut.partial.jsonl").exists()
@@ -180,7 +183,7 @@ def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path)
 def test_files_without_texts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
-        read_documents(tmp_path / name)
+        read_texts(str(tmp_path / name), Characters(), Cut((30,), first=20, limit=3))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def test_sliding_measures_the_same_tokens_at_every_length(model, corpus, tmp_pat
         (90, 2 * 70, 2),
     ]
     (whole,) = [row["nll"] for row in rows if row["length"] == 90 and row["domain"] == "all"]
-    texts = read_file(corpus, Characters())
+    texts = read_texts(str(corpus), Characters(), Cut((30,), first=20, limit=3))
     expected = torch.cat([token_nlls(model, torch.tensor([text.ids]), 20) for text in texts]).mean().item()
     assert whole == pytest.approx(expected)
 
@@ -229,7 +232,7 @@ def test_documents_of_the_same_place_in_two_files_stay_apart(model, tmp_path):
     def measure(*names):
         texts = read_windows([tmp_path / f"{name}.jsonl" for name in names], Characters(), cut)
         journal = Journal(tmp_path / f"{len(names)}{names[0]}.partial.jsonl")
-        return ppl_table.perplexity_rows(model, texts, [full], 20, journal)[0]
+        return perplexity_module.perplexity_rows(model, texts, [full], 20, journal)[0]
 
     both = measure("a", "b")
     assert both["documents"] == 2
@@ -296,25 +299,37 @@ def test_windows_of_one_document_are_drawn_together(model, corpus, tmp_path):
 def test_proof_pile_is_streamed_until_there_are_enough_long_documents(monkeypatch):
     asked, read = [], []
 
-    def load_dataset(kind, **options):
-        asked.append((kind, options))
+    def records():
         for index in range(10):
             read.append(index)
             yield {"text": "" if index == 0 else "x" * 10 * index, "meta": {}}
 
+    def load_dataset(kind, **options):
+        asked.append((kind, options))
+        return datasets.IterableDataset.from_generator(records)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    texts = read_proof_pile("arxiv", Characters(), tokens=30, limit=2)
-    assert [(text.domain, text.name, len(text.ids)) for text in texts] == [("arxiv", "3", 30), ("arxiv", "4", 40)]
+    cut = Cut((30,), first=20, limit=2)
+    texts = read_texts(PROOF_PILE["arxiv"], Characters(), cut)
+    assert [len(text.ids) for text in texts] == [10, 20, 30, 40]
     assert read == [0, 1, 2, 3, 4]
     ((kind, options),) = asked
     assert kind == "json" and options["streaming"]
     assert options["data_files"] == "hf://datasets/EleutherAI/proof-pile-2/arxiv/test/*.jsonl.zst"
-    with pytest.raises(ValueError, match="no document of the first 10000 has 500 tokens"):
-        read_proof_pile("arxiv", Characters(), tokens=500, limit=2)
+    with pytest.raises(ValueError, match="no document has 500 tokens, the longest of 9 has 90"):
+        read_windows(None, Characters(), Cut((500,), first=20, limit=2))
     cut = Cut((30, 90), first=20, limit=1)
     assert {(each.domain, each.length) for each in read_windows(None, Characters(), cut)} == {
         (domain, length) for domain in ("arxiv", "open-web-math", "algebraic-stack") for length in (30, 90)
     }
+
+
+def test_no_more_of_the_hub_is_looked_at_than_said(monkeypatch):
+    monkeypatch.setattr("lococo.data.texts.MOST_LOOKED_AT", 3)
+    rows = datasets.Dataset.from_list([{"text": "short"}] * 5 + [{"text": "x" * 40}]).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: rows)
+    with pytest.raises(ValueError, match="no document has 30 tokens, the longest of 3 has 5"):
+        read_windows(["org/name:configuration"], Characters(), Cut((30,), first=20, limit=2))
 
 
 def test_an_unreachable_hub_is_named(monkeypatch):
@@ -322,8 +337,30 @@ def test_an_unreachable_hub_is_named(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="proof-pile-2.*name local texts with --data"):
-        read_proof_pile("arxiv", Characters(), tokens=30, limit=2)
+    with pytest.raises(ValueError, match="proof-pile-2.*does not open as a Hub dataset: no route"):
+        read_windows(None, Characters(), Cut((30,), first=20, limit=2))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_texts_to_measure_on_come_in_every_kind_of_file(tmp_path, suffix):
+    path = tmp_path / "books" / f"a{suffix}"
+    path.parent.mkdir()
+    lines = "\n".join(json.dumps({"body": "x" * length}) for length in (10, 40, 50)).encode()
+    if suffix == ".parquet":
+        datasets.Dataset.from_list([{"body": "x" * length} for length in (10, 40, 50)]).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(lines) if suffix == ".jsonl.gz" else zstandard.compress(lines))
+    found = read_windows([path.parent], Characters(), Cut((40,), first=20, limit=3), text_column="body")
+    assert [(each.domain, each.ids.shape[1]) for each in found] == [("books", 40), ("books", 40)]
+    assert len({each.document for each in found}) == 2
+
+
+def test_a_text_file_is_one_document_and_a_domain_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("lococo.data.documents.TEXT_PART", 10)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("x" * 40)
+    found = read_windows([tmp_path], Characters(), Cut((40,), first=20, limit=3))
+    assert [(each.domain, each.ids.shape[1]) for each in found] == [("a", 40), ("b", 40)]
 
 
 def test_journal_measures_each_key_once(tmp_path):

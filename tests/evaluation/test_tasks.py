@@ -14,15 +14,13 @@ from test_cli import WORDS, word_tokenizer
 from tiny import tiny_llama
 
 import lococo
+from experiments.task_files import write_tasks
 from lococo.cli.main import main
-from lococo.evaluation import task_table
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
 from lococo.evaluation.prefixes import PrefixReader
-from lococo.evaluation.task_files import FILES, local_splits
-from lococo.evaluation.tasks import FewShotTask, parse_tasks
+from lococo.evaluation.tasks import FewShotTask, evaluate_tasks, parse_task, read_tasks
 from lococo.methods import plan_runs
 
-SHARED = Path(__file__).parents[3] / "shared/data/eval"
 CONFIG = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.3)
 
 
@@ -78,13 +76,20 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Folder of task files."""
     folder = tmp_path_factory.mktemp("data")
     for name, (line, scored, examples) in LINES.items():
         (folder / name).mkdir()
-        write_rows(folder / name / scored, [line(index) for index in range(6)])
+        write_rows(folder / name / scored, [line(index) for index in range(6 if examples else 10)])
         if examples:
             write_rows(folder / name / examples, [line(index) for index in range(20, 26)])
-    return folder
+    write_tasks(folder, folder / "tasks", shots=4)
+    return folder / "tasks"
+
+
+def few_shot(name, shots, data, seed=0):
+    (task,) = read_tasks([f"{name}:{shots}"], data, seed)
+    return task
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,7 @@ def open_model():
 
 
 def requests_of(data, name, shots, lm):
-    return [request for prompt in prompts_of(FewShotTask(name, shots, data), lm) for request in prompt.requests]
+    return [request for prompt in prompts_of(few_shot(name, shots, data), lm) for request in prompt.requests]
 
 
 def prompts_of(task, lm, limit=None):
@@ -209,7 +214,7 @@ def test_only_the_last_used_beginnings_are_kept():
 
 
 def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_question(data, tokenizer):
-    task = FewShotTask("arc_easy", 2, data, seed=1)
+    task = few_shot("arc_easy", 2, data, seed=1)
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
     items = prompts_of(task, lm, limit=3)
     prompts = [item.requests[0].args[0] for item in items]
@@ -219,26 +224,26 @@ def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_questi
     assert all(example in possible for example in examples[0].split("\n\n"))
     assert [prompt.rsplit("\n\n", 1)[1] for prompt in prompts] == [arc(index)["query"] for index in range(3)]
     assert [request.args[1] for request in items[2].requests] == [f" {choice}" for choice in arc(2)["choices"]]
-    others = FewShotTask("arc_easy", 2, data, seed=0)
+    others = few_shot("arc_easy", 2, data, seed=0)
     assert prompts_of(others, lm, limit=1)[0].requests[0].args[0] != prompts[0]
     assert others.digest(others.questions(1)[0]) != task.digest(task.questions(1)[0])
 
 
 def test_more_shots_begin_with_the_examples_of_fewer(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
-    few, more = (prompts_of(FewShotTask("hellaswag", shots, data), lm)[0].requests[0].args[0] for shots in (2, 5))
+    few, more = (prompts_of(few_shot("hellaswag", shots, data), lm)[0].requests[0].args[0] for shots in (2, 5))
     assert more.startswith(few.rsplit("\n\n", 1)[0])
 
 
 def test_race_asks_the_last_question_of_an_article(data, tokenizer):
-    item = prompts_of(FewShotTask("race", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
+    item = prompts_of(few_shot("race", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
     question = item.requests[0].args[0].split("Article: ")[-1]
     first, last = race(0)["questions"]
     assert question == f"{race(0)['article']}\n\nQuestion: {first}\nAnswer: {arc(0)['choices'][1]}\n{last}"
 
 
 def test_winogrande_reads_both_sentences_and_scores_what_follows(data, tokenizer):
-    item = prompts_of(FewShotTask("winogrande", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
+    item = prompts_of(few_shot("winogrande", 1, data), PrefixLM(tiny_llama(), tokenizer=tokenizer))[0]
     sentence, options = winogrande(0)["sentence"], [winogrande(0)[name] for name in ("option1", "option2")]
     before, after = sentence.split("_")
     assert [request.args[0].split("\n\n")[1] for request in item.requests] == [before + each for each in options]
@@ -247,29 +252,62 @@ def test_winogrande_reads_both_sentences_and_scores_what_follows(data, tokenizer
 
 def test_triviaqa_takes_its_examples_from_the_end_and_scores_the_rest(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
-    task = FewShotTask("triviaqa", 2, data)
+    task = few_shot("triviaqa", 4, data)
     items = prompts_of(task, lm)
     assert [question["question"] for question in task.questions()] == [
-        triviaqa(index)["question"] for index in range(4)
+        triviaqa(index)["question"] for index in range(6)
     ]
-    assert all(triviaqa(index)["question"] in items[0].requests[0].args[0] for index in (4, 5))
+    assert all(triviaqa(index)["question"] in items[0].requests[0].args[0] for index in range(6, 10))
 
 
 def test_prompts_that_are_too_long_lose_whole_examples(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
-    whole = prompts_of(FewShotTask("arc_easy", 6, data), lm)[0]
+    whole = prompts_of(few_shot("arc_easy", 6, data), lm)[0]
     assert whole.shots == 6
     longest = max(lm.tokens_read(request.args)[1] for request in whole.requests)
     exact = PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=longest)
-    assert prompts_of(FewShotTask("arc_easy", 6, data), exact)[0].requests[0].args == whole.requests[0].args
+    assert prompts_of(few_shot("arc_easy", 6, data), exact)[0].requests[0].args == whole.requests[0].args
     shorter = PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=longest - 1)
-    cut = prompts_of(FewShotTask("arc_easy", 6, data), shorter)[0]
+    cut = prompts_of(few_shot("arc_easy", 6, data), shorter)[0]
     parts = whole.requests[0].args[0].split("\n\n")
     assert cut.shots == 5
     assert cut.requests[0].args[0].split("\n\n") == [*parts[:5], parts[-1]]
     assert cut.tokens == len(tokenizer(cut.requests[0].args[0]).input_ids)
     with pytest.raises(ValueError, match=r"arc_easy: a question alone has \d+ tokens, more than the 5"):
-        prompts_of(FewShotTask("arc_easy", 6, data), PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=5))[0]
+        prompts_of(few_shot("arc_easy", 6, data), PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=5))[0]
+
+
+@pytest.mark.parametrize("model", [tiny_llama, open_model], ids=["full", "patched"])
+def test_the_middle_of_long_prompts_is_left_out_if_allowed(data, tokenizer, model):
+    cut = PrefixLM(model(), tokenizer=tokenizer, max_length=40, truncate="middle")
+    whole = PrefixLM(model(), tokenizer=tokenizer)
+    ids = cut.tok_encode(words(*range(60)))
+    answers = [cut.tok_encode(words(*numbers)) for numbers in ((1, 2), (5,))]
+    kept = [*ids[:20], *ids[-19:]]
+    asked = [(("", ""), ids, answer) for answer in answers]
+    expected = whole._loglikelihood_tokens([(("", ""), kept, answer) for answer in answers])
+    assert_same(cut._loglikelihood_tokens(asked), expected)
+    settings = {"until": ["\n"], "max_gen_toks": 10, "do_sample": False}
+    (answer,) = cut.generate_until([Instance("generate_until", {}, (words(*range(60)), settings), 0)])
+    kept = tokenizer.decode([*ids[:15], *ids[-15:]])
+    assert len(cut.tok_encode(kept)) == 30
+    assert [answer] == whole.generate_until([Instance("generate_until", {}, (kept, settings), 0)])
+    question = few_shot("arc_easy", 6, data).prompt(
+        PrefixLM(tiny_llama(), tokenizer=tokenizer, max_length=5, truncate="middle"), arc_of_the_hub(0)
+    )
+    assert (question.shots, question.tokens) == (0, 5)
+    with pytest.raises(ValueError, match="truncate must be middle, or not given, got 'left'"):
+        PrefixLM(tiny_llama(), tokenizer=tokenizer, truncate="left")
+
+
+def test_prompts_in_a_chat_template(data, tokenizer):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "w0 {{ messages[0].content }} w60"
+    (task,) = read_tasks(["arc_easy:2"], data, chat=True)
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    prompt = prompts_of(task, lm, limit=1)[0].requests[0].args[0]
+    plain = prompts_of(few_shot("arc_easy", 2, data), lm, limit=1)[0].requests[0].args[0]
+    assert prompt == f"w0 {plain} w60"
 
 
 def test_lm_eval_itself_is_told_of_prompts_that_are_too_long(data, tokenizer):
@@ -285,8 +323,8 @@ def test_lm_eval_itself_is_told_of_prompts_that_are_too_long(data, tokenizer):
 
 
 def run(data, tokenizer, output, names=("arc_easy:2", "winogrande:3", "triviaqa:1"), methods=("full", "h2o"), **more):
-    tasks = task_table.read_tasks(names, data, 0)
-    return task_table.run(
+    tasks = read_tasks(names, data)
+    return evaluate_tasks(
         tiny_llama(), tokenizer, tasks, plan_runs(methods, [12], 8), output, "lococo x", limit=4, **more
     )
 
@@ -302,13 +340,13 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
     assert [row["metric"] for row in rows[::2]] == ["acc", "acc", "exact_match"]
     lm = HFLM(tiny_llama(), tokenizer=tokenizer)
     right, tokens = 0, 0
-    prompts = prompts_of(FewShotTask("arc_easy", 2, data), PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=4)
+    prompts = prompts_of(few_shot("arc_easy", 2, data), PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=4)
     for index, item in enumerate(prompts):
         scores = [score for score, _ in lm.loglikelihood(copies(item.requests))]
         right += scores.index(max(scores)) == index % 4
         tokens += len(tokenizer(item.requests[0].args[0]).input_ids)
     full = rows[0]
-    assert (full["accuracy"], full["prompt_tokens"], full["items"]) == (right / 4, tokens / 4, 4)
+    assert (full["score"], full["prompt_tokens"], full["items"]) == (right / 4, tokens / 4, 4)
     assert full["stderr"] == pytest.approx((right / 4 * (1 - right / 4) / 4) ** 0.5)
     assert (rows[1]["num_slots"], rows[1]["block_size"], rows[1]["shots_that_fit"]) == (12, 8, 2)
     assert (tmp_path / "out" / "tasks.png").read_bytes().startswith(b"\x89PNG")
@@ -317,20 +355,20 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
 
 def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch):
     expected = run(data, tokenizer, tmp_path / "whole", seed=0)
-    is_right, calls = FewShotTask.is_right, []
+    answer, calls = FewShotTask.answer, []
 
     def counted(*args):
         if len(calls) == 9:
             raise KeyboardInterrupt
         calls.append(args)
-        return is_right(*args)
+        return answer(*args)
 
-    monkeypatch.setattr(FewShotTask, "is_right", counted)
+    monkeypatch.setattr(FewShotTask, "answer", counted)
     with pytest.raises(KeyboardInterrupt):
         run(data, tokenizer, tmp_path / "cut", seed=0)
     assert not (tmp_path / "cut.json").exists()
     again = []
-    monkeypatch.setattr(FewShotTask, "is_right", lambda *args: again.append(args) or is_right(*args))
+    monkeypatch.setattr(FewShotTask, "answer", lambda *args: again.append(args) or answer(*args))
     assert run(data, tokenizer, tmp_path / "cut", seed=0) == expected
     assert len(calls) + len(again) == 2 * 3 * 4
     assert not (tmp_path / "cut.partial.jsonl").exists()
@@ -339,7 +377,7 @@ def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypa
 def test_right_answers_score_one(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
     for name in LINES:
-        task = FewShotTask(name, 2, data)
+        task = few_shot(name, 2, data)
         for index, question in enumerate(task.questions()):
             item = task.prompt(lm, question)
             gold = {"race": 3, "triviaqa": 0, "winogrande": index % 2}.get(name, index % 4)
@@ -355,13 +393,13 @@ def test_right_answers_score_one(data, tokenizer):
                     def generate_until(self, requests, disable_tqdm, texts=texts):
                         return texts
 
-                assert task.is_right(Oracle(), question, item) is not bool(wrong)
+                assert bool(task.answer(Oracle(), question, item)) is not bool(wrong)
 
 
 def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
     lococo.save_heads(open_model(), tmp_path / "heads")
     status = main(
-        ["eval", "tasks", "--model", str(checkpoint), "--data-dir", str(data), "--tasks", "hellaswag:3", "race:2"]
+        ["eval", "tasks", "--model", str(checkpoint), "--include-path", str(data), "--tasks", "hellaswag:3", "race:2"]
         + ["--methods", "full", "--heads", str(tmp_path / "heads"), "--block-size", "8", "--limit", "3"]
         + ["--output", str(tmp_path / "tasks")]
     )
@@ -378,63 +416,21 @@ def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "arc:3"], "unknown task 'arc': choose from arc_easy"),
+        (["--tasks", "arc_eazy:3"], "unknown task 'arc_eazy': lm-eval has arc_easy"),
         (["--tasks", "arc_easy"], "a task is NAME:SHOTS, arc_easy:4 for instance, got 'arc_easy'"),
         (["--tasks", "arc_easy:-1"], "got 'arc_easy:-1'"),
         (["--tasks", "arc_easy:7"], "arc_easy: 7 shots need as many examples, there are 6"),
-        (["--tasks", "triviaqa:6"], "triviaqa: 6 shots leave none of the 6 items"),
-        (["--tasks", "arc_easy:2", "--data-dir", "nowhere"], "arc_easy needs just one file test*.json*, found none"),
-        (["--tasks", "arc_easy:2", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--tasks", "arc_easy:2", "--include-path", "nowhere"], "--include-path nowhere: no such folder"),
+        (["--tasks", "arc_easy:2", "--limit", "0"], "Invalid value for '--limit'"),
         (["--tasks", "arc_easy:2", "--methods", "h20"], "unknown method 'h20'"),
         (["--tasks", "arc_easy:2", "--heads", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_arguments_are_one_line(data, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr("lococo.cli.main.load", lambda options: pytest.fail("the model was loaded"))
-    assert main(["eval", "tasks", "--model", "x", "--data-dir", str(data), *arguments]) == 2
+    monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
+    assert main(["eval", "tasks", "--model", "x", "--include-path", str(data), *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
     assert len(errors) == 1 and message in errors[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("arc_easy", {"gold": 4}, "the answer is 4 of 4 choices"),
-        ("arc_easy", {"gold": None}, "the answer is None of 4 choices"),
-        ("arc_challenge", {"answerKey": "A"}, "the answer is 'A', the choices are 1, 2, 3, 4"),
-        ("hellaswag", {"label": ""}, "the answer is '' of 4 choices"),
-        ("winogrande", {"answer": ""}, "the answer is '', expected '1' or '2'"),
-        ("winogrande", {"sentence": "w1 w2"}, "no gap"),
-        ("race", {"answers": ["B", "E"]}, "the answer is 'E' of 4 options"),
-        ("race", {"answers": ["B"]}, "cannot be scored"),
-        ("race", {"answers": [], "questions": [], "options": []}, "there is no question"),
-        ("triviaqa", {"answer": {"aliases": []}}, "aliases are"),
-        ("triviaqa", {"answer": {"value": "w1"}}, "it has no 'aliases'"),
-    ],
-)
-def test_rows_that_cannot_be_scored_are_named(tmp_path, name, change, message):
-    line, scored, _ = LINES[name]
-    (tmp_path / name).mkdir()
-    write_rows(tmp_path / name / scored, [line(1), {**line(2), **change}])
-    with pytest.raises(ValueError, match=r"row 2 cannot be scored: ") as error:
-        local_splits(name, 0, tmp_path)
-    assert message in str(error.value) and scored in str(error.value)
-
-
-@pytest.mark.parametrize(("text", "message"), [("", "no row"), ("{", "not JSON"), ("[]", "no row"), ("3", "row 1")])
-def test_files_without_rows_are_named(tmp_path, text, message):
-    (tmp_path / "arc_easy").mkdir()
-    (tmp_path / "arc_easy" / "test.json").write_text(text)
-    with pytest.raises(ValueError, match=f"test.json.*{message}"):
-        local_splits("arc_easy", 0, tmp_path)
-
-
-def test_two_files_for_one_split_are_named(tmp_path):
-    (tmp_path / "arc_easy").mkdir()
-    for name in ("test.json", "test_2.jsonl"):
-        (tmp_path / "arc_easy" / name).write_text(json.dumps([arc(1)]))
-    with pytest.raises(FileNotFoundError, match="found test.json, test_2.jsonl"):
-        local_splits("arc_easy", 0, tmp_path)
 
 
 def test_without_files_and_hub_the_way_out_is_named(monkeypatch):
@@ -442,13 +438,40 @@ def test_without_files_and_hub_the_way_out_is_named(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(OSError, match="race cannot be had from the Hub; local files: --data-dir"):
-        FewShotTask("race", 2)
+    with pytest.raises(OSError, match="race cannot be had from the Hub; task files of local data: --include-path"):
+        read_tasks(["race:2"])
 
 
 def test_names_and_shots():
-    assert parse_tasks(["race:2", "triviaqa:0"]) == [("race", 2), ("triviaqa", 0)]
-    assert set(LINES) == set(FILES)
+    assert [parse_task(each) for each in ("race:2", "triviaqa:0")] == [("race", 2), ("triviaqa", 0)]
+
+
+def test_groups_are_all_of_their_tasks(data, tmp_path):
+    group = {"group": "both", "task": ["arc_easy", "winogrande"]}
+    for file in data.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    assert [(task.name, task.shots) for task in read_tasks(["both:3"], tmp_path)] == [
+        ("arc_easy", 3),
+        ("winogrande", 3),
+    ]
+
+
+def test_figures_that_are_no_numbers_are_scored_by_the_task(data):
+    class Pairs:
+        OUTPUT_TYPE, task_name = "generate_until", "pairs"
+
+        def aggregation(self):
+            return {"rouge": lambda pairs: sum(one == other for one, other in pairs) / len(pairs), "other": None}
+
+        def fewshot_docs(self):
+            return []
+
+    task = FewShotTask(Pairs(), 0)
+    assert task.metric == "rouge" and task.score([("a", "a"), ("a", "b")]) == (0.5, None)
+    Pairs.OUTPUT_TYPE = "loglikelihood_rolling"
+    with pytest.raises(ValueError, match="pairs measures the perplexity of texts"):
+        FewShotTask(Pairs(), 0)
 
 
 # lm-eval's own command
@@ -473,7 +496,7 @@ def test_registered_model_takes_heads_and_refuses_unknown_methods(tokenizer, tmp
 
 BLOCKED = """
 import sys
-import lococo, lococo.cli.main, lococo.evaluation
+import lococo, lococo.cli.main, lococo.evaluation.tasks
 assert "lm_eval" not in sys.modules
 sys.modules["lm_eval"] = None
 sys.exit(lococo.cli.main.main(["eval", "tasks", "--model", "x"]))
@@ -486,12 +509,3 @@ def test_a_missing_lm_eval_is_named_and_importing_needs_none():
     )
     assert done.returncode == 2
     assert "pip install lococo[eval]" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_real_files_can_be_asked(name):
-    if not SHARED.is_dir():
-        pytest.skip("needs ../shared/data/eval")
-    splits = local_splits(name, 50, SHARED)
-    assert len(splits["train"]) >= 50
-    assert len(splits[FILES[name].split]) >= 300

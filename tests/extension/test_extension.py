@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from extension_worker import CONFIGS, STRETCH, recipe
+from extension_worker import CONFIGS, SCALING, recipe
 from peft import PeftModel
 from test_families import build
 from tiny import tiny_ids, tiny_llama
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import lococo
 from lococo.cli.main import main
 from lococo.data.windows import DataConfig
-from lococo.extension.extend import extend_context
-from lococo.extension.rope_scaling import Stretch, stretch_positions
+from lococo.extension.extend import ExtensionRun
+from lococo.extension.folder import Extension, read_extension
+from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.results.deadline import Deadline, OutOfTime
 
 IDS = tiny_ids(2, 64, seed=1)
@@ -50,11 +51,10 @@ def write_documents(path, rows):
 
 
 def extend(model, tokenizer, text, folder, method="lococo", **options):
-    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0, heldout_share=0.0)
-    places = dict(work_dir=folder / "work", cache_dir=folder / "cache")
-    changes = options.pop("changes", {})
-    how = recipe(method, **changes)
-    return extend_context(model, tokenizer, data, how, folder / "out", **{**places, **options})
+    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0)
+    places = dict(output=folder / "out", work_dir=folder / "work", cache_dir=folder / "cache")
+    how = recipe(method, **options.pop("changes", {}))
+    return ExtensionRun(data=data, recipe=how, **places, **options).run(model, tokenizer).rows
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_loaded_model_reads_as_it_was_trained(made):
     loaded = logits(model)
     plain = tiny_llama()
     if method != "streaming":
-        stretch_positions(plain, STRETCH)
+        scale_positions(plain, SCALING)
     if CONFIGS[method]:
         lococo.patch_model(plain, CONFIGS[method])
     assert (loaded - logits(plain)).abs().max() > 0.05
@@ -140,7 +140,7 @@ def test_merging_in_memory_keeps_the_cache(made):
 
 def test_adapters_load_with_plain_peft(made):
     method, folder, _ = made
-    base = tiny_llama() if method == "streaming" else stretch_positions(tiny_llama(), STRETCH)
+    base = tiny_llama() if method == "streaming" else scale_positions(tiny_llama(), SCALING)
     model = PeftModel.from_pretrained(base, folder / "out" / "adapter")
     if method == "lococo":
         lococo.patch_model(model, CONFIGS[method], heads=folder / "out" / "heads")
@@ -166,7 +166,7 @@ def test_families_extend_alike(family, tokenizer, text, tmp_path):
 
 
 def test_positions_that_cannot_be_stretched_leave_the_model_as_it_was(tokenizer, text, tmp_path):
-    model = stretch_positions(tiny_llama(), Stretch(2, 16, "yarn"))
+    model = scale_positions(tiny_llama(), RopeScaling(2, 16, "yarn"))
     before, config = logits(model), model.config.to_dict()
     with pytest.raises(ValueError, match="already stretched with 'yarn'"):
         extend(model, tokenizer, text, tmp_path)
@@ -236,6 +236,13 @@ def test_another_run_is_not_gone_on_with(tokenizer, text, tmp_path):
 def folder(made, tmp_path):
     """A copy of a folder, to be spoiled."""
     return shutil.copytree(made[1] / "out", tmp_path / "copy")
+
+
+def test_folders_that_call_the_scaling_by_its_old_name_are_read(made):
+    _, folder, _ = made
+    extension, content = read_extension(folder / "out")
+    values = dict(content["extension"])
+    assert Extension.from_dict({"stretch": values.pop("rope_scaling"), **values}) == extension
 
 
 def assert_as_it_was(model):
@@ -309,6 +316,39 @@ def test_recipes_out_of_range_are_refused(changes, message):
         recipe(**changes)
 
 
+# The function
+
+
+@pytest.mark.parametrize("method", ["lococo", "longlora"])
+def test_the_function_makes_what_the_command_makes(method, checkpoint, text, tokenizer, tmp_path):
+    more = ["--factor", 4, "--device", "cpu", "--method", method]
+    assert command(checkpoint, text, tmp_path / "command", *more) == 0
+    model, told = AutoModelForCausalLM.from_pretrained(checkpoint), []
+    made = lococo.extend_context(
+        model,
+        tokenizer,
+        [{"text": json.loads(line)["text"]} for line in text.read_text().splitlines()],
+        factor=4,
+        output=tmp_path / "out",
+        method=method,
+        num_slots=16,
+        block_size=8,
+        steps=2,
+        windows_per_step=1,
+        cache_dir=tmp_path,
+        on_progress=told.append,
+    )
+    assert made.folder == tmp_path / "out" and made.rows == told and [row["step"] for row in told] == [1, 2]
+    folders = (tmp_path / "command" / "out", made.folder)
+    assert torch.equal(*(logits(lococo.load_extended(checkpoint, folder)) for folder in folders))
+    assert not lococo.is_patched(model) and not hasattr(model, "peft_config")
+
+
+def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
+    with pytest.raises(ValueError, match=r'heads are for method="lococo", got method=\'full\''):
+        lococo.extend_context(tiny_llama(), tokenizer, text, output=tmp_path / "out", method="full", heads="somewhere")
+
+
 # The command
 
 
@@ -332,7 +372,7 @@ def test_command_extends_by_a_factor(method, checkpoint, text, tmp_path, capsys)
     model = lococo.load_extended(checkpoint, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["length"] == 64
-    assert record["recipe"]["stretch"]["factor"] == 4.0
+    assert record["recipe"]["rope_scaling"]["factor"] == 4.0
     assert logits(model).isfinite().all()
 
 
@@ -357,7 +397,7 @@ def test_command_stops_in_time_and_goes_on(checkpoint, text, tmp_path, capsys):
         (["--factor", "0.5"], "factor must be at least 1"),
         (["--num-slots", "0"], "num_slots must be an integer of at least 1"),
         (["--steps", "0"], "steps must be at least 1"),
-        (["--method", "full", "--heads", "somewhere"], "--heads is for --method lococo"),
+        (["--method", "full", "--heads", "somewhere"], "heads are for method"),
         (["--deepspeed", "nowhere.json"], "no such DeepSpeed config file"),
         (["--length", "100"], "not one training window of 100 tokens"),
         (["--original-length", "-3"], "original_length must be a whole number of at least 1"),

@@ -10,7 +10,7 @@ from tiny import tiny_llama
 
 from lococo.cli.main import main
 from lococo.data.windows import DataConfig
-from lococo.extension.extend import extend_context
+from lococo.extension.extend import ExtensionRun
 from lococo.extension.sharding import check_sharding, keep_precision
 
 
@@ -21,14 +21,13 @@ def test_releases_that_cannot_be_told_the_precision_are_refused():
 
 
 def test_other_kinds_of_sharding_are_refused(tmp_path, monkeypatch, capsys):
-    text = write_lines(tmp_path / "text.jsonl", [])
-    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0, heldout_share=0.0)
-    given = (tiny_llama(), word_tokenizer(), data, recipe(), tmp_path / "out")
-    places = dict(work_dir=tmp_path / "work", cache_dir=tmp_path, shard=True)
+    text = write_lines(tmp_path / "text.jsonl", ["w1"])
+    data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0)
+    given = dict(data=data, recipe=recipe(), output=tmp_path / "out", cache_dir=tmp_path, shard=True)
     with pytest.raises(ValueError, match="shard=True needs several processes"):
-        extend_context(*given, **places)
+        ExtensionRun(**given).run(tiny_llama(), word_tokenizer())
     with pytest.raises(ValueError, match="sharded run writes no merged model"):
-        extend_context(*given, merge_into=tmp_path / "merged", **places)
+        ExtensionRun(**given, merge_into=tmp_path / "merged").run(tiny_llama(), word_tokenizer())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["extend", "--model", "none", "--output", str(tmp_path / "out")]) == 2
     assert "give lococo extend --fsdp" in capsys.readouterr().err

@@ -9,16 +9,16 @@ from pathlib import Path
 import extension_worker
 import pytest
 import torch
-from extension_worker import CONFIG, CONFIGS, STRETCH, learned, recipe, trainer
+from extension_worker import CONFIG, CONFIGS, SCALING, learned, recipe, trainer
 from naive_llama import naive_gradients
 from tiny import tiny_ids, tiny_llama
 from transformers import TrainerCallback
 
 import lococo
 from lococo.data.windows import Windows
-from lococo.extension.adapters import as_it_was
+from lococo.extension.adapters import checkpoint_layers, restored
 from lococo.extension.extend import extended_for_training
-from lococo.extension.rope_scaling import stretch_positions
+from lococo.extension.rope_scaling import scale_positions
 from lococo.state import HEAD
 
 IDS = tiny_ids(2, 64, seed=1)
@@ -124,7 +124,7 @@ def test_training_changes_what_is_trained_and_leaves_the_model_as_it_was(method,
     before = {name: value.clone() for name, value in model.state_dict().items()}
     logits, names = model(IDS).logits, {name for name, _ in model.named_modules()}
     config = model.config.to_dict()
-    with as_it_was(model), extended_for_training(model, recipe(method)) as learner:
+    with restored(model), extended_for_training(model, recipe(method)) as learner:
         start = learned(learner)
         trainer(learner, recipe(method), tmp_path).train()
         assert all((value != start[name]).any() for name, value in learned(learner).items())
@@ -135,6 +135,29 @@ def test_training_changes_what_is_trained_and_leaves_the_model_as_it_was(method,
     assert not model.training and not lococo.is_patched(model) and not hasattr(model, "peft_config")
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def everything_in(model):
+    """What hangs on every module by name: attributes by identity, except those that are equal copies."""
+    return {
+        (path, name): {key: id(each) for key, each in value.items()} if isinstance(value, dict) else value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+    }
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_nothing_of_an_extension_hangs_on_a_restored_model(method, tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    model.model.layers[0].mlp.gate_proj.requires_grad_(False)
+    model.model.layers[1].train()
+    flags, before = [each.requires_grad for each in model.parameters()], everything_in(model)
+    with pytest.raises(KeyboardInterrupt), restored(model), extended_for_training(model, recipe(method)) as learner:
+        trainer(learner, recipe(method), tmp_path).train()
+        checkpoint_layers(model)
+        raise KeyboardInterrupt
+    assert everything_in(model) == before
+    assert [each.requires_grad for each in model.parameters()] == flags
 
 
 def test_closed_gates_open(tmp_path):
@@ -233,7 +256,7 @@ def test_divergence_names_the_parameter(method, tmp_path):
 
 
 def test_stretched_positions_are_trained(tmp_path):
-    plain, stretched = tiny_llama(), stretch_positions(tiny_llama(), STRETCH)
+    plain, stretched = tiny_llama(), scale_positions(tiny_llama(), SCALING)
     for method, expected in [("full", stretched), ("streaming", plain)]:
         with extended_for_training(tiny_llama(), recipe(method)) as learner:
             found = learner.base_model.model.model.rotary_emb.inv_freq

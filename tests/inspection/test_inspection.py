@@ -17,7 +17,7 @@ from lococo.cache.plan import RowState, plan_call
 from lococo.cli.main import main
 from lococo.inspection import trace
 from lococo.inspection.page import page, page_data
-from lococo.state import head_modules
+from lococo.state import patch_of
 
 CONFIGS = {
     "open gates": LoCoCoConfig(16, block_size=8, gate_init=0.5, mass_bias=True),
@@ -27,7 +27,7 @@ CONFIGS = {
     "h2o": LoCoCoConfig.h2o(16, block_size=8),
     "streaming": LoCoCoConfig.streaming_llm(16, block_size=8, positions="absolute"),
     "slots per head": LoCoCoConfig(16, block_size=8, gate_init=0.5, slots_per_head=((20, 12), (16, 16))),
-    "one by one": LoCoCoConfig(16, block_size=8, gate_init=0.5, prefill_chunk_size=8),
+    "one by one": LoCoCoConfig(16, block_size=8, gate_init=0.5),
 }
 
 
@@ -48,7 +48,7 @@ def layers_given(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_entries_are_the_weighted_sums_of_the_tokens(layers_given, name, length):
     model = tiny_llama()
-    with patched(model, CONFIGS[name]):
+    with patched(model, CONFIGS[name], prefill_chunk_size=8 if name == "one by one" else None):
         traces = trace(model, tiny_ids(1, length))
     assert [(each.layer, each.head) for each in traces] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     by_head = {(each.layer, each.head): each.weights for each in traces}
@@ -103,7 +103,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
     family, features, config = NAIVE[name]
     model, ids = build(family, **features).double(), tiny_ids(1, 61)
     with patched(model, config):
-        traces, heads = trace(model, ids), head_modules(model)
+        traces, heads = trace(model, ids), patch_of(model).heads
     places = plan_call([RowState()], ids.shape[1], config).cache_positions[0]
     for index, query, key, value, scale, window in layers:
         if config.positions == "slot":
@@ -214,8 +214,8 @@ def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
-        (["--threshold", "0"], "--threshold must lie between 0.001 and 1, got 0.0"),
+        (["--max-tokens", "0"], "Invalid value for '--max-tokens'"),
+        (["--threshold", "0"], "Invalid value for '--threshold'"),
         (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--data", "empty.txt"], "empty.txt: the text is empty"),
     ],

@@ -169,7 +169,7 @@ def test_gradients_equal_those_by_hand(name):
 
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_two_tiles_are_held_for_scores(with_lse):
-    from lococo.bench.score import HeldBytes
+    from lococo.bench.meter import HeldBytes
 
     queries, entries = 1024, 1536
     query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)
@@ -308,17 +308,6 @@ def test_flash_packages_are_asked_only_for_what_they_can(backend, most, dtype, i
     assert asked == (expected if is_narrow else [])
 
 
-def test_kernel_of_another_version_is_refused_but_loaded(tmp_path):
-    """A heads folder says which kernel its author used."""
-    with pytest.raises(ValueError, match="attention must be one of auto, sdpa, eager, triton, .*, got 'flex'"):
-        LoCoCoConfig(16, attention="flex")
-    LoCoCoConfig(16, block_size=8).save_pretrained(tmp_path)
-    saved = tmp_path / "lococo_config.json"
-    saved.write_text(saved.read_text().replace('"auto"', '"flex"'))
-    with pytest.warns(UserWarning, match="attention='flex' is unknown to this version"):
-        assert LoCoCoConfig.from_pretrained(tmp_path) == LoCoCoConfig(16, block_size=8)
-
-
 @pytest.mark.parametrize(
     ("backend", "module", "message"),
     [
@@ -364,13 +353,13 @@ def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
     logits = []
     for attention in ("own", "eager"):
         torch.manual_seed(0)
-        config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
-        with patched(tiny_llama(), config) as model:
+        config = LoCoCoConfig(16, block_size=8, gate_init=0.4)
+        with patched(tiny_llama(), config, attention=attention) as model:
             logits.append([model(ids).logits, model(ids, attention_mask=mask).logits])
     assert all(map(torch.equal, *logits))
     assert {(False, True), (True, True)} <= set(calls)
     with pytest.raises(ValueError, match="attention must be one of auto, .*, own, got 'theirs'"):
-        LoCoCoConfig(16, attention="theirs")
+        lococo.patch_model(tiny_llama(), attention="theirs")
     with pytest.raises(ValueError, match="attention 'sdpa' is registered already"):
         lococo.register_attention("sdpa")(own)
     with pytest.raises(TypeError, match="an attention must be a function"):

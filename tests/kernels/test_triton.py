@@ -274,8 +274,8 @@ def read_and_generate(attention, padded=False):
         mask[0, :13] = 0
     model = tiny_llama().to(DEVICE)
     torch.manual_seed(0)
-    config = LoCoCoConfig(16, block_size=8, gate_init=0.4, attention=attention)
-    with patched(model, config), torch.no_grad():
+    config = LoCoCoConfig(16, block_size=8, gate_init=0.4)
+    with patched(model, config, attention=attention), torch.no_grad():
         read = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True)
         steps = [read.logits]
         for step in range(40, 45):

@@ -1,5 +1,7 @@
 """Every family of models that goes through the attention interface obeys the same laws; the others are refused."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from torch import nn
 import lococo
 from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
+from lococo.models import find_family
 from lococo.models.rotary import rotary_tables
 
 torch.set_num_threads(1)  # threads of tensors this small wait for each other most of the time
@@ -105,9 +108,9 @@ def build(family, **overrides):
 
 def patch(model, config, **changes):
     """Patch with heads that are the same for the same config."""
-    values = {**config.to_dict(), **changes}
+    chunk = changes.pop("prefill_chunk_size", None)
     torch.manual_seed(1)
-    return lococo.patch_model(model, LoCoCoConfig.from_dict(values))
+    return lococo.patch_model(model, dataclasses.replace(config, **changes), prefill_chunk_size=chunk)
 
 
 def read(model, ids, split=None, mask=None):
@@ -238,7 +241,7 @@ def test_slot_positions_never_pass_the_capacity(family):
 )
 def test_a_key_moved_to_another_slot_is_the_key_the_model_makes_there(family, features):
     model, keys = build(family, **features), []
-    tables = rotary_tables(model.model, SMALL, torch.device("cpu"))
+    tables = rotary_tables(find_family(model), SMALL)
     for place in (3, 17):
         output = model(tiny_ids(1, 1), position_ids=torch.tensor([[place]]), use_cache=True)
         keys.append([layer.keys for layer in output.past_key_values.layers])

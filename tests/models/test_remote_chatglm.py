@@ -13,14 +13,13 @@ from transformers import GlmForCausalLM
 
 import lococo
 from lococo import LoCoCoConfig
-from lococo.data.windows import DataConfig
 from lococo.heads import HEADS_NAME
 from lococo.models.chatglm.convert import convert_chatglm
 from lococo.patch import suspended
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, WindowLoss
-from lococo.training.recipe import Recipe
+from lococo.training.recipes import Recipe
 from lococo.training.record import record
 
 FIELDS = chatglm_fields()
@@ -236,13 +235,12 @@ def test_heads_of_one_class_are_heads_of_the_other(tmp_path):
     native, remote, ids = patch(native_model(tmp_path), SMALL), remote_model(), some_ids()
     lococo.save_heads(native, tmp_path / "heads")
     lococo.patch_model(remote, heads=tmp_path / "heads")
-    assert len(head_modules(remote)) == 2
+    assert len(patch_of(remote).heads) == 2
     assert_close(read(remote, ids), read(native, ids))
 
 
 def test_calibration_makes_the_same_heads_for_either_class(tmp_path):
     write_texts(tmp_path / "words.jsonl")
-    data = DataConfig((str(tmp_path / "words.jsonl"),), length=80, num_windows=6, num_heldout=2)
     config = LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.2)
     recipe = Recipe(
         budget_texts=1, local=LocalConfig(steps=2, num_checked=1), local_texts=3, objective=Distill(), steps=2
@@ -253,11 +251,13 @@ def test_calibration_makes_the_same_heads_for_either_class(tmp_path):
             lococo.calibrate(
                 model.double(),  # in float32 rounding decides over weights whose gradient is near Adam's epsilon
                 word_tokenizer(),
-                config,
-                data,
-                recipe,
-                tmp_path / "heads" / name,
-                work_dir=tmp_path / "work" / name,
+                tmp_path / "words.jsonl",
+                output=tmp_path / "heads" / name,
+                config=config,
+                recipe=recipe,
+                length=80,
+                num_windows=6,
+                num_heldout=2,
                 cache_dir=tmp_path / "cache",
                 first=40,
                 dtype=None,

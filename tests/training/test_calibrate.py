@@ -20,7 +20,7 @@ from tiny import tiny_llama
 from torch import distributed
 
 import lococo
-from lococo.cli.main import _parser, main
+from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
 from lococo.data.windows import DataConfig, prepare
@@ -29,16 +29,18 @@ from lococo.methods import as_method, method_config
 from lococo.metrics import token_nlls
 from lococo.training import calibrate as module
 from lococo.training import gap, local
-from lococo.training.calibrate import calibrate
+from lococo.training.calibrate import Calibration, calibrate
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, NextToken
-from lococo.training.recipe import RECIPES, Recipe, adjusted
+from lococo.training.recipes import RECIPES, Recipe, adjusted
 
 LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
 FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
 WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "6"]
 SHORT = ["--steps", "4", "--windows-per-step", "2", "--budget-texts", "1", "--measure-every", "2"]
 SHORT += ["--local-steps", "3", "--local-texts", "4"]
+CHANGES = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
+CHANGES += ["budget_texts", "local_texts", "measure_every"]
 NOTHING = ["--objective", "none", "--budget-texts", "0"]
 
 
@@ -79,9 +81,8 @@ def heads(run, tmp_path_factory):
     return folder
 
 
-def data_config(texts, **changes):
-    values = dict(sources=(str(texts),), length=LENGTH, num_windows=6, num_heldout=2)
-    return DataConfig(**{**values, **changes})
+def data_config(texts):
+    return DataConfig(sources=(str(texts),), length=LENGTH, num_windows=6, num_heldout=2)
 
 
 def heldout_windows(texts, cache):
@@ -194,19 +195,87 @@ def test_every_stage_changes_every_head(heads, run, tmp_path):
     assert_same_heads(tmp_path / "start", tmp_path / "expected")
 
 
+def calibrate_in_python(model, dataset, output, cache, **options):
+    """The calibration of ``SHORT`` by the package's own function."""
+    short = dict(steps=4, windows_per_step=2, budget_texts=1, measure_every=2, local_steps=3, local_texts=4)
+    given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=6, num_heldout=2)
+    return lococo.calibrate(
+        model, word_tokenizer(), dataset, output=output, cache_dir=cache, **{**given, **short, **options}
+    )
+
+
+def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(heads, texts, cache, tmp_path):
+    told = []
+    made = calibrate_in_python(tiny_llama(), [texts], tmp_path / "heads", cache, on_progress=told.append)
+    assert_same_heads(made.folder, heads)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
+    assert sorted(map(str, told)) == sorted(map(str, made.rows))
+    measured = [row["gap_ratio"] for row in told if "gap_ratio" in row]
+    assert len(measured) == 5 and measured[-1] == made.gap_ratio
+
+
+def own_documents(count=10):
+    words = random.Random(5)
+    return [" ".join(words.choices(WORDS, k=LENGTH + 40)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["texts", "rows", "folder"])
+def test_ten_documents_of_ones_own_are_enough(kind, tmp_path):
+    dataset = own_documents()
+    if kind == "rows":
+        dataset = [{"text": text, "domain": "mine"} for text in dataset]
+    elif kind == "folder":
+        (tmp_path / "texts").mkdir()
+        for index, text in enumerate(dataset):
+            (tmp_path / "texts" / f"{index}.txt").write_text(text)
+        dataset = tmp_path / "texts"
+    with pytest.warns(UserWarning, match="1 held-out windows of 8 wanted"):
+        made = calibrate_in_python(
+            tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache", num_heldout=8, num_windows=None, steps=6
+        )
+    windows = content(made.folder)["metrics"]["heldout_windows"]
+    assert 1 <= windows < 5 and made.gap_ratio is not None
+    lococo.patch_model(tiny_llama(), heads=made.folder)
+
+
+def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
+    for dataset, message in {
+        "one": (own_documents(1), "1 document was read, and 2 are needed"),
+        "short": (
+            [text[:100] for text in own_documents()],
+            "10 documents were read, the longest of .* length of at m",
+        ),
+    }.values():
+        with pytest.raises(ValueError, match=message):
+            calibrate_in_python(tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(recipe="ours"), ValueError, "recipe must be one of default, paper, or a Recipe, got 'ours'"),
+        (dict(objective="mse"), ValueError, "objective must be one of distill, next-token, none, got 'mse'"),
+        (dict(lenght=5), TypeError, "lenght"),
+        (dict(dataset=[]), ValueError, "dataset is empty"),
+    ],
+)
+def test_bad_options_of_the_function_are_refused(options, error, message, texts, tmp_path):
+    dataset = options.pop("dataset", texts)
+    with pytest.raises(error, match=message):
+        calibrate_in_python(None, dataset, tmp_path / "heads", tmp_path / "cache", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_model_is_as_it_was(texts, cache, tmp_path):
     model, expected = tiny_llama(), tiny_llama()
-    config, recipe = RECIPES["default"](SLOTS, BLOCK)
-    recipe = adjusted(recipe, _parser().parse_args(["calibrate", "--model", "m", "--output", "o", *SHORT]))
-    places = dict(work_dir=tmp_path / "work", cache_dir=cache, first=FIRST)
-    made = calibrate(
-        model, word_tokenizer(), config, data_config(texts), recipe, tmp_path / "heads", dtype=None, **places
-    )
+    made = calibrate_in_python(model, texts, tmp_path / "heads", cache, dtype=None)
     assert not lococo.is_patched(model) and not any(module.training for module in model.modules())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.requires_grad and ours.grad is None
-    assert made == rows(tmp_path / "heads") and made[-1]["stage"] == "end-to-end"
+    assert made.folder == tmp_path / "heads" and made.rows[-1]["stage"] == "end-to-end"
+    assert made.rows == rows(made.folder) and made.gap_ratio == content(made.folder)["metrics"]["gap_ratio"]
     assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / HEADS_NAME).values()} == {torch.float32}
 
 
@@ -223,7 +292,7 @@ def test_running_again_replaces_the_folder(run, tmp_path, capsys):
 
 def test_where_h2o_loses_nothing_there_is_no_gap(run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        patched.setattr("lococo.training.gap.mean_nll", lambda *arguments: 2.0)
+        patched.setattr(gap, "mean_nll", lambda *arguments: 2.0)
         assert run(tmp_path / "heads", *SHORT, "--cache-dir", tmp_path / "cache") == 0
     assert "heads: gap ratio - (" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "heads").iterdir()} == FILES
@@ -282,9 +351,9 @@ def stop_in(name, when):
 STOPS = {
     "recording the third text": (stop_in("record", 3), local),
     "learning the second layer": (stop_in("train_layer", 2), local),
-    "between the stages": (stop_in("_train_end_to_end", 1), module),
+    "between the stages": (stop_in("_train_end_to_end", 1), Calibration),
     "step three": (stop_in("on_step_end", 3), gap.MeasureGap),
-    "saving": (stop_in("save_calibrated", 1), module),
+    "saving": (stop_in("_save", 1), Calibration),
 }
 
 
@@ -325,7 +394,7 @@ def test_resumed_after_its_last_step_with_windows_left(run, tmp_path, monkeypatc
     short = [*NOTHING, "--objective", "next-token", "--steps", "2", "--measure-every", "1"]
     assert run(tmp_path / "whole", *short) == 0
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_in("save_calibrated", 1)(patched, module)
+        stop_in("_save", 1)(patched, Calibration)
         run(tmp_path / "cut", *short)
     assert run(tmp_path / "cut", *short, "--resume") == 0
     assert_same_heads(tmp_path / "cut", tmp_path / "whole")
@@ -392,12 +461,16 @@ def test_back_propagation_reaches_over_a_block(block_size):
         (["--objective", "next-token", "--backprop-tokens", "0"], {"objective": NextToken()}),
     ],
 )
-def test_options_change_the_recipe(options, changes):
-    parsed = _parser().parse_args(["calibrate", "--model", "m", "--output", "o", *options])
-    recipe = adjusted(Recipe(), parsed)
+def test_options_change_the_recipe(options, changes, monkeypatch):
+    given = {}
+    monkeypatch.setattr("lococo.training.calibrate.plan_calibration", lambda **more: given.update(more) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["calibrate", "--model", "m", "--output", "o", *options])
+    named = {name: given[name] for name in CHANGES}
+    recipe = adjusted(Recipe(), **named)
     assert recipe == Recipe(**changes)
     local_first = Recipe(local=LocalConfig(steps=9, learning_rate=0.1), objective=None)
-    kept = adjusted(local_first, parsed)
+    kept = adjusted(local_first, **named)
     if "local" not in changes:
         assert kept.local == local_first.local
     elif changes["local"]:
@@ -482,11 +555,11 @@ def calibrate_tiny(folder, windows_per_step=2):
         measure_every=2,
     )
     config = LoCoCoConfig(SLOTS, block_size=BLOCK, head_rank=4, kernel_size=5, gate_init=0.2)
-    places = dict(work_dir=folder / "work", cache_dir=folder / "cache", first=FIRST)
+    places = dict(output=folder / "heads", work_dir=folder / "work", cache_dir=folder / "cache")
     texts = data_config(folder / "words.jsonl")
+    calibration = Calibration(config=config, data=texts, recipe=recipe, first=FIRST, dtype=None, **places)
     # In float32 the order of a sum decides over weights whose gradient is near Adam's epsilon.
-    model = tiny_llama().double()
-    return calibrate(model, word_tokenizer(), config, texts, recipe, folder / "heads", dtype=None, **places)
+    return calibration.run(tiny_llama().double(), word_tokenizer()).rows
 
 
 @pytest.mark.slow
@@ -497,7 +570,7 @@ def test_two_processes_make_the_heads_of_one(tmp_path):
         write_texts(folder / "words.jsonl")
     alone = calibrate_tiny(folders[0])
     command = [sys.executable, __file__]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     workers = [subprocess.Popen([*command, str(rank), str(folders[1])], env=environment) for rank in range(2)]
     try:
         assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
@@ -539,7 +612,7 @@ def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path,
     assert "perplexity with the full cache: " in printed and "with 16 slots per layer: " in printed
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
     untrained = LoCoCoConfig.from_pretrained(tmp_path / "heads").gate_init
-    assert all((head.gate != untrained).any() for head in lococo.state.head_modules(model).values())
+    assert all((head.gate != untrained).any() for head in lococo.state.patch_of(model).heads.values())
 
 
 if __name__ == "__main__":

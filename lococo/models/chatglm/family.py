@@ -8,60 +8,120 @@ core attention; the decoder itself is told that there is no cache and no padding
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-# Attribute of the decoder that holds the attention function of the call being read.
-ATTEND = "lococo_attend"
+from lococo.compat import OUTPUT_CACHE
+from lococo.models.changes import Changes
+from lococo.models.family import ApplyRotary, Family, models_around, register_family
 
 CONVERT = "convert the checkpoint with 'lococo convert-chatglm' and load it as GlmForCausalLM"
 
 
-def is_remote_chatglm(decoder: nn.Module) -> bool:
-    """Whether a module is the ``ChatGLMModel`` of a checkpoint's own code."""
-    return hasattr(decoder, "get_masks") and hasattr(decoder, "rotary_pos_emb") and hasattr(decoder, "encoder")
+@register_family
+class RemoteChatGLM(Family):
+    """The ``ChatGLMModel`` of a checkpoint's own code."""
 
+    instead = CONVERT
+    tokens_dim = 0
+    takes_cache = False
 
-def is_remote_attention(layer: nn.Module) -> bool:
-    """Whether a module is the ``SelfAttention`` of that code."""
-    return hasattr(layer, "core_attention")
+    @staticmethod
+    def matches(module: PreTrainedModel) -> bool:
+        """Whether it is a ``ChatGLMModel``."""
+        return hasattr(module, "get_masks") and hasattr(module, "rotary_pos_emb") and hasattr(module, "encoder")
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse prefix tuning."""
+        length = getattr(self.decoder, "pre_seq_len", None)
+        if length is not None:
+            raise ValueError(
+                f"{type(self.decoder).__name__} is not supported with prefix tuning (pre_seq_len={length}): its "
+                "prefix is a cache of its own"
+            )
 
-def check_remote_chatglm(decoder: Any) -> None:
-    """Refuse what its code can do and ours cannot.
+    @staticmethod
+    def shape_of(config: Any) -> dict[str, int]:
+        """Sizes by the names that ChatGLM's config has for them."""
+        kv_heads = config.multi_query_group_num if config.multi_query_attention else config.num_attention_heads
+        return {"num_layers": config.num_layers, "num_kv_heads": kv_heads, "head_dim": config.kv_channels}
 
-    Raises
-    ------
-    ValueError
-        For prefix tuning.
-    """
-    if getattr(decoder, "pre_seq_len", None) is not None:
-        raise ValueError(
-            f"{type(decoder).__name__} is not supported with prefix tuning (pre_seq_len={decoder.pre_seq_len}): its "
-            "prefix is a cache of its own"
-        )
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP between its matrices."""
+        return self.config.ffn_hidden_size
 
+    @property
+    def max_positions(self) -> int | None:
+        """Length of the decoder's table of angles."""
+        return self.decoder.seq_length
 
-def remote_attention_layers(decoder: Any) -> dict[int, Any]:
-    """``SelfAttention`` modules by layer index."""
-    return {index: block.self_attention for index, block in enumerate(decoder.encoder.layers)}
+    @functools.cached_property
+    def layers(self) -> dict[int, Any]:
+        """``SelfAttention`` modules by their place."""
+        return {index: block.self_attention for index, block in enumerate(self.decoder.encoder.layers)}
 
+    def head_dim(self, layer: Any) -> int:
+        """Size of a key in an attention layer."""
+        return layer.hidden_size_per_attention_head
 
-def remote_shape(config: Any) -> dict[str, int]:
-    """Sizes as in ``base_shape``."""
-    kv_heads = config.multi_query_group_num if config.multi_query_attention else config.num_attention_heads
-    return {"num_layers": config.num_layers, "num_kv_heads": kv_heads, "head_dim": config.kv_channels}
+    def rotary(self, layer: Any, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, each (1, tokens, rotary_dim / 2) in float32."""
+        table = self.decoder.rotary_pos_emb(int(positions.max()) + 1)[positions].float()
+        return table[..., 0], table[..., 1]  # of (1, tokens, rotary_dim / 2, 2)
+
+    def apply_rotary(self, layer: Any) -> ApplyRotary:
+        """The code's own rotation, with the arguments and shapes of Transformers'."""
+        rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
+
+        def apply(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+            table = torch.stack([cos, sin], dim=-1).transpose(0, 1)  # (tokens, batch, rotary_dim / 2, 2)
+            if table.shape[1] != key.shape[0]:
+                table = table.expand(-1, key.shape[0], -1, -1)
+            rotated = (rotate(states.permute(2, 0, 1, 3), table.contiguous()) for states in (query, key))
+            return tuple(states.permute(1, 2, 0, 3) for states in rotated)
+
+        return apply
+
+    def install(self, changes: Changes, model: nn.Module, attention: str) -> None:
+        """Bridge every layer; say what to do where Transformers can no longer generate with this code."""
+        for index, layer in self.layers.items():
+            changes.set(layer, "layer_idx", index)
+            changes.set(layer.core_attention, "forward", Bridge(self, layer))
+        for holder in models_around(model, self.decoder):
+            if holder is not self.decoder and not hasattr(holder, "generate"):
+                changes.set(holder, "generate", refuse_generate)
+
+    def arguments(self, kwargs: dict[str, Any], attend: functools.partial) -> dict[str, Any]:
+        """Without cache and padding. Refuses gradient checkpointing, which would run the layers after the forward."""
+        if kwargs.get("full_attention_mask") is not None:
+            raise ValueError("full_attention_mask is not supported by a patched ChatGLM; pass a 2-D attention_mask")
+        decoder = self.decoder
+        if decoder.training and torch.is_grad_enabled() and decoder.encoder.gradient_checkpointing:
+            raise ValueError(
+                f"gradient checkpointing is not supported in {type(decoder).__name__}'s own code: {CONVERT}"
+            )
+        kwargs = super().arguments(kwargs, attend)
+        return {**kwargs, "attention_mask": None, "past_key_values": None, "use_cache": False}
+
+    def hand_out(self, output: Any, cache: Any) -> Any:
+        """The cache in its place in an output, or after the hidden states of a tuple."""
+        if isinstance(output, tuple):
+            return (output[0], cache, *output[1:])
+        setattr(output, OUTPUT_CACHE, cache)
+        return output
 
 
 @dataclasses.dataclass
 class Bridge:
-    """Stands in for ``CoreAttention.forward`` of a layer and hands what it gets to the call's attention function."""
+    """Stands in for ``CoreAttention.forward`` of a layer and hands what it gets on to our attention function."""
 
-    decoder: Any
+    family: RemoteChatGLM
     layer: Any
 
     def __call__(
@@ -79,79 +139,15 @@ class Bridge:
         torch.Tensor
             (tokens, batch, heads * head_dim).
         """
-        attend = vars(self.decoder).get(ATTEND)
+        attend = self.family.attending.attend
         if attend is None:  # suspended
             core = self.layer.core_attention
             return type(core).forward(core, query, key, value, attention_mask)
-        kv_heads = remote_shape(self.decoder.config)["num_kv_heads"]
+        kv_heads = self.family.shape["num_kv_heads"]
         key, value = (states.unflatten(2, (kv_heads, -1))[:, :, :, 0] for states in (key, value))
         states = (states.permute(1, 2, 0, 3) for states in (query, key, value))  # (batch, heads, tokens, head_dim)
         output, _ = attend(self.layer, *states)  # (batch, tokens, heads, head_dim)
         return output.transpose(0, 1).flatten(2)
-
-
-def bridges(decoder: Any) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Attributes, as (module, name, value), that make the layers look like those of other families."""
-    for index, layer in remote_attention_layers(decoder).items():
-        yield layer, "layer_idx", index
-        yield layer.core_attention, "forward", Bridge(decoder, layer)
-
-
-def check_length(decoder: Any, tokens: int) -> None:
-    """Refuse positions beyond the decoder's table of angles.
-
-    Raises
-    ------
-    ValueError
-        If there are more positions than the table has.
-    """
-    if tokens > decoder.seq_length:
-        raise ValueError(
-            f"{tokens} positions are more than the {decoder.seq_length} of this model (seq_length): read less, or use "
-            "positions='slot', which needs num_slots + block_size of them"
-        )
-
-
-def remote_arguments(decoder: Any, kwargs: dict[str, Any], attend: Callable) -> dict[str, Any]:
-    """Arguments of the decoder's forward for a call that ``attend`` reads.
-
-    Raises
-    ------
-    ValueError
-        For a mask that is not 2-D, and with gradient checkpointing, which would run the layers once more after the
-        call.
-    """
-    if kwargs.get("full_attention_mask") is not None:
-        raise ValueError("full_attention_mask is not supported by a patched ChatGLM; pass a 2-D attention_mask")
-    if decoder.training and torch.is_grad_enabled() and decoder.encoder.gradient_checkpointing:
-        raise ValueError(f"gradient checkpointing is not supported in {type(decoder).__name__}'s own code: {CONVERT}")
-    setattr(decoder, ATTEND, attend)
-    return {**kwargs, "attention_mask": None, "past_key_values": None, "use_cache": False}
-
-
-def end_call(decoder: Any) -> Any:
-    """Forget the call's attention function and return it; None if there is none."""
-    return vars(decoder).pop(ATTEND, None)
-
-
-def remote_rotary(decoder: Any, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines at (1, tokens) positions, each (1, tokens, rotary_dim / 2) in float32."""
-    table = decoder.rotary_pos_emb(int(positions.max()) + 1)[positions].float()  # (1, tokens, rotary_dim / 2, 2)
-    return table[..., 0], table[..., 1]
-
-
-def remote_apply_rotary(attention: Any) -> Callable:
-    """The code's own rotation, with the arguments and shapes of Transformers' ``apply_rotary_pos_emb``."""
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-
-    def apply(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
-        table = torch.stack([cos, sin], dim=-1).transpose(0, 1)  # (tokens, batch, rotary_dim / 2, 2)
-        if table.shape[1] != key.shape[0]:
-            table = table.expand(-1, key.shape[0], -1, -1)
-        rotated = (rotate(states.permute(2, 0, 1, 3), table.contiguous()) for states in (query, key))
-        return tuple(states.permute(1, 2, 0, 3) for states in rotated)
-
-    return apply
 
 
 def refuse_generate(*args, **kwargs) -> None:

@@ -1,0 +1,1 @@
+"""What made a note or a result in ``docs/results``: ``python -m experiments.NAME`` in the repository's root."""

@@ -1,0 +1,202 @@
+"""Local files of few-shot tasks as task files of lm-eval: what ``lococo eval tasks --include-path FOLDER`` reads.
+
+python -m experiments.task_files --data-dir folder --output FOLDER
+
+``--data-dir`` holds a folder of files per task, as ``FILES`` names them. Their lines are checked, brought into the
+form that lm-eval's tasks have from the Hub, and written beside a task file that says where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+
+Row = dict[str, Any]
+LETTERS = "ABCDEFGHIJ"
+
+
+def _one_of(choices: Sequence[Any], index: Any) -> int:
+    if not isinstance(index, int) or not 0 <= index < len(choices):
+        raise ValueError(f"the answer is {index!r} of {len(choices)} choices")
+    return index
+
+
+def _arc(row: Row) -> Row:
+    if "query" in row:  # the question in its prompt form
+        question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        texts, labels = row["choices"], list(LETTERS[: len(row["choices"])])
+        key = labels[_one_of(texts, row["gold"])]
+    else:
+        question, key = row["question"], row["answerKey"]
+        texts, labels = row["choices"]["text"], row["choices"]["label"]
+    if key not in labels:
+        raise ValueError(f"the answer is {key!r}, the choices are {', '.join(labels)}")
+    return {"question": question, "choices": {"text": texts, "label": labels}, "answerKey": key}
+
+
+def _hellaswag(row: Row) -> Row:
+    if "query" in row:
+        label, _, context = row["query"].partition(": ")
+        parts, endings, gold = (context, ""), row["choices"], row["gold"]
+    else:
+        label, parts, endings = row["activity_label"], (row["ctx_a"], row["ctx_b"]), row["endings"]
+        gold = int(row["label"]) if str(row["label"]).isdigit() else row["label"]
+    gold = str(_one_of(endings, gold))
+    return {"activity_label": label, "ctx_a": parts[0], "ctx_b": parts[1], "endings": endings, "label": gold}
+
+
+def _winogrande(row: Row) -> Row:
+    kept = {name: row[name] for name in ("sentence", "option1", "option2", "answer")}
+    if kept["answer"] not in ("1", "2"):
+        raise ValueError(f"the answer is {kept['answer']!r}, expected '1' or '2'")
+    if "_" not in kept["sentence"]:
+        raise ValueError("the sentence has no gap '_'")
+    return kept
+
+
+def _race(row: Row) -> Row:
+    problems = [
+        {"question": question, "answer": answer, "options": options}
+        for question, answer, options in zip(row["questions"], row["answers"], row["options"], strict=True)
+    ]
+    for problem in problems:
+        if len(problem["options"]) != 4 or problem["answer"] not in ("A", "B", "C", "D"):
+            raise ValueError(
+                f"the answer is {problem['answer']!r} of {len(problem['options'])} options, expected A to D"
+            )
+    if not problems:
+        raise ValueError("there is no question")
+    return {"article": row["article"], "problems": repr(problems)}
+
+
+def _triviaqa(row: Row) -> Row:
+    aliases = row["answer"]["aliases"]
+    if not aliases or not all(isinstance(alias, str) for alias in aliases):
+        raise ValueError(f"the answer's aliases are {aliases!r}, expected a list of texts")
+    return {"question": row["question"], "answer": {"aliases": aliases}}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFiles:
+    """Where a task's items and examples lie in the data folder.
+
+    Attributes
+    ----------
+    scored : str
+        Pattern of the file whose items are scored.
+    split : str
+        Name of the split that lm-eval's task scores.
+    convert : callable
+        Makes a line a row in the Hub's form; raises if it cannot be scored.
+    own : str
+        lm-eval's own task file, in its folder of tasks.
+    examples : str, optional
+        Pattern of the file with examples. None: the last items of the scored one, which are then not scored.
+    """
+
+    scored: str
+    split: str
+    convert: Callable[[Row], Row]
+    own: str
+    examples: str | None = "train*.json*"
+
+
+FILES = {
+    "arc_easy": TaskFiles("test*.json*", "test", _arc, "arc/arc_easy.yaml"),
+    "arc_challenge": TaskFiles("test*.json*", "test", _arc, "arc/arc_challenge.yaml"),
+    "hellaswag": TaskFiles("validation*.json*", "validation", _hellaswag, "hellaswag/hellaswag.yaml"),
+    "winogrande": TaskFiles("validation*.json*", "validation", _winogrande, "winogrande/default.yaml"),
+    "race": TaskFiles("dev_high*.json*", "test", _race, "race/race.yaml", "train_high*.json*"),
+    "triviaqa": TaskFiles("validation*.json*", "validation", _triviaqa, "triviaqa/default.yaml", None),
+}
+
+
+def local_splits(name: str, shots: int, data_dir: Path) -> dict[str, list[Row]]:
+    """Rows of a task: the split that is scored, and ``train`` with the examples.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is not just one file for a split.
+    ValueError
+        If a line cannot be scored, or no item is left.
+    """
+    files = FILES[name]
+    items = _read_rows(_only_file(data_dir / name, files.scored), files.convert)
+    if files.examples is not None:
+        examples = _read_rows(_only_file(data_dir / name, files.examples), files.convert)
+    else:
+        if len(items) <= shots:
+            raise ValueError(
+                f"{name}: {shots} shots leave none of the {len(items)} items in {data_dir / name} to score"
+            )
+        items, examples = items[: len(items) - shots], items[len(items) - shots :]
+    return {files.split: items, "train": examples}
+
+
+def write_tasks(data_dir: Path, output: Path, names: Sequence[str] = tuple(FILES), shots: int = 50) -> None:
+    """Write the task files, and their data beside them.
+
+    Parameters
+    ----------
+    shots : int
+        Examples of a task that has no file with them.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        paths = {}
+        for split, rows in local_splits(name, shots, data_dir).items():
+            paths[split] = str((output / f"{name}-{split}.jsonl").absolute())
+            Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        own = Path(lm_eval.tasks.__path__[0], FILES[name].own)
+        content = {"include": str(own), "task": name, "dataset_path": "json", "dataset_name": None}
+        content |= {"dataset_kwargs": {"data_files": paths}, "training_split": "train", "fewshot_split": "train"}
+        (output / f"{name}.yaml").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+
+
+def _only_file(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise FileNotFoundError(f"{folder} needs just one file {pattern}, found {names}")
+    return found[0]
+
+
+def _read_rows(path: Path, convert: Callable[[Row], Row]) -> list[Row]:
+    """Rows of a file with one object per line, or one list of objects."""
+    text = path.read_text(encoding="utf-8")
+    rows = []
+    try:
+        lines = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(convert(line))
+        except KeyError as error:
+            raise ValueError(f"{path}, row {number} cannot be scored: it has no {error}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, row {number} cannot be scored: {error}") from error
+    if not rows:
+        raise ValueError(f"{path}: there is no row")
+    return rows
+
+
+def main() -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with a folder of files per task")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES), help="(default: all)")
+    options = parser.parse_args()
+    write_tasks(options.data_dir, options.output, options.tasks)
+
+
+if __name__ == "__main__":
+    main()

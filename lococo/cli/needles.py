@@ -1,0 +1,70 @@
+"""The command ``lococo eval needles``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lococo.cli.options import (
+    TEXT,
+    BlockSize,
+    Chat,
+    ComparedHeads,
+    MethodNames,
+    ModelOptions,
+    Output,
+    Seed,
+    SlotCounts,
+    TextColumn,
+    names_of,
+    option,
+)
+from lococo.cli.terminal import print_table, print_written
+
+
+def needles(
+    context: typer.Context,
+    source: ModelOptions,
+    *,
+    data: Annotated[
+        list[str],
+        option(TEXT, "Texts to hide needles in: files, folders or Hub ids.", metavar="DATA", show_default="made up"),
+    ] = [],
+    text_column: TextColumn = "text",
+    lengths: Annotated[list[int], option(TEXT, "Tokens of prompt and answer.")] = [4096],
+    depths: Annotated[int, option(TEXT, "Places of the needle.")] = 11,
+    items: Annotated[int, option(TEXT, "Needles of each length and depth.")] = 1,
+    distractors: Annotated[int, option(TEXT, "Other needles, that are not asked for.")] = 0,
+    chat: Chat = False,
+    seed: Seed = 0,
+    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated",
+    heads: ComparedHeads = [],
+    num_slots: SlotCounts = [512],
+    block_size: BlockSize = 512,
+    output: Output = Path("needles"),
+) -> None:
+    """Numbers hidden in long texts, by depth and length.
+
+    Example: lococo eval needles --model MODEL --lengths 4096 16384 --num-slots 256 --heads heads/
+    """
+    from lococo.data.documents import documents
+    from lococo.evaluation.needles import Filler, by_length, evaluate_needles, make_needles
+    from lococo.methods import plan_runs
+
+    runs = plan_runs(names_of(methods), num_slots, block_size, heads)
+    asked = make_needles(
+        source.load_tokenizer(),
+        Filler(document["text"] for document in documents(data, text_column, in_order=True)),
+        lengths,
+        depths=depths,
+        items=items,
+        distractors=distractors,
+        chat=chat,
+        seed=seed,
+    )
+    model, tokenizer = source.load()
+    rows = evaluate_needles(model, tokenizer, asked, runs, output, context.obj)
+    print_table(by_length(rows))
+    print_written(output)

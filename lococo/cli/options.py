@@ -1,0 +1,172 @@
+"""Options that several commands have, each with its help said once.
+
+No file of this package imports torch or Transformers before a command runs: help comes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MODEL, METHOD, TEXT, TRAINING, RUN, MEASURED = "Model", "Method", "Text", "Training", "Run", "What is measured"
+
+NUM_SLOTS = 512  # of LoCoCoConfig, which needs torch
+METHODS = "full, streaming, h2o, h2o-slot, lococo-uncalibrated, lococo-paper, lococo-reference, ..."
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    """An option in a panel of the help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+GgufFile = Annotated[str | None, option(MODEL, "GGUF file in that folder.", metavar="NAME")]
+Device = Annotated[str, option(MODEL, "cpu, cuda, cuda:1, ...; auto: cuda where there is one.")]
+Dtype = Annotated[str, option(MODEL, "float32, bfloat16, ...; auto: the checkpoint's, float32 on a CPU.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """A model, and where it runs."""
+
+    model: Annotated[str, option(MODEL, "Folder or Hub id of a causal language model.")]
+    gguf_file: GgufFile = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+
+    def load(self, device: str | None = None) -> tuple[Any, Any]:
+        """Model and tokenizer, on another device if so told."""
+        from lococo import loading
+
+        return loading.load_model(self.model, gguf_file=self.gguf_file, device=device or self.device, dtype=self.dtype)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, without the model; what the model will be told is checked, too."""
+        from lococo import loading
+
+        loading.chosen_device(self.device)
+        loading.chosen_dtype(self.dtype)
+        return loading.load_tokenizer(self.model, self.gguf_file)
+
+
+NumSlots = Annotated[int, option(METHOD, "KV slots per layer and KV head (M).")]
+SlotCounts = Annotated[list[int], option(METHOD, "KV slots per layer and KV head (M), one number or several.")]
+BlockSize = Annotated[int, option(METHOD, "Tokens read between two compressions (B).")]
+OwnBlockSize = Annotated[
+    int | None, option(METHOD, "Tokens read between two compressions (B).", show_default="M, at most 512")
+]
+Heads = Annotated[
+    str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block.", metavar="HEADS")
+]
+ComparedHeads = Annotated[
+    list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)
+]
+MethodName = Annotated[str, option(METHOD, f"One of {METHODS}", metavar="METHOD")]
+MethodNames = Annotated[str, option(METHOD, f"What is compared, joined by commas: {METHODS}", metavar="METHODS")]
+
+Data = Annotated[
+    list[str] | None,
+    option(
+        TEXT,
+        "Texts to measure on: files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders, or Hub ids such as "
+        "org/name:configuration.",
+        metavar="DATA",
+        show_default="Proof-Pile-2 of the Hub",
+    ),
+]
+TextColumn = Annotated[str, option(TEXT, "Name of the text in a document of --data.")]
+First = Annotated[int, option(TEXT, "First token of a window that counts.")]
+Documents = Annotated[int, option(TEXT, "Windows of each file; with --sliding documents.")]
+
+TimeLimit = Annotated[float | None, option(RUN, "Seconds after which it ends; the same command goes on.")]
+WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="OUTPUT.work")]
+Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.")]
+Seed = Annotated[int, option(TEXT, "Of what is drawn by chance.")]
+Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.", "--chat")]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetOptions:
+    """Text to train on."""
+
+    dataset: Annotated[
+        list[str] | None,
+        option(
+            TEXT,
+            "Texts to train on: files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders, or Hub ids such as "
+            "org/name or org/name:configuration.",
+            metavar="DATA",
+            show_default="togethercomputer/RedPajama-Data-1T-Sample",
+        ),
+    ] = None
+    text_column: Annotated[str, option(TEXT, "Name of the text in a document.")] = "text"
+    windows: Annotated[int | None, option(TEXT, "Training windows.", show_default="as many as the training reads")] = (
+        None
+    )
+    boundaries: Annotated[str, option(TEXT, "Between documents: reset or none.")] = "reset"
+    seed: Annotated[int, option(TEXT, "Of what is drawn by chance.")] = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``lococo.calibrate`` and ``lococo.extend_context``."""
+        from lococo.data.windows import DEFAULT_DATASET
+
+        return {
+            "dataset": self.dataset or [DEFAULT_DATASET],
+            "text_column": self.text_column,
+            "num_windows": self.windows,
+            "boundaries": self.boundaries,
+            "seed": self.seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRunOptions:
+    """Where a training writes and keeps its state, and how it goes on."""
+
+    output: Annotated[Path, option(RUN, "Folder to write.")]
+    work_dir: WorkDir = None
+    cache_dir: Annotated[Path, option(RUN, "Token windows and figures that other runs use, too.")] = Path(
+        "~/.cache/lococo"
+    )
+    resume: Annotated[bool, option(RUN, "Go on with the run in the work folder.", "--resume")] = False
+    deepspeed: Annotated[
+        str | None, option(RUN, "zero2 for our ZeRO-2, or a DeepSpeed config file.", metavar="CONFIG")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``lococo.calibrate`` and ``lococo.extend_context``.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such DeepSpeed config.
+        ImportError
+            If DeepSpeed is not installed.
+        """
+        from lococo.training.window_trainer import deepspeed_arguments
+
+        return {
+            "output": self.output,
+            "work_dir": self.work_dir,
+            "cache_dir": self.cache_dir,
+            "resume": self.resume,
+            "training_arguments": deepspeed_arguments(self.deepspeed) if self.deepspeed else None,
+        }
+
+    def process(self, source: ModelOptions) -> Any:
+        """One process of a distributed run, which is here; from now on "cuda" is its own GPU."""
+        from lococo.training.runs import this_process
+
+        return this_process(on_cpu=source.device == "cpu")
+
+
+def names_of(joined: str) -> list[str]:
+    """Names that are joined by commas."""
+    return [name for name in joined.split(",") if name]
+
+
+def block_of(num_slots: int, block_size: int | None) -> int:
+    """Tokens between two compressions: as many as slots, at most 512, unless told."""
+    return min(num_slots, 512) if block_size is None else block_size

@@ -1,1 +1,0 @@
-"""``lococo eval long``: questions about long documents, and needles in generated ones."""

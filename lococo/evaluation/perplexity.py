@@ -1,0 +1,259 @@
+"""Perplexity by length, domain and method, with the gap ratio: its rows, its files and its pictures."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lococo.data.texts import Window
+from lococo.files import write_whole
+from lococo.methods import Run, as_method
+from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio, mean_nll
+from lococo.results.journal import Journal
+from lococo.results.plots import Bars, Lines, Series, picture
+from lococo.results.tables import beside, write_result
+
+Row = dict[str, Any]
+ALL_DOMAINS = "all"
+H2O = ("h2o", "h2o-slot")
+
+
+class DocumentLosses:
+    """Loss over some windows, document by document."""
+
+    def __init__(self) -> None:
+        self.by_document: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))  # nll, tokens
+        self.length = 0
+
+    def add(self, nll: float, window: Window, first: int) -> None:
+        """Add a window's mean loss over its tokens from ``first`` on."""
+        tokens = window.ids.shape[1] - first
+        self.by_document[window.domain, window.document] += nll * tokens, tokens
+        self.length = max(self.length, window.ids.shape[1])
+
+    @property
+    def table(self) -> np.ndarray:
+        """(2, documents): summed loss, tokens."""
+        return np.stack(list(self.by_document.values()), axis=1)
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        nll, tokens = self.table.sum(axis=1)
+        return float(nll / tokens)
+
+
+Losses = dict[Run, dict[tuple[int, str], DocumentLosses]]
+
+
+def perplexity_rows(
+    model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
+) -> list[Row]:
+    """One row per run, length and domain (and one for all domains).
+
+    The gap ratio compares with H2O at the same number of slots and with the better of its two position modes in that
+    domain; ``gap_low`` and ``gap_high`` bound it.
+    """
+    losses = measure_losses(model, texts, runs, first, journal)
+    return [loss_row(losses, run, group) for run, groups in losses.items() for group in groups]
+
+
+def measure_losses(
+    model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
+) -> Losses:
+    """Losses of every run by length and domain, and over all domains."""
+    losses: Losses = {}
+    for run in tqdm(runs, desc="methods", disable=None):
+        groups = losses[run] = defaultdict(DocumentLosses)
+        with as_method(model, run.config, run.heads):
+            for window in tqdm(texts, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None):
+                key = (model.name_or_path, run.name, run.identity(), digest(window.ids), first)
+                nll = journal.measure(key, functools.partial(mean_nll, model, window.ids, first))
+                for domain in (window.domain, ALL_DOMAINS):
+                    groups[window.length, domain].add(nll, window, first)
+    return losses
+
+
+def references(losses: Losses, run: Run, group: tuple[int, str]) -> tuple[DocumentLosses | None, list[DocumentLosses]]:
+    """What a run's gap ratio compares with: the full cache, and the variants of H2O at as many slots."""
+    full = next((groups[group] for other, groups in losses.items() if other.name == "full"), None)
+    h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == run.num_slots]
+    return full, h2o
+
+
+def gap_change(
+    losses: Losses, run: Run, other: Run, group: tuple[int, str]
+) -> tuple[float | None, float | None, float | None]:
+    """How much larger a run's gap ratio is than another's at as many slots, and the interval of that.
+
+    Both are drawn together in a resample, so that what documents do to both alike is left out. None where there is no
+    gap ratio, or no interval.
+    """
+    full, h2o = references(losses, run, group)
+    if full is None or not h2o:
+        return None, None, None
+    mine, theirs = losses[run][group], losses[other][group]
+    change = mine.table[0] - theirs.table[0] + full.table[0]  # its gap ratio is the difference of both
+    ratio = gap_ratio(mine.mean - theirs.mean + full.mean, full.mean, [each.mean for each in h2o])
+    interval = gap_interval(change, full.table[0], np.stack([each.table[0] for each in h2o]), full.table[1])
+    low, high = interval or (None, None)
+    return ratio, low, high
+
+
+def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> Row:
+    """Perplexity and gap ratio of a run, as a row of a result."""
+    measured = losses[run][group]
+    nll, tokens = measured.table
+    full, h2o = references(losses, run, group)
+    gap, interval = None, None
+    if full and h2o:
+        gap = gap_ratio(measured.mean, full.mean, [each.mean for each in h2o])
+        if gap is not None:
+            interval = gap_interval(nll, full.table[0], np.stack([each.table[0] for each in h2o]), tokens)
+    gap_low, gap_high = interval or (None, None)
+    return {
+        "domain": group[1],
+        "method": run.name,
+        "num_slots": run.num_slots,
+        "block_size": None if run.config is None else run.config.block_size,
+        "length": measured.length,
+        "nll": measured.mean,
+        "ppl": math.exp(measured.mean),
+        "gap_ratio": gap,
+        "gap_low": gap_low,
+        "gap_high": gap_high,
+        "documents": len(tokens),
+        "tokens": int(tokens.sum()),
+    }
+
+
+def digest(ids: torch.Tensor) -> str:
+    """Name of a text by its tokens."""
+    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    texts: Sequence[Window],
+    runs: Sequence[Run],
+    first: int,
+    output: Path,
+    command: str,
+) -> list[Row]:
+    """Measure, write ``<output>.json``, ``.md`` and pictures, and return the rows. A killed run resumes.
+
+    ``<output>.png`` shows domains; ``<output>_slots.png`` budgets and ``<output>_length.png`` lengths, where there are
+    several.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not patched.
+    first : int
+        First token of a window that counts.
+    command : str
+        What made the result, as a user would type it.
+    """
+    journal = Journal(beside(output, ".partial.jsonl"))
+    rows = perplexity_rows(model, texts, runs, first, journal)
+    how = (
+        f"Each window is read from its start with an empty cache, its tokens from the {first}th on count. gap_low and "
+        f"gap_high: {CONFIDENCE:.0%} interval of gap_ratio, {RESAMPLES} bootstrap resamples of the documents, seed "
+        f"{SEED}."
+    )
+    write_result(output, command, model.device, rows, how=how)
+    if any(each.name == "full" for each in runs) and len(runs) > 1:
+        plot_by_domain(rows, beside(output, ".png"))
+    if len({each.num_slots for each in runs if each.num_slots}) > 1:
+        plot_by_slots(rows, beside(output, "_slots.png"))
+    if len({window.length for window in texts}) > 1:
+        plot_by_length(rows, beside(output, "_length.png"))
+    journal.finish()
+    return rows
+
+
+def plot_by_domain(rows: Sequence[Row], path: Path) -> None:
+    """Loss over the full cache by domain and method, at the smallest number of slots and the largest length."""
+    rows = _longest(rows)
+    slots = min(row["num_slots"] for row in rows if row["num_slots"])
+    shown = [row for row in rows if row["num_slots"] == slots]
+    nll = {(row["domain"], row["method"]): row["nll"] for row in rows if row["num_slots"] in (None, slots)}
+    domains = _domains(shown)
+    lost = [
+        Series(method, [nll[domain, method] - nll[domain, "full"] for domain in domains])
+        for method in dict.fromkeys(row["method"] for row in shown)
+    ]
+    title = (
+        f"{slots} slots, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
+    )
+    panel = Bars(domains, lost, title, "loss over the full cache (nats per token)", upright=True)
+    write_whole(path, picture([[panel]], (10, 4.4)))
+
+
+def plot_by_slots(rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against the number of slots, a panel per domain and a line per method, at the largest length."""
+    _plot_by(_longest(rows), "num_slots", "slots per layer and KV head (M)", _method, path)
+
+
+def plot_by_length(rows: Sequence[Row], path: Path, cut: float = math.inf) -> None:
+    """Perplexity against the length, a panel per domain and a line per method and number of slots.
+
+    A panel ends at ``cut`` times its median, and says so, so that one line that goes far off hides no others.
+    """
+    several = len({row["num_slots"] for row in rows if row["num_slots"]}) > 1
+    _plot_by(rows, "length", "tokens in a text", _method_and_slots if several else _method, path, cut)
+
+
+def _method(row: Row) -> str:
+    return row["method"]
+
+
+def _method_and_slots(row: Row) -> str:
+    return f"{row['method']} {row['num_slots'] or ''}".strip()
+
+
+def _plot_by(
+    rows: Sequence[Row], x: str, label: str, name: Callable[[Row], str], path: Path, cut: float = math.inf
+) -> None:
+    domains, names = _domains(rows), list(dict.fromkeys(map(name, rows)))
+
+    def panel(domain: str) -> Lines:
+        lines, found = [], [row for row in rows if row["domain"] == domain]
+        for index, each in enumerate(names):
+            points = sorted((row for row in found if name(row) == each), key=lambda row: row[x] or 0)
+            if points:
+                places = [row[x] for row in points] if points[0][x] is not None else None
+                lines.append(Series(each, [row["ppl"] for row in points], places, style={"color": f"C{index}"}))
+        top = cut * statistics.median(row["ppl"] for row in found)
+        is_cut = max(row["ppl"] for row in found) > top
+        ticks = {tick: str(tick) for tick in sorted({row[x] for row in found if row[x] is not None})}
+        title = f"{domain}, cut at the top" if is_cut else domain
+        return Lines(lines, title, log="x", ticks=ticks, top=top if is_cut else None)
+
+    columns = min(len(domains), 4)
+    panels = [*map(panel, domains), *[None] * (-len(domains) % columns)]
+    grid = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    size = (max(6, 3.2 * columns), 2.8 * len(grid) + 0.8)
+    write_whole(path, picture(grid, size, xlabel=label, ylabel="perplexity (lower is better)"))
+
+
+def _domains(rows: Sequence[Row]) -> list[str]:
+    """In order, the one for all of them last."""
+    return sorted(dict.fromkeys(row["domain"] for row in rows), key=lambda domain: domain == ALL_DOMAINS)
+
+
+def _longest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of every domain's largest length."""
+    largest = {domain: max(row["length"] for row in rows if row["domain"] == domain) for domain in _domains(rows)}
+    return [row for row in rows if row["length"] == largest[row["domain"]]]

@@ -1,0 +1,229 @@
+"""What a decoder is given, by name, and what of it a compressed cache cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lococo.attention import NAME
+from lococo.cache.cache import LoCoCoCache
+from lococo.cache.plan import RowState
+from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
+from lococo.masks import PaddingMask
+from lococo.models import Family
+from lococo.state import Patch
+
+PATCH_AGAIN = "call lococo.unpatch_model, change what is to be changed, and patch again"
+
+
+def arguments_by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the decoder's forward as keywords, the cache under the name that this release has for it."""
+    named = {**dict(zip(argument_names(type(decoder).forward), args, strict=False)), **kwargs}
+    name = cache_argument(decoder)
+    if OLD_CACHE_NAME in named and name not in named:
+        named[name] = named.pop(OLD_CACHE_NAME)
+    return named
+
+
+def padding_of(mask: Any) -> Any:
+    """The 2-D mask in what a decoder is given: itself, or as ``padding_mask`` made one for every type of layers."""
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    return mask.tokens if isinstance(mask, PaddingMask) else mask
+
+
+def check_arguments(decoder: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse attention matrices, masks that are not (batch, tokens) and packed sequences.
+
+    Raises
+    ------
+    ValueError
+        Names the argument.
+    """
+    if kwargs.get("output_attentions") or (
+        kwargs.get("output_attentions") is None and getattr(decoder.config, "output_attentions", False)
+    ):
+        raise ValueError("output_attentions=True: a patched model never makes attention matrices; unpatch it for them")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attention_mask must be a 2-D tensor (batch, tokens), got a {type(mask).__name__}")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got shape "
+            f"{tuple(mask.shape)}"
+        )
+    position_ids, past = kwargs.get("position_ids"), kwargs.get(cache_argument(decoder))
+    if position_ids is not None and position_ids.dim() != 2:
+        raise ValueError(f"position_ids must be 2-D (batch, tokens), got shape {tuple(position_ids.shape)}")
+    if position_ids is not None and mask is None and past is None and (position_ids.diff(dim=-1) != 1).any():
+        raise ValueError(
+            "position_ids that start again inside a row (packed sequences) are not supported: give each text a row "
+            "and pad it with an attention_mask"
+        )
+
+
+def check_configs(family: Family) -> None:
+    """Refuse a decoder in which a layer, or what makes its mask, no longer finds our attention in its config.
+
+    Raises
+    ------
+    ValueError
+        Names the module and the attention that it finds.
+    """
+    checked = None
+    for module in family.readers_of_configs:
+        if module.config is checked:  # mostly they share one
+            continue
+        checked = module.config
+        if checked._attn_implementation != NAME:
+            raise ValueError(
+                f"the config of {type(module).__name__} was replaced after lococo.patch_model, by one with attention "
+                f"{checked._attn_implementation!r}; {PATCH_AGAIN}"
+            )
+
+
+def check_positions(family: Family, count: int) -> None:
+    """Refuse positions that the decoder has no angles for.
+
+    Raises
+    ------
+    ValueError
+        If there are more than that.
+    """
+    if family.max_positions is not None and count > family.max_positions:
+        raise ValueError(
+            f"{count} positions are more than the {family.max_positions} of this model (seq_length): read less, or "
+            "use positions='slot', which needs num_slots + block_size of them"
+        )
+
+
+def check_not_empty(tokens: torch.Tensor) -> None:
+    """Refuse an input without tokens.
+
+    Raises
+    ------
+    ValueError
+        Gives its shape.
+    """
+    if tokens.shape[1] == 0:
+        raise ValueError(f"there is nothing to read: the input has shape {tuple(tokens.shape)}, 0 tokens")
+
+
+def cache_for(patch: Patch, kwargs: dict[str, Any]) -> LoCoCoCache | None:
+    """The cache that a forward reads into, which is put into its arguments; None: nothing is remembered after it.
+
+    Raises
+    ------
+    ValueError
+        For a cache of another kind, model or method, or with gradient checkpointing.
+    """
+    decoder = patch.decoder
+    name = cache_argument(decoder)
+    given = kwargs.get(name)
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+    if isinstance(given, LoCoCoCache):
+        given.check_fits(patch.config, patch.family.shape, name)
+    elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
+        raise ValueError(
+            f"{name} is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
+            "LoCoCoCache: start without one, or unpatch the model"
+        )
+    elif given is not None:
+        patch.say_once(
+            f"the empty {type(given).__name__} given as {name} stays empty: a patched model keeps its slots in a "
+            f"LoCoCoCache; go on with the {OUTPUT_CACHE} of the output"
+        )
+    if decoder.training and torch.is_grad_enabled():
+        # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
+        kwargs["use_cache"] = False
+        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+            if isinstance(given, LoCoCoCache) and given.seen_tokens:
+                raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
+            kwargs[name] = None
+            return None
+        use_cache = False
+    if given is None and not use_cache:
+        return None
+    cache = given if isinstance(given, LoCoCoCache) else patch.new_cache()
+    kwargs[name] = cache
+    return cache
+
+
+def check_cache(cache: LoCoCoCache, batch: int) -> None:
+    """Refuse a cache that holds half of a forward, or other rows.
+
+    Raises
+    ------
+    ValueError
+        Says which.
+    """
+    if cache.is_reading:
+        raise ValueError("the last forward with this LoCoCoCache did not finish: call cache.reset() and start again")
+    if cache.batch_size not in (-1, batch):
+        raise ValueError(f"the cache holds {cache.batch_size} rows, the input has {batch}")
+
+
+def padded_columns(
+    mask: torch.Tensor | None, batch: int, num_tokens: int, cache: LoCoCoCache | None, is_step: bool = True
+) -> list[list[bool]] | None:
+    """Which columns of a call are tokens (True) and which padding, row by row; None if all are tokens.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, optional
+        (batch, tokens of the call, or of all calls), 0 for padding.
+    is_step : bool
+        One token is a step of decoding, not what is left of a longer text.
+
+    Raises
+    ------
+    ValueError
+        If the mask has another shape, or other values.
+    """
+    if mask is None:
+        return None
+    seen = 0 if cache is None else cache.seen_tokens
+    if mask.shape[0] != batch or mask.shape[1] not in (num_tokens, seen + num_tokens):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {seen + num_tokens}): "
+            f"{seen} columns already read and {num_tokens} new ones"
+        )
+    real = mask[:, -num_tokens:].bool()
+    if is_step and num_tokens == 1 and seen and real.is_cuda and cache is not None and not cache.ends_in_padding:
+        # Decoding must not wait for the GPU; padding here would start in the middle of a text.
+        torch._assert_async(real.all())
+        return None
+    has_padding = not bool(real.all())
+    if has_padding or mask.dtype != torch.bool:
+        _refuse_other_marks(mask[:, -num_tokens:])
+    if cache is not None and seen and mask.shape[1] > num_tokens:
+        _refuse_another_past(mask[:, :seen], cache.rows)
+    if cache is not None:
+        cache.ends_in_padding = has_padding and not bool(real[:, -1].all())
+    return real.tolist() if has_padding else None
+
+
+def _refuse_other_marks(mask: torch.Tensor) -> None:
+    """Refuse masks that number the texts of packed rows, or are to be added to logits."""
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        raise ValueError(
+            f"attention_mask must be 1 for tokens and 0 for padding, got {strange[0].item()}: rows of several texts "
+            "(packed sequences) and masks that are added to logits are not supported"
+        )
+
+
+def _refuse_another_past(mask: torch.Tensor, rows: Sequence[RowState]) -> None:
+    """Refuse a mask in which tokens that were read are padding, or padding tokens: it would come too late."""
+    said = mask.bool().sum(dim=-1).tolist()
+    read = [row.seen for row in rows] * (len(said) // len(rows))
+    for index, (now, before) in enumerate(zip(said, read, strict=True)):
+        if now != before:
+            raise ValueError(
+                f"attention_mask names {now} tokens among the {mask.shape[1]} columns already read of row {index}, "
+                f"{before} were read: what has been read cannot be masked later (generate takes pad tokens for "
+                "padding where it is given no attention_mask)"
+            )

@@ -1,0 +1,291 @@
+"""Pictures of results: panels of lines, bars and heat maps. Nothing else in the library draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+GAP = math.nan  # in a line, or a bar that is left out
+THIN = {"marker": "", "linewidth": 1}  # a line of many points
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Values that are drawn alike.
+
+    Attributes
+    ----------
+    label : str
+        In the legend; empty: not there.
+    y : sequence of float
+    x : sequence of float, optional
+        Of a line's points. None in a panel of lines: the first of ``y`` is a level.
+    low, high : sequence of float, optional
+        Ends of a line's band, or of error bars.
+    style : mapping
+        What matplotlib is told besides.
+    """
+
+    label: str
+    y: Sequence[float]
+    x: Sequence[float] | None = None
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    style: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[list[float]] | None:
+        """Distance to the ends, below and above."""
+        if self.low is None or self.high is None:
+            return None
+        below = [max(value - end, 0) for value, end in zip(self.y, self.low, strict=True)]
+        return [below, [max(end - value, 0) for value, end in zip(self.y, self.high, strict=True)]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """A range of values that is shaded across a panel."""
+
+    label: str
+    low: float
+    high: float
+
+
+class Panel(Protocol):
+    """A part of a picture."""
+
+    def draw(self, figure: Any, axes: Any) -> None:
+        """Draw into matplotlib's axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Lines over x, with bands between their ends or with error bars.
+
+    Attributes
+    ----------
+    log : str
+        Which axes are logarithmic: ``x``, ``y``, ``xy``; x to the base 2.
+    ticks : mapping of float to str, optional
+        Where x is named, and how.
+    bottom, top : float, optional
+        Ends of y.
+    is_barred : bool
+        Ends are those of error bars.
+    """
+
+    series: Sequence[Series]
+    title: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    log: str = ""
+    ticks: Mapping[float, str] | None = None
+    bottom: float | None = None
+    top: float | None = None
+    is_barred: bool = False
+    band: Band | None = None
+
+    def draw(self, figure: Any, axes: Any) -> None:
+        """Draw into matplotlib's axes."""
+        from matplotlib.ticker import NullLocator
+
+        if self.band is not None:
+            axes.axhspan(self.band.low, self.band.high, label=self.band.label, **_BAND)
+        for index, each in enumerate(self.series):
+            style = {"color": f"C{index}", "marker": "o", "markersize": 4, **each.style, "label": each.label or None}
+            if each.x is None:
+                axes.axhline(each.y[0], **{"linestyle": "--", **style, "marker": None})
+            elif self.is_barred and each.errors is not None:
+                axes.errorbar(each.x, each.y, yerr=each.errors, capsize=3, **style)
+            else:
+                axes.plot(each.x, each.y, **style)
+                if each.low is not None and each.high is not None:
+                    axes.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
+        if "x" in self.log:
+            axes.set_xscale("log", base=2)
+        if "y" in self.log:
+            axes.set_yscale("log")
+        if self.ticks is not None:
+            axes.set_xticks(list(self.ticks), list(self.ticks.values()))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
+        axes.set_title(self.title, fontsize=10)
+        axes.set_ylim(bottom=self.bottom, top=self.top)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """A group of bars for every label, a bar of it for every series, from top to bottom or upright.
+
+    Attributes
+    ----------
+    labels : sequence of str
+        Of the groups; every series has as many values.
+    label : str
+        Of the axis of values.
+    marks : Series, optional
+        A value per label that is marked by a stroke across its bars.
+    limits : tuple of float, optional
+        Ends of the axis of values.
+    """
+
+    labels: Sequence[str]
+    series: Sequence[Series]
+    title: str = ""
+    label: str = ""
+    upright: bool = False
+    marks: Series | None = None
+    limits: tuple[float, float] | None = None
+    band: Band | None = None
+
+    def draw(self, figure: Any, axes: Any) -> None:
+        """Draw into matplotlib's axes."""
+        places, width = range(len(self.labels)), 0.8 / len(self.series)
+        if self.band is not None:
+            span = axes.axhspan if self.upright else axes.axvspan
+            span(self.band.low, self.band.high, label=self.band.label, **_BAND)
+        for index, each in enumerate(self.series):
+            shifted = [place + (index - (len(self.series) - 1) / 2) * width for place in places]
+            style = {"label": each.label or None, "capsize": 2, "error_kw": {"linewidth": 0.8}, **each.style}
+            if self.upright:
+                axes.bar(shifted, each.y, width, yerr=each.errors, **style)
+            else:
+                axes.barh(shifted, each.y, width, xerr=each.errors, **style)
+        if self.marks is not None:
+            points = (places, self.marks.y) if self.upright else (self.marks.y, places)
+            stroke = {"marker": "_" if self.upright else "|", "markersize": 12, "linestyle": "", "color": "#333333"}
+            axes.plot(*points, label=self.marks.label, **{**stroke, **self.marks.style})
+        (axes.set_ylabel if self.upright else axes.set_xlabel)(self.label)
+        (axes.set_xticks if self.upright else axes.set_yticks)(places, self.labels, fontsize=8)
+        if self.limits is not None:
+            (axes.set_ylim if self.upright else axes.set_xlim)(*self.limits)
+        if not self.upright:
+            axes.set_ylim(len(self.labels) - 0.4, -0.6)
+        axes.set_title(self.title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """Colours for a table of values.
+
+    Attributes
+    ----------
+    values : sequence of sequences of float
+        (rows, columns); the first row is at the top.
+    xticks, yticks : sequence of str, optional
+        Names of the columns and rows.
+    limits : tuple of float, optional
+        Values of the first and the last colour.
+    log : bool
+        Colours by the logarithm.
+    has_bar : bool
+        A bar beside the map tells what its colours are.
+    """
+
+    values: Sequence[Sequence[float]]
+    title: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    xticks: Sequence[str] | None = None
+    yticks: Sequence[str] | None = None
+    limits: tuple[float | None, float | None] = (None, None)
+    colors: str = "viridis"
+    log: bool = False
+    has_bar: bool = True
+
+    def draw(self, figure: Any, axes: Any) -> None:
+        """Draw into matplotlib's axes."""
+        from matplotlib.colors import LogNorm, Normalize
+
+        norm = (LogNorm if self.log else Normalize)(*self.limits)
+        image = axes.imshow(self.values, norm=norm, cmap=self.colors, aspect="auto")
+        for axis, names in ((axes.xaxis, self.xticks), (axes.yaxis, self.yticks)):
+            axis.get_major_locator().set_params(integer=True)
+            if names is not None:
+                axis.set_ticks(range(len(names)), names, fontsize=7)
+        bar = figure.colorbar(image, ax=axes) if self.has_bar else None
+        if bar is not None and self.log:
+            bar.ax.yaxis.set_major_formatter("{x:.0f}")
+            bar.ax.yaxis.set_minor_formatter("{x:.0f}")
+        axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
+        axes.set_title(self.title, fontsize=9)
+
+
+_BAND = {"color": "#dd8452", "alpha": 0.35, "linewidth": 0}
+
+
+def picture(
+    grid: Sequence[Sequence[Panel | None]],
+    size: tuple[float, float],
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    legend: str = "figure",
+    share: bool = False,
+) -> bytes:
+    """Panels in rows and columns as a PNG file.
+
+    Parameters
+    ----------
+    grid : sequence of sequences of Panel or None
+        Rows of equal length; None leaves a place empty.
+    size : tuple of float
+        Width and height in inches.
+    title, xlabel, ylabel : str
+        Of all panels together.
+    legend : "figure", "panel" or ""
+        One for all panels, which name the same series; one in each panel; none.
+    share : bool
+        Columns have one axis x, rows one axis y.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    import io
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"pictures are drawn with matplotlib ({error}): pip install matplotlib") from error
+    figure = Figure(figsize=size, layout="constrained")
+    places = figure.subplots(
+        len(grid), len(grid[0]), squeeze=False, sharex="col" if share else False, sharey="row" if share else False
+    )
+    named: dict[str, Any] = {}
+    for panels, line in zip(grid, places, strict=True):
+        for panel, axes in zip(panels, line, strict=True):
+            if panel is None:
+                axes.set_visible(False)
+                continue
+            panel.draw(figure, axes)
+            named |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            if legend == "panel" and axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False, fontsize=8)
+    if legend == "figure" and named:
+        columns = max(1, min(len(named), int(size[0] / (0.075 * max(map(len, named)) + 0.5))))
+        figure.legend(
+            list(named.values()),
+            list(named),
+            frameon=False,
+            loc="outside lower center" if title else "outside upper center",
+            ncols=columns,
+            fontsize=9,
+        )
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    return content.getvalue()
+
+
+def thousands(length: float) -> str:
+    """A length as people write it: 4K for 4096."""
+    return f"{length / 1024:g}K" if length % 1024 == 0 else str(length)

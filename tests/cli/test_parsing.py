@@ -1,0 +1,146 @@
+"""Help, lists, groups of options, and tables."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lococo
+from lococo.cli import options
+from lococo.cli.main import main
+from lococo.cli.parsing import Group, add_command, spread
+from lococo.cli.terminal import print_table
+
+COMMANDS = [
+    ["generate"],
+    ["calibrate"],
+    ["extend"],
+    ["eval", "ppl"],
+    ["eval", "tasks"],
+    ["eval", "needles"],
+    ["eval", "extended"],
+    ["eval", "ablate"],
+    ["inspect"],
+    ["bench", "memory"],
+    ["bench", "prefill"],
+    ["bench", "decode"],
+    ["bench", "train"],
+    ["bench", "extend"],
+    ["bench", "score"],
+    ["convert-chatglm"],
+]
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*words, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"Usage: lococo {' '.join(words)}" in said
+    assert f"Example: lococo {' '.join(words)} " in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"), [([], "calibrate"), (["eval"], "ablate"), (["bench"], "decode"), (["-h"], "bench")]
+)
+def test_without_a_command_there_is_help(words, shown, capsys):
+    assert main(words) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["calibrate", "--help"], ["bench", "train", "--help"]])
+def test_help_imports_nothing_heavy(words):
+    code = f"import sys; from lococo.cli.main import main; main({words})"
+    code += f"; sys.exit(str([name for name in {HEAVY} if name in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr == "[]\n"
+
+
+def test_the_package_loads_its_names_when_they_are_asked_for():
+    code = "import sys, lococo; assert 'torch' not in sys.modules; assert set(lococo.__all__) <= set(dir(lococo))"
+    code += "; from lococo import *; patch_model, LoCoCoConfig(score='distant', compressor='conv', num_slots=8)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(lococo, name) is not None for name in lococo.__all__)
+    with pytest.raises(AttributeError, match="module 'lococo' has no attribute 'patch_models'"):
+        lococo.patch_models  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["lococo.config", "lococo.compression.select", "lococo.kernels.scoring", "lococo.patch", "lococo.cache.cache"],
+)
+def test_every_module_can_be_imported_first(module):
+    code = f"import {module}; from lococo.config import LoCoCoConfig; LoCoCoConfig(8)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_defaults_of_the_help_are_those_of_the_library():
+    assert lococo.LoCoCoConfig.num_slots == options.NUM_SLOTS
+    from lococo.methods import METHODS
+
+    assert set(options.METHODS.removesuffix(", ...").split(", ")) <= set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--n 1 2 --m a", "--n 1 --n 2 --m a"),
+        ("--n=1 2 --m a b", "--n=1 --n 2 --m a b"),
+        ("--n 1 --n 2", "--n 1 --n 2"),
+        ("--n -1 -2", "--n -1 --n -2"),
+        ("x --n 1 -h 2", "x --n 1 -h 2"),
+        ("--n 1 -- 2", "--n 1 -- 2"),
+    ],
+)
+def test_lists_are_spread(words, expected):
+    assert spread(words.split(), {"--n"}) == expected.split()
+
+
+@given(st.lists(st.sampled_from(["--n", "--m", "1", "-2", "x", "--n=1"])))
+def test_spread_words_are_spread(words):
+    once = spread(words, {"--n"})
+    assert [word for word in once if word != "--n"] == [word for word in words if word != "--n"]
+
+
+def test_groups_are_laid_out_as_options(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Size:
+        width: Annotated[int, options.option("Size", "Columns.")]
+        depths: Annotated[list[int], options.option("Size", "Rows.")] = dataclasses.field(default_factory=lambda: [3])
+
+    given = []
+
+    def draw(size: Size, *, name: Annotated[str, options.option("Name", "Name.")] = "x") -> None:
+        """Draw."""
+        given.append((size, name))
+
+    app = typer.Typer(cls=Group, add_completion=False)
+    app.callback()(lambda: None)
+    add_command(app, "draw", draw)
+    for words in (["--width", "2"], ["--width", "2", "--depths", "4", "5", "--name", "y"]):
+        typer.main.get_command(app).main(["draw", *words], standalone_mode=False)
+    assert given == [(Size(2, [3]), "x"), (Size(2, [4, 5]), "y")]
+
+
+def test_a_table_fits_and_says_once_what_is_alike(capsys):
+    rows = [
+        {"method": "lococo-uncalibrated-slot", **{f"figure_{index}": 1.23456 * index * row for index in range(9)}}
+        for row in (1, 2)
+    ]
+    rows = [
+        {**row, "block_size": 128, "nothing": None, "some": "long words " * int(9 * row["figure_1"])} for row in rows
+    ]
+    print_table(rows)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines()[:-1])) <= 100
+    assert "1.235" in said and "nothing" not in said and "block size 128" in said.splitlines()[-1]
+    print_table(rows[:1], ["method", "block_size"])
+    assert "lococo-uncalibrated-slot" in capsys.readouterr().out
+    print_table([])
+    assert not capsys.readouterr().out
