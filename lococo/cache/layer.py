@@ -138,10 +138,10 @@ class KVBuffer:
 
     def mass_bias(self, head: Compressor | None, stop: int | None = None) -> torch.Tensor | None:
         """(batch, kv_heads, entries up to ``stop``) bias on the logits by what entries stand for; None: no bias."""
-        log_mass = self.entries.log_mass
-        if log_mass is None or head is None or head.is_closed:
+        # The head is asked in any case: on a GPU its first answer is waited for, and steps must not wait.
+        if head is None or head.is_closed or self.entries.log_mass is None:
             return None
-        return head.mass_bias(log_mass[:, :, :stop])
+        return head.mass_bias(self.entries.log_mass[:, :, :stop])
 
 
 class LayerCache(CacheLayerMixin):
