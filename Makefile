@@ -132,8 +132,8 @@ bench-cuda: ## speed and memory on a GPU, each stage for LIMIT seconds at most -
 
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
-MEASURED := $(wildcard $(addprefix lococo/,attention.py bench cache chunks.py compression cuda_graphs.py forward.py \
-	kernels))
+MEASURED := $(wildcard $(addprefix lococo/,attention.py bench cache compression context.py cuda_graphs.py forward.py \
+	inputs.py kernels prefill.py))
 is_current = test -f $(1).json && ! test -f $(1).partial.jsonl && { \
 	commit=$$(sed -n 's/.*"commit": "\([0-9a-f]*\).*/\1/p' $(1).json); \
 	! git cat-file -e "$$commit" 2>/dev/null || git diff --quiet "$$commit" -- $(MEASURED); }

@@ -22,7 +22,7 @@ from lococo.card import HUB_ID, model_card
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.files import check_replaceable, replace_folder, write_files
 from lococo.models import base_config, base_shape
-from lococo.state import head_modules, is_patched, lococo_config
+from lococo.state import is_patched, patch_of
 from lococo.version import __version__
 
 HEADS_NAME = "lococo_heads.safetensors"
@@ -133,7 +133,7 @@ def load_heads(
     """
     parameters = _head_parameters(model)
     folder = _local_folder(folder_or_id, revision, token)
-    _check_config(LoCoCoConfig.from_pretrained(folder), lococo_config(model), folder)
+    _check_config(LoCoCoConfig.from_pretrained(folder), patch_of(model).config, folder)
     _check_base_shape(folder / CONFIG_NAME, base_shape(model))
     tensors = _read_tensors(folder / HEADS_NAME)
     _check_tensors(tensors, parameters, folder / HEADS_NAME)
@@ -231,7 +231,7 @@ def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     parameters = {
         f"layers.{index}.{name}": parameter
-        for index, head in head_modules(model).items()
+        for index, head in patch_of(model).heads.items()
         for name, parameter in _active_head(head).named_parameters()
     }
     for name, parameter in parameters.items():
@@ -277,7 +277,7 @@ def _config_content(
     base = base_config(model)
     return {
         "format_version": FORMAT_VERSION,
-        "config": lococo_config(model).to_dict(),
+        "config": patch_of(model).config.to_dict(),
         "base_model": {
             "name_or_path": _public_name(base.name_or_path or ""),
             "model_type": base.model_type,
