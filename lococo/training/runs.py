@@ -6,12 +6,13 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -21,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.data.documents import check_sources
-from lococo.data.windows import DEFAULT_CACHE, DataConfig, prepare
+from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
 from lococo.files import write_whole
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.tables import peak_memory
@@ -31,6 +32,9 @@ from lococo.training.window_trainer import StopInTime, WindowTrainer
 
 RUN_NAME, TRAINER_FOLDER = "run.json", "trainer"
 FIGURES = ("loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")  # of a step
+
+Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
+R = TypeVar("R", bound="TrainingRun")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ class TrainingRun:
     recipe: TrainingRecipe
     output: Path
     work_dir: Path | None = None
-    cache_dir: Path = DEFAULT_CACHE
+    cache_dir: Path = DEFAULT_CACHE.expanduser()
     resume: bool = False
     training_arguments: Mapping[str, Any] | None = None
     command: str = "lococo"
@@ -95,11 +99,6 @@ class TrainingRun:
         """The work folder."""
         output = self.output.absolute()  # "." has no name
         return self.work_dir or output.with_name(f"{output.name}.work")
-
-    @property
-    def cache(self) -> Path:
-        """The folder of what runs share."""
-        return self.cache_dir.expanduser()
 
     def check(self) -> None:
         """Refuse what cannot be run, before a model is there.
@@ -130,7 +129,7 @@ class TrainingRun:
         """
         with warnings.catch_warnings(), PartialState().main_process_first():
             warnings.simplefilter("ignore", UserWarning)  # the run itself says that there are few
-            prepare(self.data, tokenizer, self.cache / "tokens")
+            prepare(self.data, tokenizer, self.cache_dir / "tokens")
 
     def processes(self, *, on_cpu: bool, has_steps: bool = True) -> PartialState:
         """The processes of the run, once all of them have seen the work folder as it was.
@@ -216,6 +215,39 @@ class TrainingRun:
     def remove_work(self) -> None:
         """Remove the state of a run that is complete."""
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+DATA_OPTIONS = {field.name for field in dataclasses.fields(DataConfig)} - {"sources"}
+RUN_OPTIONS = {field.name for field in dataclasses.fields(TrainingRun)} - {"data", "recipe", "output", "deadline"}
+RUN_OPTIONS |= DATA_OPTIONS | {"time_limit"}
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a run and its data, and the others, which are those of a recipe."""
+    of_run = {name: value for name, value in options.items() if name in RUN_OPTIONS}
+    return of_run, {name: value for name, value in options.items() if name not in RUN_OPTIONS}
+
+
+def plan_run(kind: type[R], dataset: Dataset, output: str | os.PathLike, options: dict[str, Any], **fields: Any) -> R:
+    """A run of a kind, checked before a model is there.
+
+    Parameters
+    ----------
+    options : dict
+        Of the run and its data; ``time_limit`` in seconds.
+    **fields
+        Other fields of the run, or of ``DataConfig``.
+    """
+    given = {"cache_dir": DEFAULT_CACHE, "text_column": "text", **options, **fields}
+    cache = given["cache_dir"] = Path(given["cache_dir"]).expanduser()
+    if given.get("work_dir") is not None:
+        given["work_dir"] = Path(given["work_dir"])
+    deadline = Deadline(given.pop("time_limit", None))
+    about_data = {name: given.pop(name) for name in DATA_OPTIONS.intersection(given)}
+    data = DataConfig(sources=as_sources(dataset, cache, about_data["text_column"]), **about_data)
+    run = kind(data=data, output=Path(output), deadline=deadline, **given)
+    run.check()
+    return run
 
 
 def figures(entry: Mapping[str, Any], stage: str | None = None) -> dict[str, Any]:
