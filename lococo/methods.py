@@ -74,6 +74,10 @@ class Run:
             return None
         return {**self.config.to_dict(), **({"heads": heads_digest(self.heads)} if self.heads else {})}
 
+    def reading(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """A model that reads by the method inside a ``with`` block; afterwards it is as it was."""
+        return as_method(model, self.config, self.heads)
+
 
 def plan_runs(
     methods: Sequence[str],

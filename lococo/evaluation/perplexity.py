@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
 from lococo.files import write_whole
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio, mean_nll
 from lococo.results.journal import Journal
 from lococo.results.plots import Bars, Lines, Series, picture
@@ -76,10 +76,10 @@ def measure_losses(
     losses: Losses = {}
     for run in tqdm(runs, desc="methods", disable=None):
         groups = losses[run] = defaultdict(DocumentLosses)
-        with as_method(model, run.config, run.heads):
+        with run.reading(model) as reading:
             for window in tqdm(texts, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None):
                 key = (model.name_or_path, run.name, run.identity(), digest(window.ids), first)
-                nll = journal.measure(key, functools.partial(mean_nll, model, window.ids, first))
+                nll = journal.measure(key, functools.partial(mean_nll, reading, window.ids, first))
                 for domain in (window.domain, ALL_DOMAINS):
                     groups[window.length, domain].add(nll, window, first)
     return losses

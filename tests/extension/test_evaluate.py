@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import lococo
 from lococo.cli.main import main
 from lococo.data.texts import Text
+from lococo.evaluation import perplexity
 from lococo.extension.evaluate import by_length, cut_alike
 
 LENGTHS = [32, 64]
@@ -90,9 +91,7 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
     assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
     given = ["--extensions", tmp_path / "out", "--methods", "full"]
     assert evaluate(checkpoint, heldout, tmp_path / "whole", *given) == 0
-    from lococo.extension import evaluate as extended
-
-    counted, real = [], extended.mean_nll
+    counted, real = [], perplexity.mean_nll
 
     def measured(*arguments):
         counted.append(1)
@@ -100,7 +99,7 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(extended, "mean_nll", measured)
+    monkeypatch.setattr(perplexity, "mean_nll", measured)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, heldout, tmp_path / "killed", *given)
     assert evaluate(checkpoint, heldout, tmp_path / "killed", *given) == 0
