@@ -203,14 +203,19 @@ class Calibration(TrainingRun):
         self.check()
         usage = self.meter()
         processes = self.processes(on_cpu=model.device.type == "cpu", has_steps=self.recipe.objective is not None)
-        rows = _Rows(self.on_progress if processes.is_main_process else None)
+        rows: Rows = []
+
+        def add(stage: str, **row: Any) -> None:
+            rows.append({"stage": stage, **row})
+            self.tell(rows[-1])
+
         with processes.main_process_first():
             train, heldout = prepare(self.data, tokenizer, self.cache_dir / "tokens")
             description = self._description(weights_identity(model))
             check_same_run(self.work / RUN_NAME, description)
             journal = Journal(self.cache_dir / f"measured-{description['model']}.jsonl", self.deadline)
             gap = baselines(model, heldout.ids, self.config, self.first, journal)
-            config = self._with_budgets(model, train, journal, rows)
+            config = self._with_budgets(model, train, journal, add)
             if processes.is_main_process:
                 self.begin(description)
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
@@ -218,23 +223,23 @@ class Calibration(TrainingRun):
                 recordings.add(model, train.evenly(self.recipe.local_texts))
         torch.manual_seed(self.data.seed)  # the heads' initial weights
         with patched(model, config):
-            rows.add("start", step=0, **gap.measure(model))
+            add("start", step=0, **gap.measure(model))
             if local := self.recipe.local:
                 with processes.main_process_first():
                     for row in train_locally(model, recordings, local, self.work / "local", self.deadline):
-                        rows.add("local", **row)
-                rows.add("local", step=local.steps, **gap.measure(model))
+                        add("local", **row)
+                add("local", step=local.steps, **gap.measure(model))
             if self.recipe.objective:
-                rows.rows += self._train_end_to_end(model, train, gap, rows.tell)
+                rows += self._train_end_to_end(model, train, gap)
             processes.wait_for_everyone()  # none still writes into the work folder
             if processes.is_main_process:
                 if self.dtype is not None:
                     _round_heads(model, self.dtype)
                     steps = self.recipe.steps if self.recipe.objective else 0
-                    rows.add("saved", step=steps, **gap.measure(model))
-                self._save(model, config, gap, rows.rows, usage(model.device))
+                    add("saved", step=steps, **gap.measure(model))
+                self._save(model, config, gap, rows, usage(model.device))
                 self.remove_work()
-        return Calibrated(self.output, rows.rows)
+        return Calibrated(self.output, rows)
 
     def _description(self, model: str) -> dict[str, Any]:
         """What makes one run another, as plain JSON values."""
@@ -243,7 +248,9 @@ class Calibration(TrainingRun):
             {"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, "first": self.first}
         )
 
-    def _with_budgets(self, model: PreTrainedModel, train: Windows, journal: Journal, rows: _Rows) -> LoCoCoConfig:
+    def _with_budgets(
+        self, model: PreTrainedModel, train: Windows, journal: Journal, add: Callable[..., None]
+    ) -> LoCoCoConfig:
         """The config with as many slots for each KV head as it needs, if the recipe says so."""
         config = self.config
         if not self.recipe.budget_texts or config.slots_per_head is not None:
@@ -253,15 +260,13 @@ class Calibration(TrainingRun):
         slots = allocate(eviction_errors(model, windows, config, levels, journal.measure), levels, config.num_slots)
         for layer, counts in enumerate(slots):
             for head, count in enumerate(counts):
-                rows.add("budgets", layer=layer, kv_head=head, slots=count)
+                add("budgets", layer=layer, kv_head=head, slots=count)
         return dataclasses.replace(config, slots_per_head=slots)
 
-    def _train_end_to_end(
-        self, model: PreTrainedModel, train: Windows, gap: GapRatio, tell: Callable[[dict[str, Any]], Any]
-    ) -> Rows:
+    def _train_end_to_end(self, model: PreTrainedModel, train: Windows, gap: GapRatio) -> Rows:
         recipe, stage = self.recipe, "end-to-end"
         assert recipe.objective is not None
-        measuring = MeasureGap(model, gap, recipe.measure_every, lambda row: tell({"stage": stage, **row}))
+        measuring = MeasureGap(model, gap, recipe.measure_every, lambda row: self.tell({"stage": stage, **row}))
         trainer = HeadTrainer(
             model,
             self.trainer_arguments(save_every=recipe.measure_every),
@@ -288,26 +293,13 @@ class Calibration(TrainingRun):
         }
         training = {
             "command": without_folders(self.command),
-            "recipe": plain({"recipe": self.recipe})["recipe"],
+            "recipe": plain(self.recipe),
             "objective": self.recipe.objective_name,
             "sources": source_names(self.data.sources),
         }
         contents = (record(self.command, model.device, rows, usage=usage), calibration_picture(rows, config))
         attachments = dict(zip(ATTACHMENTS, contents, strict=True))
         save_heads(model, self.output, training=training, metrics=metrics, dtype=self.dtype, attachments=attachments)
-
-
-class _Rows:
-    """Rows of a record, told to a caller as they come."""
-
-    def __init__(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
-        self.rows: Rows = []
-        self.tell = on_progress or (lambda row: None)
-
-    def add(self, stage: str, **row: Any) -> None:
-        """Add a row."""
-        self.rows.append({"stage": stage, **row})
-        self.tell(self.rows[-1])
 
 
 @torch.no_grad()

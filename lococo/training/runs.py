@@ -178,10 +178,14 @@ class TrainingRun:
         }
         return TrainingArguments(**{**given, **changes, **(self.training_arguments or {})})
 
+    def tell(self, row: dict[str, Any]) -> None:
+        """Tell of a row of the record, in the main process."""
+        if self.on_progress and PartialState().is_main_process:
+            self.on_progress(row)
+
     def callbacks(self, stage: str | None = None) -> list[TrainerCallback]:
         """What ends training in time, and tells of its progress."""
-        telling = [Progress(self.on_progress, stage)] if self.on_progress else []
-        return [*telling, StopInTime(self.deadline)]
+        return [Progress(self.tell, stage), StopInTime(self.deadline)]
 
     def train(
         self, trainer: WindowTrainer, load: Callable[[Path], Any], stage: str | None = None
@@ -259,7 +263,7 @@ def figures(entry: Mapping[str, Any], stage: str | None = None) -> dict[str, Any
 
 
 class Progress(TrainerCallback):
-    """Tells a caller of every row as soon as it is there."""
+    """Tells of every row as soon as it is there."""
 
     def __init__(self, tell: Callable[[dict[str, Any]], None], stage: str | None) -> None:
         self.tell, self.stage = tell, stage
@@ -267,7 +271,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Called by the Trainer with what it logs."""
         row = figures({**(logs or {}), "step": state.global_step}, self.stage)
-        if row and state.is_world_process_zero:
+        if row:
             self.tell(row)
 
 
@@ -284,8 +288,8 @@ def weights_identity(model: PreTrainedModel | nn.Module) -> str:
     return f"{total:016x}"
 
 
-def plain(content: dict[str, Any]) -> dict[str, Any]:
-    """Content as JSON would give it back; dataclasses as dicts."""
+def plain(content: Any) -> dict[str, Any]:
+    """Content as JSON would give it back; dataclasses, on their own or inside, are dicts."""
     return json.loads(json.dumps(content, default=dataclasses.asdict))
 
 
