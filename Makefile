@@ -10,7 +10,7 @@ STORIES ?= ../shared/data/weights/stories260K
 CHATGLM_TOKENIZER ?= ../shared/data/tokenizers/chatglm3
 RESULTS ?= docs/results
 
-SOURCES := $(shell find lococo tests -name '*.py')
+SOURCES := $(shell find lococo tests experiments -name '*.py')
 BROWSER := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 TESTS := pytest -q -n 2
 ALL_TESTS := $(TESTS) $(if $(BROWSER),,-m "not browser")
@@ -21,11 +21,13 @@ GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
 # No held-out thread of stackexchange has 2048 tokens.
 DOMAINS := books wikipedia math_latex arxiv code web
 LOCOCO = $(VENV)/bin/lococo
+EXPERIMENT = $(VENV)/bin/python -m experiments
 ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
 TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexchange web wikipedia)
 HEADS := examples/heads/smollm2-135m
 BUDGETS := 128 256
+TASK_FILES := .demo/tasks
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
 KINDS := fused sinks+fused heavy+fused recent+fused sinks+recent+fused sinks+heavy+recent
@@ -111,7 +113,7 @@ bench: memory bench-decode bench-score bench-prefill ## measure memory and speed
 	$(MAKE) targets
 
 targets: | $(VENV)/.installed ## what was wanted beside what is measured -> docs/results/targets
-	$(LOCOCO) bench targets --results $(RESULTS)
+	$(EXPERIMENT).targets --results $(RESULTS)
 
 bench-prefill: $(MODEL)/$(GGUF)
 	$(BENCH_CPU) --methods full,streaming,lococo-uncalibrated --heads $(HEADS)-128 --lengths 2048 4096 8192 16384 \
@@ -130,8 +132,8 @@ bench-cuda: ## speed and memory on a GPU, each stage for LIMIT seconds at most -
 
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
-MEASURED := $(wildcard $(addprefix lococo/,attention.py backends.py bench cache.py chunks.py forward.py fusion.py graphs.py \
-	kernels.py memory.py segments.py slots.py steps.py trials.py triton_blend.py triton_kernels.py))
+MEASURED := $(wildcard $(addprefix lococo/,attention.py bench cache compression context.py cuda_graphs.py forward.py \
+	inputs.py kernels prefill.py))
 is_current = test -f $(1).json && ! test -f $(1).partial.jsonl && { \
 	commit=$$(sed -n 's/.*"commit": "\([0-9a-f]*\).*/\1/p' $(1).json); \
 	! git cat-file -e "$$commit" 2>/dev/null || git diff --quiet "$$commit" -- $(MEASURED); }
@@ -160,12 +162,18 @@ perplexity: $(MODEL)/$(GGUF) ## perplexity by domain, method and budget on the t
 	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --min-length 1024 \
 		--documents 2 --num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
 
-tasks: $(MODEL)/$(GGUF) ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
-	$(LOCOCO) eval tasks $(ON_MODEL) --data-dir $(EVAL_DATA) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
+tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
+tasks: ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
+	$(LOCOCO) eval tasks $(ON_MODEL) --include-path $(TASK_FILES) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
 		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
 
-agreement: $(MODEL)/$(GGUF) ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
-	$(VENV)/bin/python examples/lm_eval_agreement.py $(ON_MODEL) --data-dir $(EVAL_DATA)
+# Of the files in EVAL_DATA, task files of lm-eval.
+$(TASK_FILES)/arc_easy.yaml: | $(VENV)/.installed
+	$(EXPERIMENT).task_files --data-dir $(EVAL_DATA) --output $(@D)
+
+agreement: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
+agreement: ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
+	$(EXPERIMENT).lm_eval_agreement $(ON_MODEL) --include-path $(TASK_FILES)
 
 # The address chooses what is shown: a slot that is the blend of two tokens.
 SHOWN := layer=21&head=1&slot=14
@@ -191,7 +199,7 @@ calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by 
 
 # A real model of Chinese text in ChatGLM3's architecture, trained here in minutes.
 chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on held-out Chinese -> docs/results/chatglm_zh
-	test -d .demo/tiny-chatglm || $(VENV)/bin/python examples/tiny_chatglm.py --tokenizer $(CHATGLM_TOKENIZER) \
+	test -d .demo/tiny-chatglm || $(EXPERIMENT).tiny_chatglm --tokenizer $(CHATGLM_TOKENIZER) \
 		--data $(DATA)/wikipedia_zh/train.jsonl --output .demo/tiny-chatglm
 	$(LOCOCO) calibrate --model .demo/tiny-chatglm --dataset $(DATA)/wikipedia_zh/train.jsonl --num-slots 32 \
 		--block-size 32 --length 512 --first 128 --windows 240 --heldout 8 --budget-texts 24 --steps 60 \
@@ -202,7 +210,7 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 
 # Two hours on one CPU thread, both sides in one environment. A killed run goes on when it is made again.
 side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo at M = 128 -> docs/results/side_by_side
-	.venvs/kvpress/bin/python examples/kvpress_side_by_side.py $(ON_MODEL) --data $(HELDOUT) --heads $(HEADS)-128 \
+	.venvs/kvpress/bin/python -m experiments.kvpress_side_by_side $(ON_MODEL) --data $(HELDOUT) --heads $(HEADS)-128 \
 		--output $(RESULTS)/side_by_side
 
 # kvpress needs transformers < 5.3.
@@ -215,7 +223,7 @@ side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo a
 # Two items of each set, their middle cut to 1.5K tokens: half an hour on one CPU thread. A killed run goes on when it is
 # made again. The sets in Chinese are for other models.
 long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
-	$(LOCOCO) eval long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
+	$(EXPERIMENT).long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
 		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
 		--limit 2 --max-new-tokens 48 --max-length 1536 --truncate middle --lengths 1024 1536 --items 5 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
@@ -247,7 +255,7 @@ ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of s
 		--documents 24 --steps 30 --windows-per-step 2 --learning-rate 5e-3 --output $(RESULTS)/ablation
 
 .demo/stories260k/config.json: | $(VENV)/.installed
-	$(VENV)/bin/python examples/stories260k.py $(STORIES) --output $(@D)
+	$(EXPERIMENT).stories260k $(STORIES) --output $(@D)
 
 gpu: $(addsuffix /.installed,$(VENV)) ## 12 minutes on a GPU: right first, then fast; STAGES of them -> docs/results/gpu
 	PYTHONPATH=$(CURDIR) $(GPU_VISIT) --device $(DEVICE) --results $(RESULTS)
@@ -294,15 +302,15 @@ gpu-extend: $(GPU_EXTENDED)
 cuda-extend-%: | $(VENV)/.installed
 	$(call bench_cuda,extend) --lengths $(TRAIN_LENGTHS)
 
-gpu-tasks: $(MODEL)/$(GGUF)
+gpu-tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
 	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
-	timeout $$left $(LOCOCO) eval tasks $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) --tasks $(GPU_TASKS) \
+	timeout $$left $(LOCOCO) eval tasks $(ON_MODEL) --device $(DEVICE) --include-path $(TASK_FILES) --tasks $(GPU_TASKS) \
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/tasks_$(DEVICE) || test $$? -eq 124
 
 gpu-documents: $(MODEL)/$(GGUF)
 	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
-	timeout $$left $(LOCOCO) eval long $(ON_MODEL) --device $(DEVICE) --data-dir $(EVAL_DATA) \
+	timeout $$left $(EXPERIMENT).long $(ON_MODEL) --device $(DEVICE) --dtype bfloat16 --data-dir $(EVAL_DATA) \
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 \
 		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
 		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124

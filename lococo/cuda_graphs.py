@@ -20,7 +20,7 @@ from lococo.compression.base import Compressor
 from lococo.context import ForwardContext, ForwardRequest
 from lococo.forward import after_forward, ask_for_last_states, before_forward
 from lococo.inputs import padded_columns
-from lococo.state import HEAD, patch_of
+from lococo.state import HEAD, Patch
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -143,8 +143,9 @@ class StepGraph:
 
     Parameters
     ----------
+    patch : Patch
     model : torch.nn.Module
-        A patched causal language model.
+        The patched causal language model.
     cache : LoCoCoCache
         All of its layers with open step buffers.
     arguments : dict
@@ -153,16 +154,18 @@ class StepGraph:
         See ``record_cuda_graph``.
     """
 
-    def __init__(self, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder) -> None:
+    def __init__(
+        self, patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder
+    ) -> None:
         self.buffers = [layer.steps for layer in cache.layers]
-        self.heads = fusion_heads(model)
+        self.heads = fusion_heads(patch)
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
         plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
         context = ForwardContext(cache.config, plan, cache, {}, is_recorded=True)
 
         def forward() -> Any:
-            with patch_of(model).asking(ForwardRequest(context=context)):
+            with patch.asking(ForwardRequest(context=context)):
                 return type(model).__call__(
                     model, self.input_ids, position_ids=self.position_ids, **with_cache(model, cache), use_cache=True
                 )
@@ -203,7 +206,7 @@ class StepGraph:
         return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
 
 
-def call_model(model: nn.Module, *args, **kwargs) -> Any:
+def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     """Call a patched model as ``model(...)`` does, a step of decoding from a recording where there can be one.
 
     ``generate`` decodes through the attribute ``__call__`` of the model, in whose place ``patch_model`` puts this.
@@ -212,9 +215,9 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     if torch.compiler.is_compiling():
         return call(*args, **kwargs)
     cache = kwargs.get(cache_argument(model), kwargs.get(OLD_CACHE_NAME))
-    if args or not isinstance(cache, LoCoCoCache) or not _can_replay(model, cache, kwargs):
+    if args or not isinstance(cache, LoCoCoCache) or not _can_replay(patch, model, cache, kwargs):
         return call(*args, **kwargs)
-    patch, input_ids = patch_of(model), kwargs["input_ids"]
+    input_ids = kwargs["input_ids"]
     plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
     if not plan.is_step:
         return call(**kwargs)
@@ -224,10 +227,10 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     if graph is not None and not graph.is_current():
         graph = None
         del _graphs[cache]
-    if graph is None and not _can_record(model):
+    if graph is None and not _can_record(patch, model):
         _graphs[cache] = None
         return call(**kwargs)
-    heads = fusion_heads(model) if graph is None else graph.heads
+    heads = fusion_heads(patch) if graph is None else graph.heads
     for layer, head in zip(cache.layers, heads, strict=True):
         layer.open_steps(plan_for, head, patch.decoder.config.num_attention_heads)
 
@@ -243,7 +246,7 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     if graph is None or not graph.fits(cache):
         _graphs.pop(cache, None)  # its memory is free before the next one takes some
         try:
-            graph = _graphs[cache] = StepGraph(model, cache, kwargs, RECORDERS[input_ids.device.type])
+            graph = _graphs[cache] = StepGraph(patch, model, cache, kwargs, RECORDERS[input_ids.device.type])
         except Exception as error:  # compilers, allocators and libraries raise what they like
             return without_graph(error)
     try:
@@ -257,14 +260,14 @@ def call_model(model: nn.Module, *args, **kwargs) -> Any:
     return output
 
 
-def fusion_heads(model: nn.Module) -> list[Compressor | None]:
+def fusion_heads(patch: Patch) -> list[Compressor | None]:
     """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
-    patch = patch_of(model)
-    return [patch.heads.get(index) for index in patch.layers]
+    heads = patch.heads
+    return [heads.get(index) for index in patch.layers]
 
 
-def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
-    input_ids, patch = arguments.get("input_ids"), patch_of(model)
+def _can_replay(patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:
+    input_ids = arguments.get("input_ids")
     if input_ids is None or input_ids.shape[1] != 1 or input_ids.device.type not in RECORDERS:
         return False
     wanted = {name for name, value in arguments.items() if value is not None and value is not False}
@@ -285,13 +288,13 @@ def _can_replay(model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any])
     )
 
 
-def _can_record(model: nn.Module) -> bool:
+def _can_record(patch: Patch, model: nn.Module) -> bool:
     """Whether there can be a recording: foreign hooks would not run in it, other devices not be seen.
 
     Rotary embeddings that ask the host for the length of the text have hooks of their own, see ``whole_text``.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    return patch_of(model).can_record and len(devices) == 1 and not _has_foreign_hooks(model)
+    return patch.can_record and len(devices) == 1 and not _has_foreign_hooks(model)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:

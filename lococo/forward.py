@@ -30,7 +30,7 @@ from lococo.prefill import chunk_for, read_but_last_chunk
 from lococo.state import Patch
 
 # Keyword by which a model around the decoder says how many hidden states at the end of the text it needs.
-KEEP = "lococo_keep"
+KEEP = "lococo_states_to_keep"
 
 
 @torch.compiler.disable
@@ -178,7 +178,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         context.cache.advance(context.plan, context.plan.places.shape[1])
         context.cache.is_reading = False
         if context.hands_out:
-            output = patch.family.with_cache(output, context.cache)
+            output = patch.family.hand_out(output, context.cache)
     if not context.earlier:
         return output
     dim = patch.family.tokens_dim

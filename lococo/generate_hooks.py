@@ -26,7 +26,7 @@ def add_generate_hooks(patch: Patch, model: PreTrainedModel) -> None:
             stand_in = functools.partial(refuse_continuous_batching, patch, model, name)
             patch.changes.set(model, name, stand_in)
     if patch.family.takes_cache and hasattr(model, "generate"):
-        patch.changes.set(model, "__call__", functools.partial(call_model, model))
+        patch.changes.set(model, "__call__", functools.partial(call_model, patch, model))
         patch.changes.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, patch, model))
         patch.changes.set(model, "_prepare_model_inputs", functools.partial(prepare_inputs, model))
 

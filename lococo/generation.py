@@ -19,7 +19,7 @@ from lococo.whole_text import reading_pieces
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Generated:
     """What a prompt and its answer took.
 
     Attributes
@@ -32,7 +32,7 @@ class Reading:
         Bytes of the cache at the end.
     full_cache_bytes : int
         Bytes that keys and values of every token read take.
-    reading_seconds, answering_seconds : float
+    prefill_seconds, decode_seconds : float
     """
 
     prompt_tokens: int
@@ -40,8 +40,8 @@ class Reading:
     slots: int | None
     cache_bytes: int
     full_cache_bytes: int
-    reading_seconds: float
-    answering_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
 
     def summary(self) -> str:
         """Four lines for a person to read."""
@@ -52,8 +52,8 @@ class Reading:
             [
                 f"tokens read     {self.prompt_tokens:,} ({slots})",
                 f"cache           {_mib(self.cache_bytes)}, full cache {_mib(self.full_cache_bytes)} ({share:.1%})",
-                f"reading         {self.prompt_tokens / self.reading_seconds:,.0f} tokens/s",
-                f"answering       {new_tokens / self.answering_seconds:,.1f} tokens/s ({new_tokens} tokens)",
+                f"reading         {self.prompt_tokens / self.prefill_seconds:,.0f} tokens/s",
+                f"answering       {new_tokens / self.decode_seconds:,.1f} tokens/s ({new_tokens} tokens)",
             ]
         )
 
@@ -68,7 +68,7 @@ def read_and_answer(
     streamer=None,
     cache: Any = None,
     **generate_kwargs,
-) -> Reading:
+) -> Generated:
     """Read a prompt piece by piece, then generate; for patched models and others alike.
 
     Parameters
@@ -99,7 +99,7 @@ def read_and_answer(
     cache = read_tokens(model, input_ids[:, start:-1], cache, start, chunk, progress, length=tokens)
     if input_ids.is_cuda:
         torch.cuda.synchronize(input_ids.device)
-    reading_ended = time.perf_counter()
+    prefill_ended = time.perf_counter()
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -110,14 +110,14 @@ def read_and_answer(
     )
     answered = time.perf_counter()
     held = cache_bytes(cache)
-    return Reading(
+    return Generated(
         prompt_tokens=tokens,
         answer=output[0, tokens:],
         slots=cache.config.num_slots if isinstance(cache, LoCoCoCache) else None,
         cache_bytes=held,
         full_cache_bytes=(output.shape[1] - 1) * bytes_per_token(cache),
-        reading_seconds=reading_ended - started,
-        answering_seconds=answered - reading_ended,
+        prefill_seconds=prefill_ended - started,
+        decode_seconds=answered - prefill_ended,
     )
 
 
@@ -161,8 +161,8 @@ def read_tokens(
         for first in range(0, tokens, chunk):
             part = input_ids[:, first : first + chunk]
             # ChatGLM's own code does not count them on.
-            places = torch.arange(start + first, start + first + part.shape[1], device=part.device)[None]
-            output = model(part, position_ids=places, **with_cache(model, cache), use_cache=True, **last)
+            positions = torch.arange(start + first, start + first + part.shape[1], device=part.device)[None]
+            output = model(part, position_ids=positions, **with_cache(model, cache), use_cache=True, **last)
             cache = cache_of(output)
             bar.update(part.shape[1])
     return cache

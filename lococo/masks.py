@@ -12,7 +12,7 @@ import torch
 
 from lococo.compat import masking_utils
 
-FAR_PLACES = 32
+FAR_POSITIONS = 32
 
 
 class NoTensorError(ValueError, AttributeError):
@@ -140,7 +140,7 @@ def _known_codes() -> set[Any]:
 def _is_causal(function: Any, window: int | None, call: dict[str, Any]) -> bool:
     """Whether a mask function shows every query what comes in its window before it, and nothing else.
 
-    Looked at where masks differ, around a query and the beginning of its window, and at places in between.
+    Looked at where masks differ, around a query and the beginning of its window, and at positions in between.
     """
     queries, length = call.get("cache_position"), call["kv_length"]
     if queries is None:
@@ -148,7 +148,7 @@ def _is_causal(function: Any, window: int | None, call: dict[str, Any]) -> bool:
     rows = torch.arange(call["batch_size"], device=queries.device)[:, None]
     first = torch.zeros_like(queries) if window is None else queries - window + 1
     near = [first - 1, first, *(queries + step for step in (-1, 0, 1, 2))]
-    far = [torch.full_like(queries, length * part // FAR_PLACES) for part in range(FAR_PLACES)]
+    far = [torch.full_like(queries, length * part // FAR_POSITIONS) for part in range(FAR_POSITIONS)]
     for entry in (*near, *far):
         is_there = (entry >= 0) & (entry < length)
         try:

@@ -74,8 +74,8 @@ class Run:
             return None
         return {**self.config.to_dict(), **({"heads": heads_digest(self.heads)} if self.heads else {})}
 
-    def reading(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """A model that reads by the method inside a ``with`` block; afterwards it is as it was."""
+    def applied(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model with the method in force inside a ``with`` block."""
         return as_method(model, self.config, self.heads)
 
 

@@ -160,36 +160,3 @@ def find_patch(model: nn.Module) -> Patch | None:
 def is_patched(model: nn.Module) -> bool:
     """Whether ``patch_model`` is in force on a model or a part of it."""
     return find_patch(model) is not None
-
-
-def lococo_config(model: nn.Module) -> LoCoCoConfig:
-    """The config a model was patched with.
-
-    Raises
-    ------
-    ValueError
-        If the model is not patched.
-    """
-    return patch_of(model).config
-
-
-def head_modules(model: nn.Module) -> dict[int, Compressor]:
-    """Fusion heads of a patched model by layer index; empty if its preset fuses nothing.
-
-    Raises
-    ------
-    ValueError
-        If the model is not patched.
-    """
-    return patch_of(model).heads
-
-
-def patched_decoder(model: nn.Module) -> Any:
-    """The decoder inside a model that ``patch_model`` has changed.
-
-    Raises
-    ------
-    ValueError
-        If there is none.
-    """
-    return patch_of(model).decoder

@@ -61,6 +61,6 @@ def test_every_result_names_its_command_and_no_machine_path():
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
         assert {"command", "commit", "date", "device", "versions", "rows"} <= content.keys()
-        assert content["command"].startswith(("lococo ", "python examples/"))
+        assert content["command"].startswith(("lococo ", "python examples/", "python -m experiments."))
         assert not re.search(r"(^|[ '\"=])/", content["command"]), file
         assert content["rows"]

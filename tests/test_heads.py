@@ -12,7 +12,7 @@ from tiny import tiny_llama
 import lococo
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.heads import CARD_NAME, FILE_NAMES, HEADS_NAME, base_shape, read_heads_config
-from lococo.state import head_modules, lococo_config
+from lococo.state import patch_of
 
 CONFIG = LoCoCoConfig(num_slots=16, block_size=8)
 
@@ -28,7 +28,7 @@ def make_model(config=CONFIG, seed=0, **overrides):
 
 @torch.no_grad()
 def randomise_heads(model):
-    for head in head_modules(model).values():
+    for head in patch_of(model).heads.values():
         for parameter in head.parameters():
             parameter.copy_(torch.rand_like(parameter))
 
@@ -36,7 +36,7 @@ def randomise_heads(model):
 def head_values(model):
     return {
         f"layers.{index}.{name}": parameter.detach().clone()
-        for index, head in head_modules(model).items()
+        for index, head in patch_of(model).heads.items()
         for name, parameter in head.named_parameters()
     }
 
@@ -111,7 +111,7 @@ class TestRoundTrip:
     def test_patch_model_takes_config_and_heads(self, model, saved):
         other = lococo.patch_model(make_model(None, seed=1), heads=saved)
         assert same(head_values(other), head_values(model))
-        assert read_heads_config(saved) == CONFIG == lococo_config(other)
+        assert read_heads_config(saved) == CONFIG == patch_of(other).config
 
     def test_heads_that_peft_trains(self, model, tmp_path):
         import peft
@@ -206,7 +206,7 @@ class TestSaveRefuses:
     def test_values_that_overflow(self, model, saved):
         before = contents(saved)
         with torch.no_grad():
-            head_modules(model)[1].conv.weight[0, 0, 0] = 1e6
+            patch_of(model).heads[1].conv.weight[0, 0, 0] = 1e6
         with pytest.raises(ValueError, match=r"layers\.1\.conv\.weight must be finite, but 1 of \d+ values in .*16"):
             lococo.save_heads(model, saved, dtype=torch.float16)
         assert contents(saved) == before

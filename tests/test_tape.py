@@ -17,7 +17,7 @@ from tiny import SIZES, tiny_ids, tiny_llama
 import lococo
 from lococo import LoCoCoConfig
 from lococo import cuda_graphs as graphs
-from lococo.state import head_modules
+from lococo.state import patch_of
 
 CONFIGS = {
     **CONFIGS,
@@ -238,7 +238,7 @@ def gradients_between_steps(reader):
 
 def gates_are_opened_between_steps(reader):
     cache = reader.read(text(1, 40), [20] + [1] * 20)
-    before = {head: head.gate.clone() for head in head_modules(reader.model).values()}
+    before = {head: head.gate.clone() for head in patch_of(reader.model).heads.values()}
     for head in before:
         head.gate.fill_(0.9)
     reader.read(text(1, 30, seed=1), cache=cache)

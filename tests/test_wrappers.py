@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import lococo
-from lococo.state import head_modules
+from lococo.state import patch_of
 
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
@@ -50,7 +50,7 @@ def patched(model, config=CONFIG):
     lococo.patch_model(model, config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for head in head_modules(model).values():
+        for head in patch_of(model).heads.values():
             for parameter in head.conv.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model
@@ -113,7 +113,7 @@ def test_deepcopy_has_heads_of_its_own(compressed):
     model = patched(tiny_llama())
     duplicate = copy.deepcopy(model)
     with torch.no_grad():
-        for head in head_modules(duplicate).values():
+        for head in patch_of(duplicate).heads.values():
             head.gate.zero_()
     assert_equal(logits(model), compressed, atol=0)
     selection = logits(patched(tiny_llama(), dataclasses.replace(CONFIG, gate_init=0.0)))
@@ -269,7 +269,7 @@ def sgd_step(model):
 
 
 def head_values(model):
-    return [parameter.detach().clone() for head in head_modules(model).values() for parameter in head.parameters()]
+    return [parameter.detach().clone() for head in patch_of(model).heads.values() for parameter in head.parameters()]
 
 
 def test_heads_in_modules_to_save_train_and_travel_with_the_adapter(tmp_path, adapted):
@@ -291,7 +291,9 @@ def test_without_modules_to_save_peft_freezes_the_heads(adapted):
     model = with_lora(patched(tiny_llama()))
     before = head_values(model)
     assert (logits(sgd_step(model)) - adapted).abs().max() > 0.1
-    assert not any(parameter.requires_grad for head in head_modules(model).values() for parameter in head.parameters())
+    assert not any(
+        parameter.requires_grad for head in patch_of(model).heads.values() for parameter in head.parameters()
+    )
     assert all(map(torch.equal, head_values(model), before))
 
 
@@ -389,7 +391,7 @@ def test_every_head_parameter_has_a_gradient_whatever_the_length(length):
     model = patched(tiny_llama()).train()
     ids = IDS[:, :length]
     model(input_ids=ids, labels=ids).loss.backward()
-    for head in head_modules(model).values():
+    for head in patch_of(model).heads.values():
         for name, parameter in head.named_parameters():
             assert parameter.grad is not None, name
             assert (parameter.grad.abs().max() > 0) == (length > CONFIG.capacity), name
@@ -400,14 +402,14 @@ def test_heads_of_sliding_window_layers_have_a_gradient_too():
     sizes = {name: sizes[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")}
     model = MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=2, intermediate_size=48, sliding_window=8))
     patched(model).train()(input_ids=IDS, labels=IDS).loss.backward()
-    assert head_modules(model)
+    assert patch_of(model).heads
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_short_text_trains_in_half_precision_with_heads_whose_sum_overflows():
     model = patched(tiny_llama()).half()
     with torch.no_grad():
-        for head in head_modules(model).values():
+        for head in patch_of(model).heads.values():
             head.conv.weight.fill_(500.0)
             assert head.conv.weight.sum().isinf()
     assert model(input_ids=IDS[:, :12]).logits.isfinite().all()
@@ -417,7 +419,7 @@ def test_gates_opened_by_training_are_seen_though_address_and_version_stay():
     model = patched(tiny_llama(), dataclasses.replace(CONFIG, gate_init=0.0))
     closed = logits(model)
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
-    gates = [head.gate for head in head_modules(model).values()]
+    gates = [head.gate for head in patch_of(model).heads.values()]
     # As FSDP does it: the gathered weights change under a version counter that is put back.
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(gates)):
         for gate in gates:
@@ -548,7 +550,7 @@ def test_half_precision_rounds_no_more_than_the_unpatched_model(dtype, full):
 def test_rows_of_zeros_after_relu_stay_finite(dtype, preset, full):
     model = patched(tiny_llama(), preset(16, block_size=8, kernel_size=5)).to(dtype)
     with torch.no_grad():
-        for head in head_modules(model).values():
+        for head in patch_of(model).heads.values():
             head.conv.weight.zero_()
             head.conv.bias.fill_(-1)
     result = logits(model)

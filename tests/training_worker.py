@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 import lococo
 from lococo.data.windows import Windows
 from lococo.patch import suspended
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training.objectives import Distill, NextToken
 from lococo.training.trainer import HeadTrainer
 
@@ -34,7 +34,7 @@ def patched_tiny(config=CONFIG, dtype=torch.float64, prefill_chunk_size=None, **
     model = lococo.patch_model(tiny_llama(**overrides), config, prefill_chunk_size=prefill_chunk_size).to(dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for head in head_modules(model).values():
+        for head in patch_of(model).heads.values():
             for parameter in head.conv.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
@@ -69,7 +69,7 @@ def head_trainer(model, folder, objective, dataset=None, **options):
 def heads(model):
     return {
         f"{index}.{name}": parameter.detach().clone()
-        for index, head in head_modules(model).items()
+        for index, head in patch_of(model).heads.items()
         for name, parameter in head.named_parameters()
     }
 

@@ -23,7 +23,7 @@ from experiments.long.sets import LONGBENCH, SCROLLS, SETS
 from lococo.data.documents import documents
 from lococo.evaluation.needles import Filler
 from lococo.files import write_whole
-from lococo.methods import Run, as_method, plan_runs
+from lococo.methods import Run, plan_runs
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Bars, HeatMap, Series, picture
 from lococo.results.tables import beside, markdown_table, write_result
@@ -172,7 +172,7 @@ def run(
     journal = Journal(beside(output, ".partial.jsonl"))
     rows, needles = [], []
     for each in tqdm(runs, desc="methods", disable=None):
-        with as_method(model, each.config, each.heads):
+        with each.applied(model):
             for task, by_cache in texts:
                 items = by_cache[each.config is None]
                 found = answers(model, prompts, task, items, each, journal)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
 from lococo.bench.roofline import Limits, Sizes, Work, device_memory, measure_limits
 from lococo.files import write_whole
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Lines, Panel, Series, picture, thousands
@@ -192,6 +192,7 @@ class Subject:
         return [self.name, list(sizes), str(self.model.dtype), device_name(self.model.device), *software]
 
 
+@dataclasses.dataclass
 class Grid:
     """Cells of a topic, measured so often that medians can be trusted.
 
@@ -208,32 +209,28 @@ class Grid:
         In order of importance.
     repeats : int
         Measurements of each cell.
-    journal : Journal
     time_limit : float, optional
         Seconds after which no measurement begins.
     counts : bool
         Whether topics count what they count apart from any time. It takes as long as several measurements.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        topic: Topic,
-        groups: Sequence[Sequence[Cell]],
-        repeats: int,
-        journal: Journal,
-        time_limit: float | None = None,
-        counts: bool = True,
-    ) -> None:
-        if repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {repeats}")
-        self.subject, self.topic, self.groups = subject, topic, groups
-        self.repeats, self.journal, self.counts = repeats, journal, counts
+    subject: Subject
+    topic: Topic
+    groups: Sequence[Sequence[Cell]]
+    repeats: int
+    journal: Journal
+    time_limit: float | None = None
+    counts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         self._failed: dict[Cell, str] = {}
-        self.sizes = Sizes.of(subject.model)
-        self._identity = subject.identity
+        self.sizes = Sizes.of(self.subject.model)
+        self._identity = self.subject.identity
         self._runs = {cell.run: cell.run.identity() for cell in self.cells}
-        self._deadline = Deadline(time_limit)
+        self._deadline = Deadline(self.time_limit)
 
     @property
     def cells(self) -> list[Cell]:
@@ -338,7 +335,7 @@ class Grid:
         self._deadline.check()
         run = cell.run
         try:
-            with as_method(self.subject.model, run.config, run.heads):
+            with run.applied(self.subject.model):
                 return action(self.subject.model)
         except Exception as error:
             reason, is_too_large = str(error).partition("\n")[0], is_out_of_memory(error)

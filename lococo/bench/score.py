@@ -22,7 +22,7 @@ from lococo.kernels import scoring as kernels
 from lococo.methods import Run
 from lococo.models import base_shape, find_family
 from lococo.results.plots import Bars, Panel, Series
-from lococo.state import head_modules
+from lococo.state import patch_of
 
 FIGURES = ("score_seconds", "score_share", "score_bytes", "score_largest_bytes", "matrix_bytes")
 
@@ -121,7 +121,7 @@ def _scoring_figures(
 
 def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[], torch.Tensor]:
     """What a patched model's first layer calls to score the entries of a memory for a block of queries."""
-    config, keys, head = memory.config, memory.keys, head_modules(model).get(0)
+    config, keys, head = memory.config, memory.keys, patch_of(model).heads.get(0)
     batch, kv_heads, entries, head_dim = keys.shape
     heads = query_heads_per_kv_head(model) * kv_heads
     query = torch.randn(batch, heads, queries, head_dim, device=keys.device, dtype=keys.dtype)

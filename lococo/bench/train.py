@@ -15,7 +15,7 @@ from lococo.bench.roofline import Sizes, Work, train_memory, train_work
 from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.config import LoCoCoConfig
 from lococo.methods import Run
-from lococo.state import head_modules, is_patched
+from lococo.state import is_patched, patch_of
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Caches, NextToken, Objective, WindowLoss
 from lococo.training.recipes import default_recipe
@@ -110,7 +110,7 @@ def objective_of(cell: Cell) -> Objective:
 @contextlib.contextmanager
 def learning(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     """A model in which only heads learn, or only vectors (norms, biases) if it has none; gives what learns."""
-    heads = head_modules(model).values() if is_patched(model) else []
+    heads = patch_of(model).heads.values() if is_patched(model) else []
     with only_heads_learn(model) if heads else _only_vectors_learn(model):
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -133,7 +133,7 @@ def _only_vectors_learn(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _loss(model: PreTrainedModel, objective: Objective) -> Loss:
-    if head_modules(model):
+    if patch_of(model).heads:
         return WindowLoss(model, objective)
 
     def losses(ids: torch.Tensor, caches: Caches, start: int, stop: int) -> torch.Tensor:

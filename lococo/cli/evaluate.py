@@ -101,7 +101,7 @@ def extended(
     from lococo.extension import evaluate
     from lococo.methods import plan_runs
 
-    runs = [*plan_runs(names_of(methods), [num_slots], block_size), *evaluate.extended_runs(extensions)]
+    runs = [*plan_runs(names_of(methods), [num_slots], block_size), *evaluate.ExtendedRun.of_all(extensions)]
     windows = evaluate.read_alike(data, source.load_tokenizer(), lengths, first, documents, text_column)
     model, _ = source.load()
     rows = evaluate.evaluate_extended(model, windows, runs, first, output, context.obj)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lococo.files import write_whole
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Bars, Series, picture
 from lococo.results.tables import beside, write_result
@@ -274,7 +274,7 @@ def evaluate_tasks(
     journal = Journal(beside(output, ".partial.jsonl"))
     outcomes: dict[tuple[int, int], list[Outcome]] = {}
     for column, run in enumerate(tqdm(runs, desc="methods", disable=None)):
-        with as_method(model, run.config, run.heads):
+        with run.applied(model):
             lm.forget()
             for line, task in enumerate(tasks):
                 how = (lm.max_length, truncate, task.chat, task.name, task.shots)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.data.documents import single_files
 from lococo.data.texts import Cut, Text, Window, read_texts, sliding_windows
-from lococo.evaluation.perplexity import DocumentLosses, measure_losses, plot_by_length
+from lococo.evaluation.perplexity import Losses, loss_row, measure_losses, plot_by_length
 from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
 from lococo.methods import Run
@@ -29,7 +28,7 @@ HOW = (
 
 @dataclasses.dataclass(frozen=True)
 class ExtendedRun(Run):
-    """One row of the table: an extended model.
+    """An extended model: a row of the table.
 
     Attributes
     ----------
@@ -43,34 +42,32 @@ class ExtendedRun(Run):
     trained: int = 0
 
     @classmethod
-    def of(cls, folder: Path) -> ExtendedRun:
-        """The run of an extension's folder, called after it."""
-        extension, _ = read_extension(folder)
-        return cls(folder.resolve().name, extension.config, folder=folder, trained=extension.length)
+    def of_all(cls, folders: Sequence[Path]) -> list[ExtendedRun]:
+        """The runs of extensions, called after their folders.
+
+        Raises
+        ------
+        ValueError
+            If two have the same name, which would be that of both rows.
+        """
+        extensions = [read_extension(folder)[0] for folder in folders]
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--extensions must have different names, got {', '.join(names)}")
+        return [
+            cls(name, extension.config, folder=folder, trained=extension.length)
+            for name, extension, folder in zip(names, extensions, folders, strict=True)
+        ]
 
     def identity(self) -> dict[str, Any]:
-        """What the outcome depends on, as plain JSON values."""
-        return {"config": super().identity(), "extension": extension_digest(self.folder)}
+        """The config, and the weights by their digest."""
+        return {**(super().identity() or {}), "extension": extension_digest(self.folder)}
 
     @contextmanager
-    def reading(self, model: Any) -> Iterator[Any]:
-        """The extended model inside a ``with`` block; afterwards the base model is as it was."""
+    def applied(self, model: Any) -> Iterator[Any]:
+        """The model, extended, inside a ``with`` block; afterwards it is as it was."""
         with restored(model):
             yield load_extended(model, self.folder)
-
-
-def extended_runs(folders: Sequence[Path]) -> list[ExtendedRun]:
-    """The runs of several extensions.
-
-    Raises
-    ------
-    ValueError
-        If two have the same name, which would be that of both rows.
-    """
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--extensions must have different names, got {', '.join(names)}")
-    return [ExtendedRun.of(folder) for folder in folders]
 
 
 def read_alike(
@@ -112,19 +109,16 @@ def cut_alike(texts: Sequence[Text], lengths: Sequence[int], first: int, limit: 
     return [window for length in lengths for window in sliding_windows(cut, length, first)]
 
 
-def _row(run: Run, length: int, domain: str, losses: DocumentLosses) -> dict[str, Any]:
-    return {
-        "domain": domain,
-        "trained": run.trained if isinstance(run, ExtendedRun) else None,
-        "method": run.name,
-        "num_slots": run.num_slots,
-        "block_size": None if run.config is None else run.config.block_size,
-        "length": length,
-        "nll": losses.mean,
-        "ppl": math.exp(losses.mean),
-        "documents": len(losses.by_document),
-        "tokens": int(losses.table[1].sum()),
-    }
+def extended_rows(losses: Losses) -> list[dict[str, Any]]:
+    """One row per run, length and domain (and one for all domains)."""
+    rows = []
+    for run, groups in losses.items():
+        trained = run.trained if isinstance(run, ExtendedRun) else None
+        for group in groups:
+            row = loss_row(losses, run, group)
+            row = {"domain": row.pop("domain"), "trained": trained, **row, "length": group[0]}
+            rows.append({name: value for name, value in row.items() if not name.startswith("gap_")})
+    return rows
 
 
 def by_length(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,15 +132,26 @@ def by_length(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def evaluate_extended(
-    model: PreTrainedModel, windows: Sequence[Window], runs: Sequence[Run], first: int, output: Path, command: str
+    model: PreTrainedModel,
+    windows: Sequence[Window],
+    runs: Sequence[Run],
+    first: int,
+    output: Path,
+    command: str,
 ) -> list[dict[str, Any]]:
-    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return a row per run, length and domain.
+    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes.
 
-    A killed run resumes. Arguments as of ``evaluate_perplexity``.
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        As it came, neither patched nor extended.
+    runs : sequence of Run
+        Methods, and extensions as ``ExtendedRun``.
+    first : int
+        First token of a window that counts.
     """
     journal = Journal(beside(output, ".partial.jsonl"))
-    losses = measure_losses(model, windows, runs, first, journal)
-    rows = [_row(run, *group, measured) for run, groups in losses.items() for group, measured in groups.items()]
+    rows = extended_rows(measure_losses(model, windows, runs, first, journal))
     how = HOW.format(longest=max(window.length for window in windows), first=first)
     write_result(output, command, model.device, rows, table=by_length(rows), how=how, dtype=str(model.dtype))
     plot_by_length([{**row, "method": _label(row)} for row in rows], beside(output, ".png"), cut=1.25)

@@ -185,7 +185,7 @@ class Family(abc.ABC):
         """Let the layers attend by themselves again; also after a forward that failed."""
         self.attending.attend = None
 
-    def with_cache(self, output: Any, cache: Any) -> Any:
+    def hand_out(self, output: Any, cache: Any) -> Any:
         """The decoder's output with a cache in it, where its own code has not put it there."""
         if getattr(output, OUTPUT_CACHE, cache) is None:  # let go of, in training with gradient checkpointing
             setattr(output, OUTPUT_CACHE, cache)
@@ -199,9 +199,12 @@ FamilyClass = TypeVar("FamilyClass", bound=type[Family])
 
 def register_family(family: FamilyClass) -> FamilyClass:
     """Class decorator: ``patch_model`` finds models of this family. Those registered last are asked first."""
+
+    def name(each: type[Family]) -> tuple[str, str]:
+        return each.__module__, each.__qualname__
+
     # A module that is read again, in a notebook for one, registers its own again.
-    FAMILIES[:] = [each for each in FAMILIES if each.__qualname__ != family.__qualname__]
-    FAMILIES.append(family)
+    FAMILIES[:] = [*(each for each in FAMILIES if name(each) != name(family)), family]
     return family
 
 

@@ -18,7 +18,7 @@ from lococo.cache.cache import Memory
 from lococo.generation import cache_bytes
 from lococo.kernels.scoring import SCORE_TILE
 from lococo.methods import PRESETS, Run, as_method, plan_runs
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training.objectives import Distill, NextToken, WindowLoss
 
 M, B = 16, 8
@@ -34,7 +34,7 @@ def test_open_gates_run_the_convolution_that_closed_ones_leave_out(model):
     for name, is_closed in {"lococo-uncalibrated": True, "lococo-open": False, "lococo-open-rank16": False}.items():
         (run,) = plan_runs([name], [M], B)
         with as_method(model, run.config), torch.no_grad():
-            assert {head.is_closed for head in head_modules(model).values()} == {is_closed}
+            assert {head.is_closed for head in patch_of(model).heads.values()} == {is_closed}
     with pytest.raises(ValueError, match="unknown method 'h20': choose from full, .*lococo-open-rank16"):
         plan_runs(["h20"], [M], B)
 

@@ -17,7 +17,7 @@ import lococo
 from lococo import Compressor, LoCoCoConfig, register_compressor
 from lococo.compression import base as compressors
 from lococo.compression.entries import by_group
-from lococo.state import head_modules
+from lococo.state import patch_of
 
 IDS = tiny_ids(2, 61)
 
@@ -216,7 +216,7 @@ def test_queries_are_kept_for_those_that_ask_alone():
 def test_it_learns_is_saved_loaded_and_kept_in_bounds(tmp_path):
     config = config_of(Learned)
     model = patched_llama(config)
-    heads = head_modules(model)
+    heads = patch_of(model).heads
     assert all(type(head) is Learned for head in heads.values()) and len(heads) == 2
     optimizer = torch.optim.SGD([parameter for head in heads.values() for parameter in head.parameters()], lr=50.0)
     before = copy.deepcopy({index: head.state_dict() for index, head in heads.items()})
@@ -239,7 +239,7 @@ def test_gradients_are_those_of_the_weights():
     """Against a finite difference, as fine as the model's norms allow, which compute in float32."""
     config = config_of(Learned)
     model = patched_llama(config).double()
-    gate = head_modules(model)[0].gate
+    gate = patch_of(model).heads[0].gate
 
     def loss():
         return model(IDS[:, :40]).logits.square().mean()

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import lococo
 from lococo.cli.main import main
 from lococo.data.texts import Text
-from lococo.evaluation import perplexity
 from lococo.extension.evaluate import by_length, cut_alike
 
 LENGTHS = [32, 64]
@@ -91,7 +90,9 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
     assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
     given = ["--extensions", tmp_path / "out", "--methods", "full"]
     assert evaluate(checkpoint, heldout, tmp_path / "whole", *given) == 0
-    counted, real = [], perplexity.mean_nll
+    from lococo.evaluation import perplexity as extended
+
+    counted, real = [], extended.mean_nll
 
     def measured(*arguments):
         counted.append(1)
@@ -99,7 +100,7 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(perplexity, "mean_nll", measured)
+    monkeypatch.setattr(extended, "mean_nll", measured)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, heldout, tmp_path / "killed", *given)
     assert evaluate(checkpoint, heldout, tmp_path / "killed", *given) == 0

@@ -397,7 +397,7 @@ def test_command_stops_in_time_and_goes_on(checkpoint, text, tmp_path, capsys):
         (["--factor", "0.5"], "factor must be at least 1"),
         (["--num-slots", "0"], "num_slots must be an integer of at least 1"),
         (["--steps", "0"], "steps must be at least 1"),
-        (["--method", "full", "--heads", "somewhere"], "heads are for method=\"lococo\", got method='full'"),
+        (["--method", "full", "--heads", "somewhere"], "heads are for method"),
         (["--deepspeed", "nowhere.json"], "no such DeepSpeed config file"),
         (["--length", "100"], "not one training window of 100 tokens"),
         (["--original-length", "-3"], "original_length must be a whole number of at least 1"),

@@ -21,7 +21,7 @@ def test_releases_that_cannot_be_told_the_precision_are_refused():
 
 
 def test_other_kinds_of_sharding_are_refused(tmp_path, monkeypatch, capsys):
-    text = write_lines(tmp_path / "text.jsonl", [])
+    text = write_lines(tmp_path / "text.jsonl", ["w1"])
     data = DataConfig((str(text),), length=64, num_windows=6, num_heldout=0)
     given = dict(data=data, recipe=recipe(), output=tmp_path / "out", cache_dir=tmp_path, shard=True)
     with pytest.raises(ValueError, match="shard=True needs several processes"):

@@ -18,7 +18,7 @@ from lococo.cli.main import main
 from lococo.inspection import trace
 from lococo.inspection.page import page, page_data
 from lococo.inspection.trace import TracedMemory
-from lococo.state import head_modules
+from lococo.state import patch_of
 
 CONFIGS = {
     "open gates": LoCoCoConfig(16, block_size=8, gate_init=0.5, mass_bias=True),
@@ -108,7 +108,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
     family, features, config = NAIVE[name]
     model, ids = build(family, **features).double(), tiny_ids(1, 61)
     with patched(model, config):
-        traces, heads = trace(model, ids), head_modules(model)
+        traces, heads = trace(model, ids), patch_of(model).heads
     places = plan_call([Row()], ids.shape[1], config).entries[0]
     for index, query, key, value, scale, window in layers:
         if config.positions == "slot":

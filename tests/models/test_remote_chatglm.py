@@ -16,7 +16,7 @@ from lococo import LoCoCoConfig
 from lococo.heads import HEADS_NAME
 from lococo.models.chatglm.convert import convert_chatglm
 from lococo.patch import suspended
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, WindowLoss
 from lococo.training.recipes import Recipe
@@ -235,7 +235,7 @@ def test_heads_of_one_class_are_heads_of_the_other(tmp_path):
     native, remote, ids = patch(native_model(tmp_path), SMALL), remote_model(), some_ids()
     lococo.save_heads(native, tmp_path / "heads")
     lococo.patch_model(remote, heads=tmp_path / "heads")
-    assert len(head_modules(remote)) == 2
+    assert len(patch_of(remote).heads) == 2
     assert_close(read(remote, ids), read(native, ids))
 
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import lococo
 from lococo import LoCoCoConfig
 from lococo.results.journal import Journal
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training import budgets
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.record import record
@@ -341,8 +341,8 @@ def test_heads_of_other_groups_are_read_in_the_order_of_the_model():
 def test_saved_heads_keep_their_budgets_also_where_a_layer_fuses_nothing(tmp_path):
     config = LoCoCoConfig(16, block_size=8, gate_init=0.4, slots_per_head=((48, 11), (3, 2)))
     model = patch(tiny_llama(), config)
-    assert list(head_modules(model)) == [0]
-    assert head_modules(model)[0].gate.shape == (config.with_slots(48).num_fused,)
+    assert list(patch_of(model).heads) == [0]
+    assert patch_of(model).heads[0].gate.shape == (config.with_slots(48).num_fused,)
     folder = lococo.save_heads(model, tmp_path / "heads")
     loaded = lococo.patch_model(tiny_llama(), heads=folder)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)

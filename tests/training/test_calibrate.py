@@ -612,7 +612,7 @@ def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path,
     assert "perplexity with the full cache: " in printed and "with 16 slots per layer: " in printed
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
     untrained = LoCoCoConfig.from_pretrained(tmp_path / "heads").gate_init
-    assert all((head.gate != untrained).any() for head in lococo.state.head_modules(model).values())
+    assert all((head.gate != untrained).any() for head in lococo.state.patch_of(model).heads.values())
 
 
 if __name__ == "__main__":

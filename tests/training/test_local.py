@@ -14,7 +14,7 @@ from tiny import tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig
-from lococo.state import head_modules
+from lococo.state import patch_of
 from lococo.training import local
 from lococo.training.local import LocalConfig, Recordings, train_locally
 from lococo.training.record import record
@@ -44,7 +44,7 @@ def patch(model, config=CONFIG):
 def heads(model):
     return {
         f"{index}.{name}": parameter.detach().clone()
-        for index, head in head_modules(model).items()
+        for index, head in patch_of(model).heads.items()
         for name, parameter in head.named_parameters()
     }
 
@@ -139,7 +139,7 @@ def test_gates_stay_where_they_have_a_gradient(tmp_path):
     recordings = recorded(tmp_path / "texts", tiny_llama())
     model = patch(tiny_llama())
     train_locally(model, recordings, LocalConfig(2, 1e-2, scalar_learning_rate=2.0), tmp_path / "local")
-    gates = torch.cat([head.gate for head in head_modules(model).values()])
+    gates = torch.cat([head.gate for head in patch_of(model).heads.values()])
     assert set(gates.tolist()) >= {0.0, 1.0} and gates.min() == 0 and gates.max() == 1
 
 
@@ -162,7 +162,7 @@ def test_closed_gates_open(options, tmp_path):
     assert all((value == 0).all() for name, value in before.items() if name.endswith("gate"))
     rows = train_locally(model, recordings, LocalConfig(6, 1e-2, 3e-2, num_checked=1), tmp_path / "local")
     assert changed(before, heads(model)) == set(before)
-    assert all(head.gate.max() > 0.01 for head in head_modules(model).values())
+    assert all(head.gate.max() > 0.01 for head in patch_of(model).heads.values())
     assert all(row["error"] != pytest.approx(1, abs=1e-4) for row in rows)
 
 
@@ -175,7 +175,7 @@ def test_loss_and_gradients_are_the_naive_ones(config):
     ids = TEXTS[:1].long()
     entry = record(tiny_llama().double(), ids, gradients=True)[0]
     model = patch(tiny_llama(), config).double()
-    head = head_modules(model)[0].requires_grad_(True)
+    head = patch_of(model).heads[0].requires_grad_(True)
     parameters = dict(head.named_parameters())
     loss = local._summed_error(entry, config, 0, head) / local._summed_error(entry, config, 0)
 
@@ -238,7 +238,7 @@ def test_killed_after_a_layer_and_resumed_equals_uninterrupted(tmp_path, monkeyp
 def test_flags_modes_and_base_model_stay_as_they_were(requires_grad, tmp_path):
     recordings = recorded(tmp_path / "texts", tiny_llama())
     model = patch(tiny_llama()).train()
-    head_modules(model)[1].requires_grad_(requires_grad)
+    patch_of(model).heads[1].requires_grad_(requires_grad)
     before = [parameter.requires_grad for parameter in model.parameters()]
     train_locally(model, recordings, SHORT, tmp_path / "local")
     assert [parameter.requires_grad for parameter in model.parameters()] == before
@@ -252,7 +252,7 @@ def test_heads_learn_in_float32_or_wider(dtype, tmp_path):
     recordings = recorded(tmp_path / "texts", tiny_llama())
     model = patch(tiny_llama().to(dtype))
     train_locally(model, recordings, SHORT, tmp_path / "local")
-    for index, head in head_modules(model).items():
+    for index, head in patch_of(model).heads.items():
         learned = load_file(tmp_path / "local" / f"layer_{index:03d}.safetensors")
         for name, parameter in head.named_parameters():
             assert learned[name].dtype == torch.promote_types(dtype, torch.float32) and parameter.dtype == dtype

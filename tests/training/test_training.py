@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 import lococo
 from lococo.patch import suspended
-from lococo.state import head_modules, patch_of
+from lococo.state import patch_of
 from lococo.training.frozen import checksums, only_heads_learn
 from lococo.training.objectives import Caches, Distill, NextToken, WindowLoss
 from lococo.training.window_trainer import DEEPSPEED_ZERO2, GatesWithinReach, last_checkpoint
@@ -54,7 +54,7 @@ def span_losses(model, objective, ids=IDS):
 def head_gradients(model):
     found = {
         f"{index}.{name}": parameter.grad.clone()
-        for index, head in head_modules(model).items()
+        for index, head in patch_of(model).heads.items()
         for name, parameter in head.named_parameters()
     }
     model.zero_grad()
@@ -286,7 +286,7 @@ def test_scalars_have_a_learning_rate_of_their_own_and_no_decay(tmp_path):
     with only_heads_learn(model):
         optimizer = trainer.create_optimizer()
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    for head in head_modules(model).values():
+    for head in patch_of(model).heads.values():
         for name, parameter in head.named_parameters():
             is_kernel = name in ("conv.weight", "expand.weight")
             group = groups.pop(parameter)
@@ -297,10 +297,10 @@ def test_scalars_have_a_learning_rate_of_their_own_and_no_decay(tmp_path):
 def test_closed_gates_open_and_stay_within_reach(tmp_path):
     model = patched_tiny(dataclasses.replace(CONFIG, gate_init=0.0))
     with torch.no_grad():
-        head_modules(model)[0].gate[0] = -0.5
+        patch_of(model).heads[0].gate[0] = -0.5
     trainer = head_trainer(model, tmp_path, Distill(), max_steps=4, learning_rate=0.01)
     trainer.train()
-    gates = torch.stack([head.gate for head in head_modules(model).values()])
+    gates = torch.stack([head.gate for head in patch_of(model).heads.values()])
     assert gates.max() > 0.005
     assert gates.min() == 0
 
@@ -310,7 +310,7 @@ def test_gates_that_deepspeed_keeps_copies_of_are_moved_there_too(monkeypatch):
     utilities = types.ModuleType("deepspeed.utils")
     utilities.safe_set_full_fp32_param = lambda gate, value: copies.append((gate, value.clone()))
     monkeypatch.setitem(sys.modules, "deepspeed.utils", utilities)
-    gate = head_modules(model)[1].gate
+    gate = patch_of(model).heads[1].gate
     gate._hp_mapping = object()  # how DeepSpeed marks them
     with torch.no_grad():
         gate[0] = 1.5
@@ -323,7 +323,7 @@ def test_heads_with_budgets_of_their_own_train_too(tmp_path):
     config = lococo.LoCoCoConfig(16, block_size=8, slots_per_head=((24, 8), (6, 26)))
     model = patched_tiny(config)
     before = heads(model)
-    assert all((head.gate == 0).all() for head in head_modules(model).values())
+    assert all((head.gate == 0).all() for head in patch_of(model).heads.values())
     head_trainer(model, tmp_path, Distill(backprop_tokens=30)).train()
     assert all((value - before[name]).abs().max() > 1e-4 for name, value in heads(model).items())
 
@@ -340,7 +340,7 @@ def repetitive(count):
 def test_closed_gates_of_layers_open(objective, tmp_path):
     model = patched_tiny(dataclasses.replace(CONFIG, gate_init=0.0, residual="layer"), torch.float32)
     head_trainer(model, tmp_path, objective, repetitive(8), max_steps=6).train()
-    assert all(head.gate > 1e-3 for head in head_modules(model).values())
+    assert all(head.gate > 1e-3 for head in patch_of(model).heads.values())
 
 
 def test_divergence_falls_on_a_repetitive_text(tmp_path):
@@ -519,7 +519,7 @@ def test_the_best_heads_can_be_loaded_at_the_end(tmp_path):
 
 def test_a_head_that_is_not_finite_is_named(tmp_path):
     model = patched_tiny()
-    bias = head_modules(model)[1].conv.bias
+    bias = patch_of(model).heads[1].conv.bias
 
     def spoil(state, control):
         if state.global_step == 2:
@@ -552,7 +552,7 @@ def test_an_overflow_of_the_base_model_is_named_with_its_place(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     model = patched_tiny()
     before = heads(model)
-    head_modules(model)[1].mass_scale.register_hook(lambda gradient: gradient / 0)
+    patch_of(model).heads[1].mass_scale.register_hook(lambda gradient: gradient / 0)
     with pytest.raises(FloatingPointError, match="step 1: in layer 1 the gradient of the head's mass_scale"):
         head_trainer(model, tmp_path, NextToken()).train()
     assert_same(heads(model), before)

@@ -109,7 +109,7 @@ class RemoteChatGLM(Family):
         kwargs = super().arguments(kwargs, attend)
         return {**kwargs, "attention_mask": None, "past_key_values": None, "use_cache": False}
 
-    def with_cache(self, output: Any, cache: Any) -> Any:
+    def hand_out(self, output: Any, cache: Any) -> Any:
         """The cache in its place in an output, or after the hidden states of a tuple."""
         if isinstance(output, tuple):
             return (output[0], cache, *output[1:])
