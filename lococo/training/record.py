@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo.attention import read_layer
-from lococo.cache.cache import LayerCache
-from lococo.cache.plan import Plan, Row, plan_call
+from lococo.attention import LayerReading, read_layer
+from lococo.cache.layer import LayerCache
+from lococo.cache.plan import Plan, RowState, plan_call
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
@@ -46,7 +46,7 @@ class LayerRecord:
     window : int, optional
         Tokens a query sees, where the model limits them.
     softcap : float, optional
-        As in ``lococo.kernels.scoring.Visibility``.
+        As in ``lococo.kernels.scoring.LogitBias``.
     gradient : torch.Tensor, optional
         Of the text's summed next-token loss, shaped like ``output``.
     """
@@ -89,8 +89,8 @@ def record(model: PreTrainedModel, input_ids: torch.Tensor, *, gradients: bool =
         logits = model(input_ids, use_cache=False).logits
         if gradients:
             outputs = [entry.output for entry in records.values()]
-            felt = torch.autograd.grad(logits, outputs, _cross_entropy_gradient(logits, input_ids))
-            for entry, gradient in zip(records.values(), felt, strict=True):
+            gradients_of = torch.autograd.grad(logits, outputs, _cross_entropy_gradient(logits, input_ids))
+            for entry, gradient in zip(records.values(), gradients_of, strict=True):
                 entry.gradient = gradient
     return {index: _detached(entry) for index, entry in records.items()}
 
@@ -162,32 +162,33 @@ def full_attention(
     """Causal attention over all tokens, of a window of them where there is one. Shapes as in ``LayerRecord``."""
     tokens, mask = query.shape[2], None
     if window is not None and tokens > window:
-        place = torch.arange(tokens, device=query.device)
-        distance = place[:, None] - place
+        position = torch.arange(tokens, device=query.device)
+        distance = position[:, None] - position
         mask = ((distance >= 0) & (distance < window))[None, None]
     elif softcap is None:
         # The kernel that knows causality by itself: with a mask, a CPU holds all probabilities for the backward.
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    return kernels.attend(query, key, value, scale, kernels.Visibility(mask, None, softcap))
+    return kernels.attend(query, key, value, scale, kernels.LogitBias(mask, None, softcap))
 
 
-def read_record(
+def compressed_output(
     entry: LayerRecord, config: LoCoCoConfig, layer_idx: int = 0, head: Compressor | None = None
 ) -> torch.Tensor:
     """Output of the recorded layer over a compressed cache, shaped like ``LayerRecord.output``; differentiable."""
 
     @functools.cache
     def plan_for(head_config: LoCoCoConfig) -> Plan:
-        return plan_call((Row(),), entry.query.shape[2], head_config, device=entry.query.device)
+        return plan_call((RowState(),), entry.query.shape[2], head_config, device=entry.query.device)
 
-    layer = LayerCache(config, layer_idx, entry.window)
+    layer = LayerCache(config, layer_idx)
+    layer.window = entry.window
     fusing = head if entry.window is None else None
-    inputs = (entry.query, entry.key, entry.value)
-    return read_layer(layer, plan_for, *inputs, entry.scale, fusing, softcap=entry.softcap)
+    reading = LayerReading(plan_for, entry.scale, fusing, softcap=entry.softcap)
+    return read_layer(layer, reading, entry.query, entry.key, entry.value)
 
 
 def fisher_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
-    """Error of an attention output as the loss feels it: its part along the loss' gradient, squared.
+    """Error of an attention output in the metric of the loss' Fisher information: along the loss' gradient, squared.
 
     The sum over tokens and heads is twice the rise of the loss to second order, with the empirical Fisher information
     for the curvature and every head and token by itself.
