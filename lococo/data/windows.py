@@ -304,20 +304,15 @@ def _limit_for_both(lengths: Mapping[int, int], config: DataConfig, limit: float
 
 def _too_little(kind: str, lengths: list[int], config: DataConfig) -> str:
     """What to say if not one window of a kind was found in documents of these lengths."""
-    found = f"not one {kind} window of {config.length} tokens: "
-    found += f"{len(lengths)} {'document was' if len(lengths) == 1 else 'documents were'} read"
-    if config.num_heldout and len(lengths) < 2:
-        return f"{found}, and 2 are needed: one to learn from, another to measure on"
-    needed = 2 if config.num_heldout else 1
-    found += f", the longest of {max(lengths)} tokens"
-    if config.boundaries == "reset" and len(lengths) >= needed:
-        found += f" and {sum(length >= config.length for length in lengths)} of {config.length} or more, "
-        found += f"{needed} needed; choose a length of at most {sorted(lengths)[-needed]}"
-    else:
-        found += f", {sum(lengths)} in all; choose a smaller length"
+    count, needed = len(lengths), 2 if config.num_heldout else 1
+    read = f"{count} {'document was' if count == 1 else 'documents were'} read"
+    if count < needed:
+        return f"{read}, and {needed} are needed: one to learn from, another to measure on"
+    most = sorted(lengths)[-needed] if config.boundaries == "reset" else sum(lengths) // needed
     return (
-        f"{found}, more data, another heldout_share (now {config.share}) or another boundaries than "
-        f'"{config.boundaries}"'
+        f"not one {kind} window of {config.length} tokens: {read}, the longest of {max(lengths)} tokens; choose a "
+        f"length of at most {most}, more data, another heldout_share (now {config.share}) or another boundaries "
+        f'(now "{config.boundaries}")'
     )
 
 
