@@ -25,7 +25,7 @@ from lococo.models import base_shape
 from lococo.results.journal import Journal
 from lococo.results.tables import write_result
 from lococo.training.local import LocalConfig, Recordings, train_layer
-from lococo.training.record import fisher_error, compressed_output
+from lococo.training.record import compressed_output, fisher_error
 
 SETTINGS = LocalConfig(steps=40, num_checked=4)
 CPU = torch.device("cpu")

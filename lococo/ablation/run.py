@@ -281,7 +281,7 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
         panels.append(_by_variant(rows, cells, names, ""))
     most = max(len(panel.labels) if isinstance(panel, Bars) else 0 for panel in panels)
     size = (4.6 * len(panels) + 0.4, max(3.6, 0.25 * most + 1.4))
-    write_whole(path, picture([panels], size, legend="panel"))
+    write_whole(path, picture([panels], size))
 
 
 def _of(rows: Sequence[Row], varied: str) -> list[Row]:

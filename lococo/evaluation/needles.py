@@ -225,9 +225,7 @@ def evaluate_needles(
                 found[needle.length, needle.depth].append(needle.answer in answer)
         rows += [
             {
-                "method": run.name,
-                "num_slots": run.num_slots,
-                "block_size": None if run.config is None else run.config.block_size,
+                **run.columns,
                 "length": length,
                 "depth": depth,
                 "items": len(answers),

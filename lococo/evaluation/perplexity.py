@@ -23,7 +23,7 @@ from lococo.methods import Run
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio, mean_nll
 from lococo.results.journal import Journal
 from lococo.results.plots import Bars, Lines, Series, picture
-from lococo.results.tables import beside, write_result
+from lococo.results.tables import beside, label_of, write_result
 
 Row = dict[str, Any]
 ALL_DOMAINS = "all"
@@ -131,9 +131,7 @@ def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> Row:
     gap_low, gap_high = interval or (None, None)
     return {
         "domain": group[1],
-        "method": run.name,
-        "num_slots": run.num_slots,
-        "block_size": None if run.config is None else run.config.block_size,
+        **run.columns,
         "length": measured.length,
         "nll": measured.mean,
         "ppl": math.exp(measured.mean),
@@ -219,15 +217,11 @@ def plot_by_length(rows: Sequence[Row], path: Path, cut: float = math.inf) -> No
     A panel ends at ``cut`` times its median, and says so, so that one line that goes far off hides no others.
     """
     several = len({row["num_slots"] for row in rows if row["num_slots"]}) > 1
-    _plot_by(rows, "length", "tokens in a text", _method_and_slots if several else _method, path, cut)
+    _plot_by(rows, "length", "tokens in a text", label_of if several else _method, path, cut)
 
 
 def _method(row: Row) -> str:
     return row["method"]
-
-
-def _method_and_slots(row: Row) -> str:
-    return f"{row['method']} {row['num_slots'] or ''}".strip()
 
 
 def _plot_by(
