@@ -45,7 +45,7 @@ from lococo.training.runs import (
     loss_panel,
     plain,
     plan_run,
-    record,
+    record_file,
     source_names,
     split_options,
     weights_identity,
@@ -325,7 +325,7 @@ class ExtensionRun(TrainingRun):
         facts = {"recipe": self.recipe, "length": self.data.length, "sources": source_names(self.data.sources)}
         title = f"training loss, {self.recipe.method}, {self.recipe.rope_scaling.length}"
         contents = (
-            record(self.command, device, rows, **plain(facts), usage=usage),
+            record_file(self.command, device, rows, **plain(facts), usage=usage),
             picture([[loss_panel(rows, title)]], (6, 3.6)),
         )
         return dict(zip(RECORD_NAMES, contents, strict=True))

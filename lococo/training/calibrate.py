@@ -31,7 +31,7 @@ from lococo.training.runs import (
     loss_panel,
     plain,
     plan_run,
-    record,
+    record_file,
     source_names,
     split_options,
     weights_identity,
@@ -301,7 +301,7 @@ class Calibration(TrainingRun):
             "objective": self.recipe.objective_name,
             "sources": source_names(self.data.sources),
         }
-        contents = (record(self.command, model.device, rows, usage=usage), _picture(rows, config))
+        contents = (record_file(self.command, model.device, rows, usage=usage), _picture(rows, config))
         attachments = dict(zip(ATTACHMENTS, contents, strict=True))
         save_heads(model, self.output, training=training, metrics=metrics, dtype=self.dtype, attachments=attachments)
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -277,7 +277,7 @@ class Progress(TrainerCallback):
             self.tell(row)
 
 
-def record(command: str, device: torch.device, rows: Sequence[dict[str, Any]], **facts: Any) -> bytes:
+def record_file(command: str, device: torch.device, rows: Sequence[dict[str, Any]], **facts: Any) -> bytes:
     """A result file: the facts, what made the rows where, and the rows."""
     content = {**facts, **result_content(without_folders(command), device, rows)}
     return (json.dumps(content, indent=1) + "\n").encode()
@@ -306,7 +306,7 @@ def this_process(*, on_cpu: bool) -> PartialState:
     return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
 
 
-def weights_identity(model: PreTrainedModel | nn.Module) -> str:
+def weights_identity(model: nn.Module) -> str:
     """Name of a model by its weights, for figures measured on it."""
     total = 0
     for value in checksums(model).values():
