@@ -257,7 +257,9 @@ def test_of_few_documents_the_share_is_held_out_where_it_can_be(tmp_path):
 def test_short_documents_are_joined_until_either_side_has_a_window(tmp_path):
     texts = many_texts(10, words=3)
     paths = write_lines(tmp_path / "a.jsonl", texts)
-    with pytest.raises(ValueError, match=r"10 documents were read, the longest of 3 tokens and 0 of 8 or more"):
+    with pytest.raises(
+        ValueError, match=r"10 documents were read, the longest of 3 tokens; choose a length of at most 3"
+    ):
         prepare(config(paths), word_tokenizer(), tmp_path)
     wish = config(paths, boundaries="none", num_windows=1, num_heldout=1)
     train, heldout = prepare(wish, word_tokenizer(), tmp_path)
@@ -327,8 +329,11 @@ def test_data_of_other_kinds_is_refused(tmp_path, dataset, error, message):
     ("changes", "message"),
     [
         ({"length": 50}, "not one training window of 50 tokens: 20 documents were read, the longest of 40 tokens"),
-        ({"length": 41}, r"of 40 tokens and 0 of 41 or more, 2 needed; choose a length of at most 40, .*\(now 0.05\)"),
-        ({"boundaries": "none", "length": 700}, "the longest of 40 tokens, 800 in all; choose a smaller length"),
+        (
+            {"length": 41},
+            r"of 40 tokens; choose a length of at most 40, .*heldout_share \(now 0.05\)",
+        ),
+        ({"boundaries": "none", "length": 700}, "the longest of 40 tokens; choose a length of at most 400"),
     ],
 )
 def test_no_window_says_what_was_read_and_what_to_change(tmp_path, changes, message):
