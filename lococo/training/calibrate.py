@@ -88,7 +88,7 @@ def calibrate(
     num_slots : int
         KV slots per layer and KV head, on average.
     **options
-        What is said otherwise than it stands here:
+        All else, with its default:
 
         - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
         - ``recipe="default"``: or ``"paper"``, or a ``Recipe``; its fields are options, too: ``objective``
