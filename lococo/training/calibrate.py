@@ -42,25 +42,6 @@ from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 Rows = list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibrated(Result):
-    """What ``calibrate`` has made: a heads folder, for ``lococo.patch_model(model, heads=folder)``.
-
-    Attributes
-    ----------
-    folder : Path
-        Heads, config, model card, and ``calibration.json`` and ``.png``: how it went.
-    rows : list of dict
-        One per thing measured: ``stage``, ``step``, and what it is about. Stage ``saved`` is what stands in the
-        folder. Of several processes the main one has all rows.
-    """
-
-    @property
-    def gap_ratio(self) -> float | None:
-        """Of the heads in the folder: 0 is the full cache, 1 is H2O. None where H2O loses nothing."""
-        return [row for row in self.rows if "gap_ratio" in row][-1]["gap_ratio"]
-
-
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,7 +50,7 @@ def calibrate(
     output: str | os.PathLike,
     num_slots: int = 512,
     **options: Any,
-) -> Calibrated:
+) -> Result:
     """Train compression heads for a model, and write them with how they were made and what they measure.
 
     ``lococo.calibrate(model, tokenizer, ["my_texts"], num_slots=256, output="heads")``
@@ -108,8 +89,11 @@ def calibrate(
 
     Returns
     -------
-    Calibrated
-        ``folder``, ``gap_ratio`` and ``rows``.
+    Result
+        ``folder``, for ``lococo.patch_model(model, heads=folder)``, which also tells how it went in
+        ``calibration.json`` and ``.png``; ``gap_ratio`` of the heads in it: 0 is the full cache, 1 is H2O; and
+        ``rows``: one per thing measured, with ``stage``, ``step`` and what it is about. Stage ``saved`` is what stands
+        in the folder.
 
     Raises
     ------
@@ -202,7 +186,7 @@ class Calibration(TrainingRun):
                 f"block_size={config.block_size}: the first token is evicted after {evicting}"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Calibrated:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         """Train and save. Errors as of ``calibrate``."""
         self.check()
         usage = self.meter()
@@ -243,7 +227,7 @@ class Calibration(TrainingRun):
                     add("saved", step=steps, **gap.measure(model))
                 self._save(model, config, gap, rows, usage(model.device))
                 self.remove_work()
-        return Calibrated(self.output, rows)
+        return Result(self.output, rows)
 
     def _description(self, model: str) -> dict[str, Any]:
         """What makes one run another, as plain JSON values."""

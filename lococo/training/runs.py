@@ -54,6 +54,12 @@ class Result:
     folder: Path
     rows: list[dict[str, Any]]
 
+    @property
+    def gap_ratio(self) -> float | None:
+        """The last one measured. None where H2O loses nothing, and for extensions, in which none is measured."""
+        measured = [row["gap_ratio"] for row in self.rows if "gap_ratio" in row]
+        return measured[-1] if measured else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRun:
