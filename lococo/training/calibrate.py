@@ -76,7 +76,8 @@ def calibrate(
           (``"distill"``, ``"next-token"``, ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``,
           ``learning_rate``, ``scalar_lr_factor``, ``budget_texts``, ``local_steps``, ``local_texts``,
           ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the recipe's.
-        - ``length=4096``: tokens per window; ``first=512``: the first of them that counts for the gap ratio.
+        - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
+          half the length if that is less.
         - ``num_windows=None``: to learn from; as many as the recipe reads. ``num_heldout=8``: to measure on.
           ``heldout_share``, ``boundaries``, ``text_column``, ``split``, ``seed``: as in ``DataConfig``.
         - ``dtype=torch.bfloat16``: of the saved heads; None: as they were trained.
@@ -120,7 +121,7 @@ def plan_calibration(
     length: int = 4096,
     num_windows: int | None = None,
     num_heldout: int = 8,
-    first: int = 512,
+    first: int | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
     **options: Any,
 ) -> Calibration:
@@ -141,7 +142,7 @@ def plan_calibration(
         length=length,
         num_windows=chosen.windows_needed if num_windows is None else num_windows,
         num_heldout=num_heldout,
-        first=first,
+        first=min(512, length // 2) if first is None else first,
         dtype=dtype,
     )
 
@@ -183,7 +184,8 @@ class Calibration(TrainingRun):
         if length <= evicting + 1:
             raise ValueError(
                 f"windows of {length} tokens are too short for num_slots={config.num_slots} and "
-                f"block_size={config.block_size}: the first token is evicted after {evicting}"
+                f"block_size={config.block_size}: the first token is evicted after {evicting}; choose fewer slots, "
+                "smaller blocks or longer windows"
             )
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
