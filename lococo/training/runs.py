@@ -63,7 +63,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A run of training, all but the model.
+    """A run of training, all but the model. What is not listed is an option of ``lococo.calibrate``.
 
     Parameters
     ----------
@@ -73,20 +73,8 @@ class TrainingRun:
         How it is learned from.
     output : Path
         Folder to write.
-    work_dir : Path, optional
-        State of the run, removed at the end. None: ``<output>.work``.
-    cache_dir : Path
-        Token windows and figures, which other runs use too.
-    resume : bool
-        Go on with the run in ``work_dir``, if there is one.
-    training_arguments : mapping, optional
-        For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
-    command : str
-        What is written down as having made the output.
     deadline : Deadline
         The run stops after it, between two steps, and can be resumed.
-    on_progress : callable, optional
-        Called in the main process with every row of the record as soon as it is there.
     """
 
     data: DataConfig
