@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import torch
 
-from lococo.cache.cache import LayerCache
-from lococo.cache.memory import Memory
+from lococo.cache.layer import KVBuffer, LayerCache
 from lococo.cache.plan import Plan, RaggedSegment, Segment
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.context import ForwardContext
-from lococo.kernels import scoring as kernels
+from lococo.kernels import scoring
+from lococo.kernels.attention import step_kernel
 from lococo.masks import padding_mask, window_of
 from lococo.models.rotary import RotaryTable
 
@@ -67,18 +67,22 @@ def lococo_attention(
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
     window = window_of(attention_mask, sliding_window, type(module).__name__)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    head = getattr(module, "lococo_head", None)
-    rotary = lococo.rotary_tables.get(module.layer_idx)
-    # A sliding-window layer keeps what its window sees and has nothing to fuse.
-    fusing = head if window is None else None
     layer = lococo.layer(module.layer_idx, window)
-    plan_for = functools.partial(lococo.plan_for, device=query.device)
-    dtype, kernel = query.dtype, lococo.attention
+    head = getattr(module, "lococo_head", None)
+    reading = LayerReading(
+        plan_for=functools.partial(lococo.plan_for, device=query.device),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        head=head if window is None else None,  # a sliding-window layer keeps what its window sees, nothing is fused
+        rotary=lococo.rotary_tables.get(module.layer_idx),
+        dropout=dropout,
+        softcap=softcap,
+        kernel=lococo.attention,
+    )
+    dtype = query.dtype
     query, key, value = _of_one_kind(layer, query, key, value)
     # Under autocast places in the text, scores and weights of blends would be rounded to half precision.
-    with kernels.without_autocast(query.device.type):
-        output = read_layer(layer, plan_for, query, key, value, scale, fusing, rotary, dropout, softcap, kernel)
+    with scoring.without_autocast(query.device.type):
+        output = read_layer(layer, reading, query, key, value)
         if head is not None and torch.is_grad_enabled():
             output = _with_zero_gradients(output, head)
     return output.to(dtype).transpose(1, 2).contiguous(), None
@@ -89,71 +93,90 @@ def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]
 
     What a layer holds is brought to their device, for a cache that was loaded or moved.
     """
-    device, held = states[0].device, layer.held
+    device, held = states[0].device, layer.entries
     if held is not None:
-        if held.device != device:
+        if held.values.device != device:
             layer.to(device)
-        return [tensor.to(held.dtype) for tensor in states]
+        return [tensor.to(held.values.dtype) for tensor in states]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in states))
-    if kernels.is_autocast(device.type) and dtype != torch.float64:
+    if scoring.is_autocast(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     return [tensor.to(dtype) for tensor in states]
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerReading:
+    """How a layer reads a call.
+
+    Attributes
+    ----------
+    plan_for : callable
+        Plan of the call for heads with a config.
+    scale : float
+        Factor on ``query @ key``.
+    head : Compressor, optional
+        None where nothing is fused.
+    rotary : RotaryTable, optional
+        Moves keys to their places in the cache, with ``positions="slot"``.
+    softcap : float, optional
+        As in ``LogitBias``.
+    kernel : str
+        A name given to ``lococo.register_attention``.
+    """
+
+    plan_for: Callable[[LoCoCoConfig], Plan]
+    scale: float
+    head: Compressor | None = None
+    rotary: RotaryTable | None = None
+    dropout: float = 0.0
+    softcap: float | None = None
+    kernel: str = "auto"
+
+
 def read_layer(
-    layer: LayerCache,
-    plan_for: Callable[[LoCoCoConfig], Plan],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    head: Compressor | None = None,
-    rotary: RotaryTable | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    kernel: str = "auto",
+    layer: LayerCache, reading: LayerReading, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of one layer over what it remembers, each group of heads over its own memory.
+    """Attention of one layer over what it remembers, each group of heads over its own entries.
 
     Parameters
     ----------
     layer : LayerCache
         Holds the tokens afterwards.
-    plan_for : callable
-        Plan of the call for heads with a config.
     query : torch.Tensor
         (batch, heads, tokens, head_dim), rotated.
     key, value : torch.Tensor
         (batch, kv_heads, tokens, head_dim), keys rotated.
-    kernel : str
-        Name of the attention kernel.
 
     Returns
     -------
     torch.Tensor
         (batch, heads, tokens, head_dim).
     """
-
-    def reader(memory: Memory) -> _Reader:
-        return _Reader(memory.config, plan_for(memory.config), memory, head, rotary, scale, dropout, softcap, kernel)
-
-    is_in_place = not torch.is_grad_enabled()
-    if is_in_place and not layer.buffers():
+    if layer.entries is None:
         layer.make_buffers(query, key, value)
-    plan = plan_for(layer.config)
-    if is_in_place and plan.is_step and softcap is None and dropout == 0.0:
-        output = layer.read_step(query, key, value, plan_for, head, scale)
-        if plan.ends_block:
-            layer.close(plan_for, head, rotary)
-        return output
-    if not layer.is_split:
-        return reader(layer.groups[0][0]).read(query, key, value)
+    is_plain = reading.softcap is None and reading.dropout == 0.0
+    if is_plain and not torch.is_grad_enabled() and reading.plan_for(layer.config).is_step:
+        step = (reading.plan_for, reading.head, reading.rotary, reading.scale)
+        return layer.step(query, key, value, *step, attend=step_kernel(reading.kernel))
+    buffers = layer.open(reading.rotary)
+    if len(buffers) == 1:
+        output = _GroupReader(reading, buffers[0]).read(query, key, value)
+    else:
+        output = _read_groups(reading, buffers, query, key, value)
+    layer.close(buffers)
+    return output
+
+
+def _read_groups(
+    reading: LayerReading, buffers: Sequence[KVBuffer], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
     # Slices, so that no index is uploaded.
     by_head = [tensor.chunk(key.shape[1], dim=1) for tensor in (query, key, value)]
     outputs: list[torch.Tensor] = [query] * key.shape[1]
-    for memory, heads in layer.groups:
-        output = reader(memory).read(*(_of_heads(parts, heads) for parts in by_head))
-        for index, part in zip(heads, output.chunk(len(heads), dim=1) if len(heads) > 1 else [output], strict=True):
+    for buffer in buffers:
+        heads = buffer.group.heads
+        output = _GroupReader(reading, buffer).read(*(_of_heads(parts, heads) for parts in by_head))
+        for index, part in zip(heads, output.chunk(len(heads), dim=1), strict=True):
             outputs[index] = part
     return torch.cat(outputs, dim=1)
 
@@ -172,64 +195,61 @@ def _with_zero_gradients(output: torch.Tensor, head: Compressor) -> torch.Tensor
     return output + nothing.to(output.dtype)
 
 
-@dataclasses.dataclass
-class _Reader:
-    config: LoCoCoConfig
-    plan: Plan
-    memory: Memory
-    head: Compressor | None
-    rotary: RotaryTable | None
-    scale: float
-    dropout: float
-    softcap: float | None
-    kernel: str
+class _GroupReader:
+    """One segment after another over the entries of one group of heads."""
+
+    def __init__(self, reading: LayerReading, buffer: KVBuffer) -> None:
+        self.reading, self.buffer = reading, buffer
+        self.plan = reading.plan_for(buffer.config)
 
     def read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(batch, heads, tokens, head_dim) attention output of a call; the memory holds its tokens afterwards."""
-        tokens = self.memory.tokens(query, key, value, self.plan, self.rotary)
+        """(batch, heads, tokens, head_dim) attention output of a call; the buffer holds its tokens afterwards."""
+        head, rotary = self.reading.head, self.reading.rotary
+        tokens = self.buffer.tokens(query, key, value, self.plan, rotary)
         parts = []
         for segment in self.plan.segments:
-            self.memory.append(segment, tokens)
+            self.buffer.close_block(segment, head, rotary)
+            self.buffer.write(segment, tokens)
             parts.append(self._attend(segment, segment.take(query)))
-            self.memory.close(segment, self.head, self.rotary)
         return self.plan.assemble(parts, query)
 
     def _attend(self, segment: Segment, query: torch.Tensor) -> torch.Tensor:
-        keys, values = self.memory.keys[:, :, : segment.stop], self.memory.values[:, :, : segment.stop]
-        visibility = kernels.Visibility(
-            self._mask(segment), self.memory.mass_bias(self.head, segment.stop), self.softcap
-        )
-        if self.memory.entries.scores is None:
-            return kernels.attend(query, keys, values, self.scale, visibility, self.kernel, self.dropout)
-        output, lse = kernels.attend_and_lse(query, keys, values, self.scale, visibility, self.kernel, self.dropout)
+        """(batch, heads, width, head_dim); the attention that entries receive is added to their scores."""
+        reading, buffer, stop = self.reading, self.buffer, segment.stop
+        keys, values = buffer.keys[:, :, :stop], buffer.values[:, :, :stop]
+        bias = scoring.LogitBias(self._mask(segment), buffer.mass_bias(reading.head, stop), reading.softcap)
+        call = (query, keys, values, reading.scale, bias, reading.kernel, reading.dropout)
+        if buffer.entries.scores is None:
+            return scoring.attend(*call)
+        output, lse = scoring.attend_and_lse(*call)
         with torch.no_grad():
             counts, delay = self._counts(segment)
-            squared = self.config.score_power == 2
-            received = kernels.attention_mass(query, keys, self.scale, visibility, counts, squared, lse, delay)
-            self.memory.entries.scores[:, :, : segment.stop] += received
+            squared = buffer.config.score_power == 2
+            received = scoring.attention_mass(query, keys, reading.scale, bias, counts, squared, lse, delay)
+            buffer.entries.scores[:, :, :stop] += received
         return output
 
     def _mask(self, segment: Segment) -> torch.Tensor | None:
         mask = segment.visible() if isinstance(segment, RaggedSegment) else None
-        window = self.memory.window
+        window = self.buffer.window
         if window is None or max(row.seen for row in self.plan.rows) <= window:
             return mask
-        born = cast(torch.Tensor, self.memory.entries.born)[:, :, None, : segment.stop]
-        births = segment.take(self.plan.places[:, None, :, None].expand(born.shape[0], 1, -1, 1))
-        in_window = births - born < window  # (batch, kv_heads, width, stop)
+        position = cast(torch.Tensor, self.buffer.entries.position)[:, :, None, : segment.stop]
+        of_query = segment.take(self.plan.positions[:, None, :, None].expand(position.shape[0], 1, -1, 1))
+        in_window = of_query - position < window  # (batch, kv_heads, width, stop)
         if mask is None:
-            mask = kernels.lower_right(segment.width, segment.stop, 0, born.device)
+            mask = scoring.lower_right(segment.width, segment.stop, 0, position.device)
         return mask & in_window
 
     def _counts(self, segment: Segment) -> tuple[torch.Tensor | None, int]:
-        """Which attention counts for scores, as ``kernels.attention_mass`` takes it.
+        """Which attention counts for scores, as ``attention_mass`` takes it.
 
         Returns
         -------
         tuple
             (batch, 1, width, stop), True where a query's attention to an entry counts, or None; and a delay.
         """
-        delay = self.config.score_delay
+        delay = self.buffer.config.score_delay
         if isinstance(segment, RaggedSegment):
             return segment.visible(delay) & segment.queries()[..., None], 0
         return None, delay

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lococo.cache.cache import LayerCache, LoCoCoCache
-from lococo.cache.plan import Plan, Row, plan_call
+from lococo.cache.cache import LoCoCoCache
+from lococo.cache.layer import LayerCache
+from lococo.cache.plan import Plan, RowState, plan_call
 from lococo.config import LoCoCoConfig
 from lococo.models.rotary import RotaryTable
 
@@ -47,7 +48,7 @@ class ForwardContext:
     plan: Plan
     cache: LoCoCoCache | None
     rotary_tables: dict[int, RotaryTable | None]
-    rows: Sequence[Row] = (Row(),)
+    rows: Sequence[RowState] = (RowState(),)
     real: Sequence[Sequence[bool]] | None = None
     attention: str = "auto"
     earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -64,16 +65,19 @@ class ForwardContext:
             if config.num_slots == self.config.num_slots:
                 self.plans[key] = self.plan.to(device)
             else:
-                self.plans[key] = plan_call(self.rows, self.plan.places.shape[1], config, self.real, device)
+                self.plans[key] = plan_call(self.rows, self.plan.positions.shape[1], config, self.real, device)
         return self.plans[key]
 
     def layer(self, layer_idx: int, window: int | None) -> LayerCache:
         """What the layer remembers, about to read: in the cache, or until this forward ends."""
         self.read.add(layer_idx)
         if self.cache is None:
-            return LayerCache(self.config, layer_idx, window)
-        self.cache.is_reading = not self.is_recorded
-        return self.cache.layers[layer_idx].look_back(window)
+            layer = LayerCache(self.config, layer_idx)
+        else:
+            self.cache.is_reading = not self.is_recorded
+            layer = self.cache.layers[layer_idx]
+        layer.window = window
+        return layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def record_cuda_graph(function: Callable[[], Any]) -> tuple[Callable[[], Any], A
 
 RECORDERS: dict[str, Recorder] = {"cuda": record_cuda_graph}
 
-_graphs: weakref.WeakKeyDictionary[LoCoCoCache, StepGraph | None] = weakref.WeakKeyDictionary()
+_graphs: weakref.WeakKeyDictionary[LoCoCoCache, DecodeGraph | None] = weakref.WeakKeyDictionary()
 
 
 class EmptyRecordingError(RuntimeError):
@@ -135,7 +135,7 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
 
 
-class StepGraph:
+class DecodeGraph:
     """The forward of one token of every row with one cache, for replays with other tokens.
 
     Whatever changes from step to step lies in the buffers of the cache and in two inputs here. Bookkeeping, and the
@@ -147,7 +147,7 @@ class StepGraph:
     model : torch.nn.Module
         The patched causal language model.
     cache : LoCoCoCache
-        All of its layers with open step buffers.
+        All of its layers ready for a step.
     arguments : dict
         Keyword arguments of a step.
     record : callable
@@ -157,7 +157,7 @@ class StepGraph:
     def __init__(
         self, patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder
     ) -> None:
-        self.buffers = [layer.steps for layer in cache.layers]
+        self.buffers = [layer.decode for layer in cache.layers]
         self.heads = fusion_heads(patch)
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
@@ -183,7 +183,7 @@ class StepGraph:
 
     def fits(self, cache: LoCoCoCache) -> bool:
         """Whether the cache's buffers are where they were."""
-        return all(mine is layer.steps for mine, layer in zip(self.buffers, cache.layers, strict=True))
+        return all(mine is layer.decode for mine, layer in zip(self.buffers, cache.layers, strict=True))
 
     def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Read one token of every row, (batch, 1) each.
@@ -231,8 +231,7 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
         _graphs[cache] = None
         return call(**kwargs)
     heads = fusion_heads(patch) if graph is None else graph.heads
-    for layer, head in zip(cache.layers, heads, strict=True):
-        layer.open_steps(plan_for, head, patch.decoder.config.num_attention_heads)
+    cache.prepare_step(plan_for, heads)
 
     def without_graph(error: Exception) -> Any:
         _graphs[cache] = None
@@ -242,11 +241,11 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
 
     position_ids = kwargs.get("position_ids")
     if cache.config.positions == "slot" or position_ids is None:
-        position_ids = plan.entries if cache.config.positions == "slot" else plan.places
+        position_ids = plan.cache_positions if cache.config.positions == "slot" else plan.positions
     if graph is None or not graph.fits(cache):
         _graphs.pop(cache, None)  # its memory is free before the next one takes some
         try:
-            graph = _graphs[cache] = StepGraph(patch, model, cache, kwargs, RECORDERS[input_ids.device.type])
+            graph = _graphs[cache] = DecodeGraph(patch, model, cache, kwargs, RECORDERS[input_ids.device.type])
         except Exception as error:  # compilers, allocators and libraries raise what they like
             return without_graph(error)
     try:
@@ -254,9 +253,6 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     except EmptyRecordingError as error:
         return without_graph(error)
     cache.advance(plan, 1)
-    if plan.ends_block:
-        for index, (layer, head) in enumerate(zip(cache.layers, heads, strict=True)):
-            layer.close(plan_for, head, cache.rotary_tables.get(index))
     return output
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lococo.attention import lococo_attention
 from lococo.cache.cache import LoCoCoCache
-from lococo.cache.plan import Row, plan_call
+from lococo.cache.plan import RowState, plan_call
 from lococo.compat import cache_argument
 from lococo.context import ForwardContext, ForwardRequest
 from lococo.inputs import (
@@ -112,13 +112,13 @@ def _context(
     batch, num_tokens = tokens.shape[:2]
     mask, is_step = kwargs.get("attention_mask"), is_whole and not earlier
     real = padded_columns(mask, batch, num_tokens, cache, is_step=is_step)
-    rows = (Row(),) if cache is None else cache.rows
+    rows = (RowState(),) if cache is None else cache.rows
     plan = plan_call(rows, num_tokens, config, real, tokens.device)
     if config.positions == "slot":
         _say_positions_are_ours(patch, kwargs.get("position_ids"), real)
-        kwargs["position_ids"] = plan.entries
+        kwargs["position_ids"] = plan.cache_positions
     elif kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = plan.places
+        kwargs["position_ids"] = plan.positions
     seen = max(row.seen for row in plan.rows)
     check_positions(patch.family, config.capacity if config.positions == "slot" else seen)
     return ForwardContext(
@@ -175,7 +175,7 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         return output
     _check_all_read(patch, context)
     if context.cache is not None:
-        context.cache.advance(context.plan, context.plan.places.shape[1])
+        context.cache.advance(context.plan, context.plan.positions.shape[1])
         context.cache.is_reading = False
         if context.hands_out:
             output = patch.family.hand_out(output, context.cache)

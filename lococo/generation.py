@@ -182,13 +182,12 @@ def cache_bytes(cache: Any) -> int:
 
 def bytes_per_token(cache: Any) -> int:
     """Bytes of one token's keys and values over all layers of one row."""
-    holders = cache.layers
     if isinstance(cache, LoCoCoCache):
-        holders = [memory for layer in cache.layers for memory, _ in layer.groups]
+        return sum(layer.bytes_per_token for layer in cache.layers)
     return sum(
         states.shape[1] * states.shape[3] * states.element_size()
-        for holder in holders
-        for states in (holder.keys, holder.values)
+        for layer in cache.layers
+        for states in (layer.keys, layer.values)
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lococo.attention import NAME
 from lococo.cache.cache import LoCoCoCache
-from lococo.cache.plan import Row
+from lococo.cache.plan import RowState
 from lococo.compat import OLD_CACHE_NAME, OUTPUT_CACHE, Cache, argument_names, cache_argument
 from lococo.masks import PaddingMask
 from lococo.models import Family
@@ -216,7 +216,7 @@ def _refuse_other_marks(mask: torch.Tensor) -> None:
         )
 
 
-def _refuse_another_past(mask: torch.Tensor, rows: Sequence[Row]) -> None:
+def _refuse_another_past(mask: torch.Tensor, rows: Sequence[RowState]) -> None:
     """Refuse a mask in which tokens that were read are padding, or padding tokens: it would come too late."""
     said = mask.bool().sum(dim=-1).tolist()
     read = [row.seen for row in rows] * (len(said) // len(rows))

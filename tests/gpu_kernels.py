@@ -13,7 +13,7 @@ from lococo.compression import select as slots
 from lococo.compression.fusion import FusionHead
 from lococo.kernels import scoring as kernels
 from lococo.kernels import triton_attention as triton_kernels
-from lococo.kernels.attention import Visibility
+from lococo.kernels.attention import LogitBias
 from lococo.results.deadline import Deadline, OutOfTime
 
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -54,7 +54,7 @@ def check_attend(found, device, dtype, dim, shape, is_biased):
     bias, scale = bias if is_biased else None, dim**-0.5
     output, lse = triton_kernels.attend(query, key, value, scale, bias)
     wide = [tensor.double() for tensor in (query, key, value)]
-    expected = kernels.attend(*wide, scale, Visibility(bias=bias), "eager")
+    expected = kernels.attend(*wide, scale, LogitBias(bias=bias), "eager")
     logits = wide[0].unflatten(1, (key.shape[1], -1)) @ wide[1].transpose(-1, -2)[:, :, None] * scale
     logits = logits if bias is None else logits + bias[:, :, None, None]
     hidden = ~kernels.lower_right(query.shape[2], key.shape[2], 0, device)
@@ -69,7 +69,7 @@ def check_mass(found, device, dtype, dim, shape, squared):
     bias, scale, delay = None if squared else bias, dim**-0.5, min(DELAY, shape[3] // 2)
     _, lse = triton_kernels.attend(query, key, value, scale, bias)
     mass = triton_kernels.attention_mass(query, key, scale, lse, bias, delay, squared)
-    seen = Visibility(bias=bias)
+    seen = LogitBias(bias=bias)
     expected = kernels.attention_mass(query.double(), key.double(), scale, seen, squared=squared, delay=delay)
     judge(found, EXACT, mass=relative_error(mass, expected))
 
@@ -82,7 +82,7 @@ def check_blend(found, device, dtype, dim, num_slots, fields):
         keys=torch.randn(*shape, dim, device=device).to(dtype),
         values=torch.randn(*shape, dim, device=device).to(dtype),
         scores=torch.rand(shape, device=device),
-        born=torch.arange(entries, device=device).expand(shape).float(),
+        position=torch.arange(entries, device=device).expand(shape).float(),
         log_mass=torch.rand(shape, device=device) if config.has_mass else None,
     )
     choice = slots.choose(
@@ -97,7 +97,7 @@ def check_blend(found, device, dtype, dim, num_slots, fields):
     expected = {"keys": weights @ everything.keys.double(), "values": weights @ everything.values.double()}
     errors = {name: relative_error(getattr(got, name), tensor) for name, tensor in expected.items()}
     judge(found, TOLERANCES[dtype], **errors)
-    numbers = {"scores": everything.scores, "born": everything.born}
+    numbers = {"scores": everything.scores, "position": everything.position}
     expected = {name: (weights @ tensor.double()[..., None])[..., 0] for name, tensor in numbers.items()}
     if config.has_mass:
         expected["log_mass"] = compressors.log_mass(weights, everything.log_mass.double())

@@ -9,7 +9,7 @@ from reference import NaiveHead, naive_h2o, naive_lococo, naive_streaming_llm, r
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lococo.attention import lococo_attention
-from lococo.cache.plan import Row, plan_call
+from lococo.cache.plan import RowState, plan_call
 from lococo.compression.fusion import FusionHead
 from lococo.config import LoCoCoConfig
 from lococo.context import ForwardContext
@@ -81,11 +81,11 @@ def naive_head(head):
 
 def read(config, q, k, v, head=None, scale=DIM**-0.5):
     """One layer over a batch of one, as the model calls it: keys and queries rotated at the positions it was given."""
-    plan = plan_call([Row()], q.shape[1], config)
+    plan = plan_call([RowState()], q.shape[1], config)
     rotary = {}
     if config.positions == "slot":
         rotary = {0: ReferenceRotary()}
-        q, k = (rotary[0].rotate(tensor, plan.entries) for tensor in (q, k))
+        q, k = (rotary[0].rotate(tensor, plan.cache_positions) for tensor in (q, k))
     module = types.SimpleNamespace(layer_idx=0, lococo_head=head)
     call = ForwardContext(config, plan, cache=None, rotary_tables=rotary)
     output, _ = lococo_attention(module, q[None], k[None], v[None], scaling=scale, lococo=call)

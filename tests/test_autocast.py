@@ -55,7 +55,7 @@ def test_prefill_steps_and_generate_agree(name, dtype):
             output = model(part, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             parts.append(output.logits)
-        assert {tensor.dtype for layer in cache.layers for tensor in (layer.held,)} == {dtype}
+        assert {tensor.dtype for layer in cache.layers for tensor in (layer.entries.values,)} == {dtype}
         assert relative(torch.cat(parts, dim=1)[:, :29], whole[:, :29]) < 0.02
         assert torch.cat(parts, dim=1).isfinite().all()
         assert model.generate(IDS, max_new_tokens=20, do_sample=False).shape == (2, 81)
@@ -99,9 +99,9 @@ def test_places_in_the_text_are_not_rounded():
         for part in tiny_ids(1, 3001).split(500, dim=1):
             cache = model(part, past_key_values=cache, use_cache=True).past_key_values
             cache.detach()
-    born = cache.layers[0].groups[0][0].entries.born[:, :, :16]  # all of them blends
-    assert born.dtype == torch.float32 and born.min() > 256
-    assert not torch.equal(born, born.bfloat16().float())
+    position = cache.layers[0].views()[0].entries.position[:, :, :16]  # all of them blends
+    assert position.dtype == torch.float32 and position.min() > 256
+    assert not torch.equal(position, position.bfloat16().float())
 
 
 def test_windows_and_softcaps():
@@ -122,7 +122,7 @@ def test_models_in_float64_are_left_in_it():
     model = patched_llama(CONFIGS["open"]).double()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(IDS, use_cache=True)
-    assert output.past_key_values.layers[0].held.dtype in (torch.float64, torch.bfloat16)
+    assert output.past_key_values.layers[0].entries.values.dtype in (torch.float64, torch.bfloat16)
     assert output.logits.isfinite().all()
 
 

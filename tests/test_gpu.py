@@ -11,7 +11,7 @@ from lococo.compression import select as slots
 from lococo.compression.fusion import FusionHead
 from lococo.kernels import attention as backends
 from lococo.kernels import trials
-from lococo.kernels.scoring import Visibility, attend, attend_and_lse, attention_mass
+from lococo.kernels.scoring import LogitBias, attend, attend_and_lse, attention_mass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def test_kernels_equal_float64_by_hand(name, backend, dtype):
     query, key, value, visibility = case(name)
     expected, probabilities = by_hand(query, key, value, 0.3, visibility)
     there = [on_gpu(tensor, dtype) for tensor in (query, key, value)]
-    seen = Visibility(on_gpu(visibility.mask, dtype), on_gpu(visibility.bias, dtype), visibility.softcap)
+    seen = LogitBias(on_gpu(visibility.mask, dtype), on_gpu(visibility.bias, dtype), visibility.softcap)
     with torch.no_grad():
         output = attend(*there, 0.3, seen, backend)
         same, lse = attend_and_lse(*there, 0.3, seen, backend)
@@ -86,11 +86,11 @@ def test_large_segments_equal_float64(queries, entries, dim, biased, backend, dt
     key, value = torch.randn(2, 2, 2, entries, dim, generator=generator).to(dtype).unbind()
     bias = torch.rand(2, 2, entries, generator=generator) * 5 if biased else None
     exact, scale = [tensor.double() for tensor in (query, key, value)], dim**-0.5
-    expected = attend(*exact, scale, Visibility(bias=bias), "eager")
+    expected = attend(*exact, scale, LogitBias(bias=bias), "eager")
     counted = {"squared": True, "delay": 100}
-    expected_mass = attention_mass(*exact[:2], scale, Visibility(bias=bias), **counted)
+    expected_mass = attention_mass(*exact[:2], scale, LogitBias(bias=bias), **counted)
     there = [tensor.cuda() for tensor in (query, key, value)]
-    seen = Visibility(bias=None if bias is None else bias.cuda())
+    seen = LogitBias(bias=None if bias is None else bias.cuda())
     with torch.no_grad():
         output, lse = attend_and_lse(*there, scale, seen, backend)
         mass = attention_mass(*there[:2], scale, seen, **counted, lse=lse)
@@ -109,7 +109,7 @@ def test_compression_in_one_kernel_equals_torch(residual, dtype):
         keys=torch.randn(*shape, 128, device="cuda").to(dtype),
         values=torch.randn(*shape, 128, device="cuda").to(dtype),
         scores=torch.rand(shape, device="cuda"),
-        born=torch.arange(1024.0, device="cuda").expand(shape),
+        position=torch.arange(1024.0, device="cuda").expand(shape),
         log_mass=torch.rand(shape, device="cuda"),
     )
     expected = slots.compress(entries, 2048, config, head)
@@ -125,8 +125,8 @@ def test_auto_scores_in_triton():
     query = torch.randn(1, 4, 300, 64, device="cuda", dtype=torch.float16)
     key = torch.randn(1, 2, 500, 64, device="cuda", dtype=torch.float16)
     with torch.no_grad():
-        _, lse = attend_and_lse(query, key, key, 0.125, Visibility())
-        mass = attention_mass(query, key, 0.125, Visibility(), lse=lse)
+        _, lse = attend_and_lse(query, key, key, 0.125, LogitBias())
+        mass = attention_mass(query, key, 0.125, LogitBias(), lse=lse)
     assert backends.triton_takes(query) and lse is not None
     assert mass.sum().item() == pytest.approx(4 * 300, rel=1e-3)
 

@@ -94,6 +94,20 @@ def test_beams_are_reordered_under_a_recording(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["open", "slots-per-head"])
+def test_rows_change_places_under_a_recording(name, recorder):
+    model, ids, recorder.batch = patched_llama(CONFIGS[name]), tiny_ids(3, 60), 3
+    with torch.no_grad():
+        caches = [model(ids[:, :21], use_cache=True).past_key_values for _ in range(2)]
+        for column in range(21, 60):
+            launched = model(ids[:, [column]], past_key_values=caches[0]).logits
+            replayed = model.__call__(input_ids=ids[:, [column]], past_key_values=caches[1]).logits
+            assert torch.equal(replayed, launched)
+            for cache in caches if column % 3 == 0 else []:
+                cache.reorder_cache(torch.tensor([2, 0, 0]) if column % 2 else torch.tensor([1, 2, 0]))
+    assert recorder.recordings == 1 and recorder.replays > 20
+
+
+@pytest.mark.parametrize("name", ["open", "slots-per-head"])
 def test_a_cache_that_changes_is_recorded_anew(name, recorder):
     model = patched_llama(CONFIGS[name])
     with torch.no_grad():
@@ -186,7 +200,7 @@ def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(mon
         handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
         cache = next(iter(caches))
         kept = [tensor.clone() for layer in cache.layers for tensor in layer.buffers()]
-        at = [layer.steps._at.clone() for layer in cache.layers]
+        at = [layer.decode._at.clone() for layer in cache.layers]
         try:
             function()
         finally:
@@ -194,7 +208,7 @@ def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(mon
             for tensor, value in zip([t for layer in cache.layers for t in layer.buffers()], kept, strict=True):
                 tensor.copy_(value)
             for layer, value in zip(cache.layers, at, strict=True):
-                layer.steps._at.copy_(value)
+                layer.decode._at.copy_(value)
 
     monkeypatch.setitem(graphs.RECORDERS, "cpu", fail)
     with torch.no_grad(), pytest.warns(UserWarning, match="without a CUDA graph: division by zero"):
@@ -204,6 +218,17 @@ def test_a_recording_that_fails_half_way_leaves_cache_and_model_as_they_were(mon
             logits.append(model.__call__(input_ids=part, past_key_values=cache).logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 21:], rtol=0, atol=1e-5)
     assert not cache.is_open and not cache.is_reading and model.model.lococo_patch.thread.request is None
+
+
+@pytest.mark.parametrize("prefix", range(21, 30))
+def test_a_recording_that_fails_at_the_end_of_a_block_leaves_it_compressed_once(prefix, monkeypatch):
+    model, ids = patched_llama(CONFIGS["open"]), tiny_ids(1, 60)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda function: 1 / 0)
+    with torch.no_grad(), pytest.warns(UserWarning, match="without a CUDA graph"):
+        cache, logits = model(ids[:, :prefix], use_cache=True).past_key_values, []
+        for part in ids[:, prefix:].split(1, dim=1):
+            logits.append(model.__call__(input_ids=part, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, prefix:], rtol=0, atol=1e-5)
 
 
 def test_an_empty_recording_is_found_out_before_it_counts(monkeypatch):

@@ -112,10 +112,10 @@ def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots):
     model, _ = smollm2
     with patched(model, heads=ROOT / f"examples/heads/smollm2-135m-{num_slots}"), torch.no_grad():
         cache = model(manual, use_cache=True).past_key_values
-    memories = [(memory, heads) for layer in cache.layers for memory, heads in layer.groups]
-    slots = sum(memory.config.num_slots * len(heads) for memory, heads in memories)
+    groups = [group for layer in cache.layers for group in layer.groups]
+    slots = sum(group.config.num_slots * len(group.heads) for group in groups)
     assert 0.95 * num_slots < slots / 90 <= num_slots
-    entries = sum(memory.keys.shape[1] * memory.keys.shape[2] for memory, _ in memories)
+    entries = sum(layer.entries.keys.shape[1] for layer in cache.layers)
     assert entries == slots + 90 * 128
 
 

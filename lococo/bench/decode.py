@@ -106,10 +106,10 @@ class Decode(Topic):
         before = (block - 1 - timed) // 2
         steps, compressing = [], []
         for _ in range(-(-self.steps // block)):
+            compressing += reader.decode(1)  # the block before this one, which is complete
             reader.read(before)
             steps += reader.decode(timed)
             reader.read(block - 1 - before - timed)
-            compressing += reader.decode(1)
         return statistics.median(steps), statistics.median(compressing)
 
 
@@ -143,7 +143,7 @@ def _cache_of(model: PreTrainedModel, cell: Cell) -> Any:
 def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, length: int | None = None) -> Any:
     """The cache of a patched model after a text, without reading all of it.
 
-    Whole blocks are read until the slots are full and the open block is empty: more text changes what the cache holds,
+    Whole blocks are read until the slots are full and a block is complete: more text changes what the cache holds,
     not how much it holds nor how long the next token takes.
 
     Parameters

@@ -15,7 +15,8 @@ from lococo.bench.decode import compressed_cache, random_full_cache
 from lococo.bench.meter import HeldBytes, Meter
 from lococo.bench.roofline import Least, Sizes, decode_memory, segment_work
 from lococo.bench.runner import Cell, Row, Topic, line_name, random_ids
-from lococo.cache.cache import LoCoCoCache, Memory
+from lococo.cache.cache import LoCoCoCache
+from lococo.cache.layer import KVBuffer
 from lococo.compat import with_cache
 from lococo.generation import cache_bytes
 from lococo.kernels import scoring as kernels
@@ -96,8 +97,8 @@ class Score(Topic):
 def _scoring_figures(
     model: PreTrainedModel, cache: Any, queries: int, seconds: float, meter: Meter
 ) -> tuple[float | None, ...]:
-    memories = [memory for memory, _ in cache.layers[0].groups] if isinstance(cache, LoCoCoCache) else []
-    scorings = [scoring(model, memory, queries) for memory in memories if memory.entries.scores is not None]
+    buffers = cache.layers[0].views() if isinstance(cache, LoCoCoCache) else []
+    scorings = [scoring(model, buffer, queries) for buffer in buffers if buffer.entries.scores is not None]
     if not scorings:
         return (None,) * len(FIGURES)
     with HeldBytes() as held:  # on its own: counting takes time
@@ -108,21 +109,21 @@ def _scoring_figures(
             for score in scorings:
                 score()
     score_seconds = statistics.median(meter.seconds())
-    entries = sum(memory.keys[..., 0].numel() for memory in memories)  # of all KV heads and rows
+    entries = sum(buffer.keys[..., 0].numel() for buffer in buffers)  # of all KV heads and rows
     matrix = 4 * query_heads_per_kv_head(model) * queries * entries
     return score_seconds, score_seconds / seconds, held.peak, held.largest, matrix
 
 
-def scoring(model: PreTrainedModel, memory: Memory, queries: int) -> Callable[[], torch.Tensor]:
+def scoring(model: PreTrainedModel, buffer: KVBuffer, queries: int) -> Callable[[], torch.Tensor]:
     """What a patched model's first layer calls to score the entries of a memory for a block of queries."""
-    config, keys, head = memory.config, memory.keys, patch_of(model).heads.get(0)
+    config, keys, head = buffer.config, buffer.keys, patch_of(model).heads.get(0)
     batch, kv_heads, entries, head_dim = keys.shape
     heads = query_heads_per_kv_head(model) * kv_heads
     query = torch.randn(batch, heads, queries, head_dim, device=keys.device, dtype=keys.dtype)
-    bias = memory.entries.log_mass if head is not None and not head.is_closed else None
-    visibility, scale = kernels.Visibility(bias=bias), 1 / math.sqrt(head_dim)
+    bias = buffer.entries.log_mass if head is not None and not head.is_closed else None
+    visibility, scale = kernels.LogitBias(bias=bias), 1 / math.sqrt(head_dim)
     with torch.no_grad():
-        lse = kernels.attend_and_lse(query, keys, memory.values, scale, visibility, "auto")[1]
+        lse = kernels.attend_and_lse(query, keys, buffer.values, scale, visibility, "auto")[1]
     mass = functools.partial(kernels.attention_mass, query, keys, scale, visibility, lse=lse)
     return functools.partial(mass, squared=config.score_power == 2, delay=config.score_delay)
 

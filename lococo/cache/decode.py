@@ -9,18 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from lococo.cache.plan import Plan, upload
-from lococo.compression.base import Compressor
 from lococo.compression.entries import Entries, by_group
-from lococo.config import LoCoCoConfig
+from lococo.kernels.attention import LogitBias
 
 if TYPE_CHECKING:
-    from lococo.cache.memory import Memory
+    from lococo.cache.layer import HeadGroup
 
 HIDDEN = float("-inf")
 
 
-class StepBuffers:
-    """The buffers of a layer while tokens come one by one: every step attends to all that was ever allocated.
+class DecodeBuffers:
+    """A layer's buffers while tokens come one by one: every step attends to all that was ever allocated.
 
     Entries that are not in use yet are hidden by a bias on their logits, so nothing is cut out of a buffer. Where all
     KV heads have the same budget each of them is a row of its own, with the queries of its group. Heads with budgets
@@ -29,28 +28,31 @@ class StepBuffers:
 
     Parameters
     ----------
-    groups : sequence of (Memory, list of int)
-        Memories with buffers and the KV heads each holds; several are moved into common buffers here.
+    entries : Entries
+        (batch, entries of all KV heads, ...), of which these are views.
+    groups : sequence of HeadGroup
     num_heads : int
         Query heads.
 
     Attributes
     ----------
     keys, values : torch.Tensor
-        (rows, entries, head_dim), views of what the memories hold.
+        (rows, entries, head_dim).
     bias : torch.Tensor
         (rows, 1 or heads, entries), added to the logits.
+    is_current : bool
+        Whether they are in line with all that was written by anything but steps; ``open`` brings them there.
     """
 
-    def __init__(self, groups: Sequence[tuple[Memory, Sequence[int]]], num_heads: int) -> None:
+    def __init__(self, entries: Entries, groups: Sequence[HeadGroup], num_heads: int) -> None:
         self.groups = groups
-        memories = [memory for memory, _ in groups]
-        self.is_split = len(memories) > 1
-        entries = join(memories) if self.is_split else memories[0].entries.map(lambda tensor: tensor.flatten(0, 1))
-        self._held = [memory.entries.tensors() for memory in memories]
+        self.is_split = len(groups) > 1
+        if not self.is_split:
+            shape = (len(groups[0].heads), groups[0].config.capacity)
+            entries = entries.map(lambda tensor: tensor.unflatten(1, shape).flatten(0, 1))
         self.entries = entries
-        self.keys = entries.keys if entries.rotated is None else entries.rotated
-        self.values = entries.values
+        self.keys, self.values = entries.rotated_keys, entries.values
+        self.is_current = False
         self._keys = self.keys.transpose(1, 2)
         self._wide = torch.promote_types(self.values.dtype, torch.float32)
         rows, num_entries = self.values.shape[:2]
@@ -65,47 +67,38 @@ class StepBuffers:
         written = self._at[:, :: self._queries_per_key, None]
         self._written = written.expand(*written.shape[:2], self.keys.shape[-1])
         # Written, never replaced: a recorded step reads them where they are.
-        self._place_ahead = self._at.new_zeros(rows, 1)
-        has_delay = any(memory.config.score_delay for memory in memories)
+        self._position_ahead = self._at.new_zeros(rows, 1)
+        has_delay = any(group.config.score_delay for group in groups)
         self._scored_until = self._at.new_zeros(rows, num_entries) if has_delay else None
 
     def _lay_out_heads(self) -> None:
         """First entry of every KV head, and of every entry its head and that head's delay of scores."""
-        heads = [(head, memory.config) for memory, group in self.groups for head in group]
         starts: dict[int, int] = {}
         owner: list[int] = []
         delay: list[int] = []
-        for head, config in heads:
-            starts[head] = len(owner)
-            owner += [head] * config.capacity
-            delay += [config.score_delay] * config.capacity
+        for group in self.groups:
+            for head in group.heads:
+                starts[head] = len(owner)
+                owner += [head] * group.config.capacity
+                delay += [group.config.score_delay] * group.config.capacity
         table = upload(torch.tensor([owner, delay]), self.keys.device)
         self._owner, self._delay = table[0], table[1]
         self._first = upload(torch.tensor([starts[head] for head in sorted(starts)]), self.keys.device)
 
-    def hold(self) -> bool:
-        """Whether these are still views of what the memories hold."""
-        return all(
-            mine is theirs
-            for held, (memory, _) in zip(self._held, self.groups, strict=True)
-            for mine, theirs in zip(held, memory.entries.tensors(), strict=True)
-        )
-
-    def open(self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None) -> None:
+    def open(self, plans: Sequence[Plan], mass_biases: Sequence[torch.Tensor | None]) -> None:
         """Take up what was written since, and prepare for steps from the next token on.
 
         Parameters
         ----------
-        plan_for : callable
-            The plan of the next token, a step, for heads with a config.
-        head : Compressor, optional
-            Gives the bias of blends.
+        plans : sequence of Plan
+            Of the next token, a step, for every group of heads.
+        mass_biases : sequence of torch.Tensor, optional
+            (batch, kv_heads, capacity) of every group, on the logits of its entries.
         """
-        plans = [plan_for(memory.config) for memory, _ in self.groups]
-        self._place_next(plans)
+        self._put_next(plans)
         at, first_at = self._at_by_entry(), self._at[:, :1]
         is_new = self._index >= at  # (rows, entries)
-        mass = self._by_entry([memory.mass_bias(head) for memory, _ in self.groups])
+        mass = self._by_entry(mass_biases)
         bias = torch.zeros_like(self.bias[:, 0]) if mass is None else mass.to(self.bias.dtype)
         self.bias.copy_(bias.masked_fill(is_new, HIDDEN)[:, None])
         if self.is_split:
@@ -114,24 +107,25 @@ class StepBuffers:
         for tensor in (self.entries.scores, self.entries.log_mass):
             if tensor is not None:
                 tensor.masked_fill_(is_new, 0.0)
-        places = _per_row(plans[0].places, first_at)
-        if self.entries.born is not None:
-            births = (places + self._index - at).to(self.entries.born.dtype)
-            self.entries.born.copy_(torch.where(is_new, births, self.entries.born))
-        self._place_ahead.copy_(places - first_at)
+        position = _per_row(plans[0].positions, first_at)
+        if self.entries.position is not None:
+            later = (position + self._index - at).to(self.entries.position.dtype)
+            self.entries.position.copy_(torch.where(is_new, later, self.entries.position))
+        self._position_ahead.copy_(position - first_at)
         if self._scored_until is not None:
-            delay = self._delay if self.is_split else self.groups[0][0].config.score_delay
+            delay = self._delay if self.is_split else self.groups[0].config.score_delay
             self._scored_until.copy_(self._index - at + first_at + delay)
+        self.is_current = True
 
-    def _place_next(self, plans: Sequence[Plan]) -> None:
+    def _put_next(self, plans: Sequence[Plan]) -> None:
         if not self.is_split:
-            self._at.copy_(_per_row(plans[0].entries, self._at))
+            self._at.copy_(_per_row(plans[0].cache_positions, self._at))
             return
         batch = self._at.shape[0]
         at = {
-            head: plan.entries.expand(batch, 1)
-            for (_, heads), plan in zip(self.groups, plans, strict=True)
-            for head in heads
+            head: plan.cache_positions.expand(batch, 1)
+            for group, plan in zip(self.groups, plans, strict=True)
+            for head in group.heads
         }
         next_entries = torch.cat([at[head] for head in sorted(at)], dim=1) + self._first
         self._at.copy_(next_entries.repeat_interleave(self._queries_per_key, dim=1))
@@ -141,15 +135,15 @@ class StepBuffers:
         return self._at[:, :: self._queries_per_key][:, self._owner] if self.is_split else self._at
 
     def _by_entry(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        """(batch, kv_heads, capacity) of every memory as one (rows, entries); zero where a memory has none."""
+        """(batch, kv_heads, capacity) of every group as one (rows, entries); zero where a group has none."""
         if all(tensor is None for tensor in tensors):
             return None
         if not self.is_split:
             return tensors[0].flatten(0, 1)  # type: ignore[union-attr]
         batch = self.values.shape[0]
         parts = [
-            self.values.new_zeros(batch, len(heads) * memory.config.capacity) if tensor is None else tensor.flatten(1)
-            for (memory, heads), tensor in zip(self.groups, tensors, strict=True)
+            self.values.new_zeros(batch, group.stop - group.start) if tensor is None else tensor.flatten(1)
+            for group, tensor in zip(self.groups, tensors, strict=True)
         ]
         return torch.cat(parts, dim=1)
 
@@ -161,6 +155,7 @@ class StepBuffers:
         scale: float,
         squared: bool = False,
         window: int | None = None,
+        attend: Callable | None = None,
     ) -> torch.Tensor:
         """Attention of a token to the entries and itself; it is written to them, and its attention to their scores.
 
@@ -174,6 +169,8 @@ class StepBuffers:
             Score entries by the square of the attention they receive.
         window : int, optional
             Tokens that the query sees.
+        attend : callable, optional
+            A kernel, as in ``lococo.register_attention``, in the place of torch's own operations.
 
         Returns
         -------
@@ -187,12 +184,15 @@ class StepBuffers:
             self._write_queries(self.entries.queries, query, key.shape[1])
         self.bias.scatter_(2, self._at[..., None], 0.0)
         bias, grouped = self._seen(window), query.reshape(shape)
-        is_exact, scores = query.dtype in (torch.float32, torch.float64), self.entries.scores
+        is_exact = query.dtype in (torch.float32, torch.float64) and attend is None
+        scores = self.entries.scores
         if is_exact or scores is not None:
             logits = torch.baddbmm(bias, grouped, self._keys, alpha=scale)
             probabilities = logits.softmax(dim=-1, dtype=self._wide)  # (rows, queries, entries)
         if is_exact:
             output = torch.bmm(probabilities, self.values)
+        elif attend is not None:
+            output = self._attend_by(attend, grouped, bias, scale)
         else:  # logits in half precision are good enough for scores alone
             rows = (grouped[:, None], self.keys[:, None], self.values[:, None])
             output = F.scaled_dot_product_attention(*rows, attn_mask=bias[:, None], scale=scale)
@@ -200,6 +200,15 @@ class StepBuffers:
             self._score(scores, probabilities.square_() if squared else probabilities)
         self._at += 1
         return output.view(query.shape)
+
+    def _attend_by(self, attend: Callable, grouped: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+        """(rows, queries, head_dim) of a kernel, for which every query of its own bias is a KV head."""
+        if self.is_split:
+            query, heads = grouped[:, :, None], bias.shape[1]
+            key, value = (each[:, None].expand(-1, heads, -1, -1) for each in (self.keys, self.values))
+        else:
+            query, key, value = grouped[:, :, None], self.keys[:, None], self.values[:, None]
+        return attend(query, key, value, scale, LogitBias(bias=bias), 0.0, False)[0][:, :, 0]
 
     def _write_queries(self, queries: torch.Tensor, query: torch.Tensor, kv_heads: int) -> None:
         at = self._written[..., :1].expand(-1, -1, queries.shape[-1])
@@ -215,36 +224,11 @@ class StepBuffers:
     def _seen(self, window: int | None) -> torch.Tensor:
         if window is None:
             return self.bias
-        born = cast(torch.Tensor, self.entries.born)  # every layer with a window has them
-        oldest = self._at[:, :1] + self._place_ahead - window
-        return self.bias.masked_fill((born <= oldest)[:, None], HIDDEN)
+        position = cast(torch.Tensor, self.entries.position)  # every layer with a window has them
+        oldest = self._at[:, :1] + self._position_ahead - window
+        return self.bias.masked_fill((position <= oldest)[:, None], HIDDEN)
 
 
 def _per_row(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """(1 or batch, 1) of each text as (rows, 1), however many rows a text has."""
     return tensor.expand(-1, rows.shape[0] // tensor.shape[0]).reshape(-1, 1)
-
-
-def join(memories: Sequence[Memory]) -> Entries:
-    """Move the buffers of several memories into common ones, (batch, entries of them all, ...), which they then view.
-
-    A field that one of the memories has is there for all of them.
-    """
-    fields = [memory.entries.tensors() for memory in memories]
-    starts = [0]
-    for memory in memories:
-        starts.append(starts[-1] + memory.values.shape[1] * memory.values.shape[2])
-    common: list[torch.Tensor | None] = []
-    views: list[list[torch.Tensor | None]] = [[] for _ in memories]
-    for tensors in zip(*fields, strict=True):
-        there = [tensor for tensor in tensors if tensor is not None]
-        whole = there[0].new_zeros(there[0].shape[0], starts[-1], *there[0].shape[3:]) if there else None
-        common.append(whole)
-        for tensor, start, stop, mine in zip(tensors, starts, starts[1:], views, strict=False):
-            view = None
-            if tensor is not None and whole is not None:
-                view = whole[:, start:stop].unflatten(1, tensor.shape[1:3]).copy_(tensor)
-            mine.append(view)
-    for memory, mine in zip(memories, views, strict=True):
-        memory.hold(Entries(*mine))  # type: ignore[arg-type]
-    return Entries(*common)  # type: ignore[arg-type]

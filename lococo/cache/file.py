@@ -13,15 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from lococo.cache.cache import LoCoCoCache
-from lococo.cache.memory import Memory
-from lococo.cache.plan import Row
+from lococo.cache.layer import LayerCache
+from lococo.cache.plan import RowState
 from lococo.compression.entries import Entries
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
 
 KEY = "lococo_cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIELDS = [field.name for field in dataclasses.fields(Entries)]
+LAYER_FIELDS = ("window", "num_heads", "_rotated_from")
 
 
 def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
@@ -33,20 +34,17 @@ def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        late = []
-        for group, (memory, _) in enumerate(layer.groups):
-            state = memory.__getstate__()  # with nothing put off
-            late.append(state["_rotated_from"])
-            for field, tensor in zip(FIELDS, state["entries"].tensors(), strict=True):
-                if tensor is not None:
-                    tensors[f"layers.{index}.{group}.{field}"] = tensor.cpu().contiguous()
-        layers.append({"window": layer.window, "num_heads": layer.num_heads, "rotated_from": late})
+        state = layer.__getstate__()  # outside of any graph
+        for field, tensor in zip(FIELDS, state["entries"].tensors(), strict=True):
+            if tensor is not None:
+                tensors[f"layers.{index}.{field}"] = tensor.cpu().contiguous()
+        layers.append({name: state[name] for name in LAYER_FIELDS})
     content = {
         "format_version": FORMAT_VERSION,
         "config": cache.config.to_dict(),
         "layers": layers,
         "columns": cache.seen_tokens,
-        "rows": [[row.closed, row.pending] for row in cache.rows],
+        "rows": [dataclasses.astuple(row) for row in cache.rows],
         "ends_in_padding": cache.ends_in_padding,
     }
     path = Path(path)
@@ -81,25 +79,24 @@ def _cache(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LoCoCoC
     config = LoCoCoConfig.from_dict(content["config"])
     cache = LoCoCoCache(config, len(content["layers"]))
     for index, (layer, saved) in enumerate(zip(cache.layers, content["layers"], strict=True)):
-        layer.look_back(saved["window"])
-        for group, (memory, _) in enumerate(layer.groups):
-            _fill(memory, f"layers.{index}.{group}", tensors, saved["rotated_from"][group])
-        layer.columns, layer.num_heads = content["columns"], saved["num_heads"]
-        layer.renew_steps()
+        prefix = f"layers.{index}"
+        held = {field: tensors.pop(f"{prefix}.{field}", None) for field in FIELDS}
+        _restore(layer, prefix, held, {name: saved[name] for name in LAYER_FIELDS})
+        layer.columns = content["columns"]
     if tensors:
         raise KeyError(f"surplus tensors: {', '.join(sorted(tensors))}")
-    cache.rows = tuple(Row(closed, pending) for closed, pending in content["rows"])
+    cache.rows = tuple(RowState(*row) for row in content["rows"])
     cache.ends_in_padding = content["ends_in_padding"]
     return cache
 
 
-def _fill(memory: Memory, prefix: str, tensors: dict[str, torch.Tensor], rotated_from: int | None) -> None:
-    found = {field: tensors.pop(f"{prefix}.{field}", None) for field in FIELDS}
-    keys, values = found["keys"], found["values"]
+def _restore(layer: LayerCache, prefix: str, held: dict[str, torch.Tensor | None], state: dict[str, Any]) -> None:
+    keys, values = held["keys"], held["values"]
     if keys is None or values is None:
         raise KeyError(f"{prefix} has no keys or no values")
-    for field, tensor in found.items():
-        if tensor is not None and tensor.shape[:3] != (*keys.shape[:2], memory.config.capacity):
+    num_kv_heads = keys.shape[1] // layer.config.capacity  # of no account where heads have budgets of their own
+    groups = layer.group_heads(num_kv_heads)
+    for field, tensor in held.items():
+        if tensor is not None and tensor.shape[:2] != (keys.shape[0], groups[-1].stop if groups else 0):
             raise KeyError(f"{prefix}.{field} has shape {tuple(tensor.shape)}")
-    memory.hold(Entries(**found))  # type: ignore[arg-type]
-    memory.is_initialized, memory._rotated_from = True, rotated_from
+    layer.__setstate__({**state, "groups": groups, "entries": Entries(**held)})  # type: ignore[arg-type]

@@ -16,55 +16,70 @@ from lococo.config import LoCoCoConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """How far a row has been read: tokens in blocks that are complete, and in its open block.
+class RowState:
+    """How far a row has been read: tokens in blocks that are compressed, and in the block after them.
 
-    It does not depend on the number of slots, so heads with budgets of their own share it.
+    It does not depend on the number of slots, so heads with budgets of their own share it. A complete block is
+    compressed before the next token is written, never sooner: with gradients or without, in whatever calls it came.
     """
 
     closed: int = 0
     pending: int = 0
+    is_complete: bool = False  # the block after those that are closed
 
     @property
     def seen(self) -> int:
         """Tokens in all."""
         return self.closed + self.pending
 
-    def entries(self, num_slots: int) -> int:
-        """Entries in use, slots and open block: the place of the next token."""
+    def num_entries(self, num_slots: int) -> int:
+        """Entries in use, slots and block."""
         return min(self.closed, num_slots) + self.pending
 
-    def read(self, tokens: int, limit: int, num_slots: int) -> tuple[Row, int, int]:
-        """The row after some tokens, none past the end of the block.
+    def ready(self) -> RowState:
+        """The row when a token can be written: a complete block is closed."""
+        return RowState(self.seen) if self.is_complete else self
 
-        Returns
-        -------
-        tuple
-            The row, the length of the block that is complete now (or 0), and the entries to compress (or 0).
-        """
-        row = Row(self.closed, self.pending + tokens)
-        if row.pending < limit:
-            return row, 0, 0
-        entries = row.entries(num_slots)
-        return Row(row.seen), row.pending, entries if entries > num_slots else 0
+    def read(self, tokens: int, limit: int) -> RowState:
+        """The row after some tokens, none past the end of a block of ``limit`` tokens."""
+        pending = self.pending + tokens
+        return RowState(self.closed, pending, pending >= limit)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """Rows whose first ``entries`` entries become M slots after a segment. ``rows`` is None for the whole batch."""
+    """Rows whose first ``num_entries`` entries become M slots.
 
-    entries: int
-    now: int | torch.Tensor
+    Attributes
+    ----------
+    seen : int or torch.Tensor
+        Tokens read so far; (rows, 1, 1) where rows differ.
+    rows : torch.Tensor, optional
+        None for the whole batch.
+    """
+
+    num_entries: int
+    seen: int | torch.Tensor
     rows: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignedSegment:
-    """Tokens at the same columns and entries in every row. ``closes``: length of the block they complete."""
+    """Tokens at the same columns and entries in every row.
+
+    Attributes
+    ----------
+    start : int
+        Entry of the first token.
+    block_end : int
+        Length of the block that is closed before the segment is written; 0: none is.
+    compressions : tuple of Compression
+        To be done before it is written.
+    """
 
     columns: slice
     start: int
-    closes: int
+    block_end: int
     compressions: tuple[Compression, ...]
 
     @property
@@ -73,9 +88,9 @@ class AlignedSegment:
         return self.columns.stop - self.columns.start
 
     @property
-    def ends_block(self) -> bool:
-        """Whether a block is complete after it."""
-        return self.closes > 0
+    def closes_block(self) -> bool:
+        """Whether a block is closed before it."""
+        return self.block_end > 0
 
     @property
     def stop(self) -> int:
@@ -83,61 +98,61 @@ class AlignedSegment:
         return self.start + self.width
 
     def fading(self, per_token: float) -> float:
-        """Factor by which a block's length fades what was before its end; 1 where no block ends."""
-        return per_token**self.closes
+        """Factor by which the length of a closed block fades what its tokens summed; 1 where none is closed."""
+        return per_token**self.block_end
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """The segment's part of (batch, heads, tokens, d)."""
         return tokens[:, :, self.columns]
 
-    def write(self, memory: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
+    def write(self, buffer: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
         """Put the segment's part of (batch, heads, tokens, ...) into (batch, heads, capacity, ...)."""
-        part = tokens[:, :, self.columns].to(memory.dtype)
+        part = tokens[:, :, self.columns].to(buffer.dtype)
         if in_place:
-            memory[:, :, self.start : self.stop] = part
-            return memory
-        return torch.slice_scatter(memory, part, dim=2, start=self.start, end=self.stop)
+            buffer[:, :, self.start : self.stop] = part
+            return buffer
+        return torch.slice_scatter(buffer, part, dim=2, start=self.start, end=self.stop)
 
 
 @dataclasses.dataclass(frozen=True)
 class RaggedSegment:
-    """Tokens at columns and entries of their own in every row; a row may have none."""
+    """Tokens at columns and entries of their own in every row, where a row may have none."""
 
     rows: torch.Tensor  # (tokens,), row of each token
     columns: torch.Tensor  # (tokens,), its column in the call
-    places: torch.Tensor  # (tokens,), its place among its row's queries
-    entries: torch.Tensor  # (tokens,), the entry it goes to
+    query_index: torch.Tensor  # (tokens,), its number among its row's queries
+    cache_positions: torch.Tensor  # (tokens,), the entry it goes to
     starts: torch.Tensor  # (batch, 1), first entry of each row's segment
     counts: torch.Tensor  # (batch, 1), tokens of each row
-    closes: torch.Tensor  # (batch, 1, 1), length of the block that a row completes, else 0
-    ends_block: bool  # in any row
+    block_end: torch.Tensor  # (batch, 1, 1), length of the block that is closed in a row, else 0
+    closes_block: bool  # in any row
     width: int
     stop: int
     batch: int
     compressions: tuple[Compression, ...]
 
     def fading(self, per_token: float) -> torch.Tensor:
-        """(batch, 1, 1) factors by which a block's length fades what was before its end; 1 where no block ends."""
-        return per_token**self.closes
+        """(batch, 1, 1) factors, as in ``AlignedSegment``."""
+        return per_token**self.block_end
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """The rows' parts of (batch, heads, tokens, d), left-aligned and zero-padded to ``width``."""
         part = tokens.new_zeros(self.batch, self.width, tokens.shape[1], tokens.shape[3])
-        part = part.index_put((self.rows, self.places), tokens.transpose(1, 2)[self.rows, self.columns])
+        part = part.index_put((self.rows, self.query_index), tokens.transpose(1, 2)[self.rows, self.columns])
         return part.transpose(1, 2)
 
-    def write(self, memory: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
+    def write(self, buffer: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
         """Put the rows' parts of (batch, heads, tokens, ...) into (batch, heads, capacity, ...)."""
-        part = tokens.transpose(1, 2)[self.rows, self.columns].to(memory.dtype)
-        by_entry = memory.transpose(1, 2)
+        part = tokens.transpose(1, 2)[self.rows, self.columns].to(buffer.dtype)
+        by_entry = buffer.transpose(1, 2)
         if in_place:
-            by_entry[self.rows, self.entries] = part
-            return memory
-        return by_entry.index_put((self.rows, self.entries), part).transpose(1, 2)
+            by_entry[self.rows, self.cache_positions] = part
+            return buffer
+        return by_entry.index_put((self.rows, self.cache_positions), part).transpose(1, 2)
 
     def put(self, output: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, d) with the rows' results (batch, heads, width, d) at their columns."""
-        results = part.transpose(1, 2)[self.rows, self.places]
+        results = part.transpose(1, 2)[self.rows, self.query_index]
         return output.transpose(1, 2).index_put((self.rows, self.columns), results).transpose(1, 2)
 
     def queries(self) -> torch.Tensor:
@@ -157,20 +172,29 @@ Segment = AlignedSegment | RaggedSegment
 class Plan:
     """The segments of one call and the rows after it.
 
-    ``is_step``: it is one token for every row, in whose place the segments need not be looked at. Not where rows that
-    differ move their keys to their places in the cache.
+    Attributes
+    ----------
+    rows : tuple of RowState
+        After the call.
+    cache_positions : torch.Tensor
+        (1 or batch, tokens), the entry of each token: its position with ``positions="slot"``.
+    positions : torch.Tensor
+        (1 or batch, tokens), each token's place in its row's text.
+    is_step : bool
+        It is one token for every row, which decoding can write by itself. Not where rows that differ move their keys
+        to their places in the cache.
     """
 
     segments: tuple[Segment, ...]
-    rows: tuple[Row, ...]
-    entries: torch.Tensor  # (1 or batch, tokens), the entry of each token: its position with positions="slot"
-    places: torch.Tensor  # (1 or batch, tokens), each token's place in its row's text
+    rows: tuple[RowState, ...]
+    cache_positions: torch.Tensor
+    positions: torch.Tensor
     is_step: bool = False
 
     @property
-    def ends_block(self) -> bool:
-        """Whether a block is complete after it."""
-        return any(segment.ends_block for segment in self.segments)
+    def closes_block(self) -> bool:
+        """Whether a block is closed before its first segment."""
+        return bool(self.segments) and self.segments[0].closes_block
 
     def assemble(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         """The segments' results (batch, heads, width, d) as one (batch, heads, tokens, d), zero for padding."""
@@ -184,7 +208,7 @@ class Plan:
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tensors on a device."""
-        return self if device == self.places.device else _moved(self, device)
+        return self if device == self.positions.device else _moved(self, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -199,7 +223,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def plan_call(
-    rows: Sequence[Row],
+    rows: Sequence[RowState],
     num_tokens: int,
     config: LoCoCoConfig,
     real: Sequence[Sequence[bool]] | None = None,
@@ -209,7 +233,7 @@ def plan_call(
 
     Parameters
     ----------
-    rows : sequence of Row
+    rows : sequence of RowState
         State before the call: one for the whole batch while no row has had padding, else one per row.
     num_tokens : int
         Columns of the call.
@@ -233,64 +257,74 @@ def plan_call(
     return dataclasses.replace(plan, is_step=is_step and not moves_apart)
 
 
-def _plan_aligned(row: Row, num_tokens: int, num_slots: int, limit: int, device: torch.device | str) -> Plan:
-    segments, entries, column = [], [], 0
-    places = torch.arange(row.seen, row.seen + num_tokens, device=device)[None]
+def _plan_aligned(row: RowState, num_tokens: int, num_slots: int, limit: int, device: torch.device | str) -> Plan:
+    segments, cache_positions, column = [], [], 0
+    positions = torch.arange(row.seen, row.seen + num_tokens, device=device)[None]
     while column < num_tokens:
+        block_end, overfull, row = _closed(row, num_slots)
         tokens = min(max(limit - row.pending, 1), num_tokens - column)
-        start = row.entries(num_slots)
-        row, closes, overfull = row.read(tokens, limit, num_slots)
+        start = row.num_entries(num_slots)
         compressions = (Compression(overfull, row.seen),) if overfull else ()
-        segments.append(AlignedSegment(slice(column, column + tokens), start, closes, compressions))
-        entries.append(torch.arange(start, start + tokens, device=device))
-        column += tokens
-    return Plan(tuple(segments), (row,), torch.cat(entries)[None], places)
+        segments.append(AlignedSegment(slice(column, column + tokens), start, block_end, compressions))
+        cache_positions.append(torch.arange(start, start + tokens, device=device))
+        row, column = row.read(tokens, limit), column + tokens
+    return Plan(tuple(segments), (row,), torch.cat(cache_positions)[None], positions)
+
+
+def _closed(row: RowState, num_slots: int) -> tuple[int, int, RowState]:
+    """Length of a complete block (or 0), entries to compress (or 0), and the row with the block closed."""
+    if not row.is_complete:
+        return 0, 0, row
+    held = row.num_entries(num_slots)
+    return row.pending, held if held > num_slots else 0, row.ready()
 
 
 def _plan_ragged(
-    rows: Sequence[Row], real: Sequence[Sequence[bool]], num_slots: int, limit: int, device: torch.device | str
+    rows: Sequence[RowState], real: Sequence[Sequence[bool]], num_slots: int, limit: int, device: torch.device | str
 ) -> Plan:
     state = list(rows)
     waiting = [[column for column, is_real in enumerate(flags) if is_real] for flags in real]
-    entries = torch.zeros(len(real), len(real[0]), dtype=torch.long)
-    places = torch.zeros_like(entries)
+    cache_positions = torch.zeros(len(real), len(real[0]), dtype=torch.long)
+    positions = torch.zeros_like(cache_positions)
     segments = []
     while any(waiting):
-        before, tokens, closes, overfull = list(state), [], [], []
-        for index, row in enumerate(before):
-            count = min(max(limit - row.pending, 1), len(waiting[index]))
-            for place, column in enumerate(waiting[index][:count]):
-                tokens.append((index, column, place, row.entries(num_slots) + place))
-                entries[index, column] = row.entries(num_slots) + place
-                places[index, column] = row.seen + place
-            waiting[index] = waiting[index][count:]
-            state[index], closed, full = row.read(count, limit, num_slots) if count else (row, 0, 0)
-            closes.append(closed)
-            overfull.append(full)
-        starts = [row.entries(num_slots) for row in before]
-        segments.append(_ragged_segment(tokens, starts, closes, _compressions(overfull, state, device), device))
-    return Plan(tuple(segments), tuple(state), upload(entries, device), upload(places, device))
+        tokens, block_ends, overfull, starts = [], [], [], []
+        for index, columns in enumerate(waiting):
+            block_end, full, row = _closed(state[index], num_slots) if columns else (0, 0, state[index])
+            start = row.num_entries(num_slots)
+            count = min(max(limit - row.pending, 1), len(columns))
+            for number, column in enumerate(columns[:count]):
+                tokens.append((index, column, number, start + number))
+                cache_positions[index, column] = start + number
+                positions[index, column] = row.seen + number
+            waiting[index] = columns[count:]
+            block_ends.append(block_end)
+            overfull.append((full, row.seen))
+            starts.append(start)
+            state[index] = row.read(count, limit) if count else row
+        segments.append(_ragged_segment(tokens, starts, block_ends, _compressions(overfull, device), device))
+    return Plan(tuple(segments), tuple(state), upload(cache_positions, device), upload(positions, device))
 
 
 def _ragged_segment(
     tokens: list[tuple[int, int, int, int]],
     starts: list[int],
-    closes: list[int],
+    block_ends: list[int],
     compressions: tuple[Compression, ...],
     device: torch.device | str,
 ) -> RaggedSegment:
     table = torch.tensor(tokens).T
     counts = torch.bincount(table[0], minlength=len(starts))
-    row_of, column, place, entry = upload(table, device)
+    row_of, column, query_index, entry = upload(table, device)
     return RaggedSegment(
         rows=row_of,
         columns=column,
-        places=place,
-        entries=entry,
+        query_index=query_index,
+        cache_positions=entry,
         starts=upload(torch.tensor(starts)[:, None], device),
         counts=upload(counts[:, None], device),
-        closes=upload(torch.tensor(closes), device)[:, None, None],
-        ends_block=any(closes),
+        block_end=upload(torch.tensor(block_ends), device)[:, None, None],
+        closes_block=any(block_ends),
         width=int(counts.max()),
         stop=int(table[3].max()) + 1,
         batch=len(starts),
@@ -298,12 +332,13 @@ def _ragged_segment(
     )
 
 
-def _compressions(overfull: list[int], state: list[Row], device: torch.device | str) -> tuple[Compression, ...]:
+def _compressions(overfull: list[tuple[int, int]], device: torch.device | str) -> tuple[Compression, ...]:
+    """One for all rows with as many entries, from every row's number of them (or 0) and tokens read."""
     groups = []
-    for entries in sorted(set(overfull) - {0}):
-        members = [index for index, count in enumerate(overfull) if count == entries]
-        now = upload(torch.tensor([state[index].seen for index in members]), device)[:, None, None]
-        groups.append(Compression(entries, now, upload(torch.tensor(members), device)))
+    for num_entries in sorted({held for held, _ in overfull} - {0}):
+        members = [index for index, (held, _) in enumerate(overfull) if held == num_entries]
+        seen = upload(torch.tensor([overfull[index][1] for index in members]), device)[:, None, None]
+        groups.append(Compression(num_entries, seen, upload(torch.tensor(members), device)))
     return tuple(groups)
 
 

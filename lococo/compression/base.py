@@ -56,7 +56,7 @@ class Compressor(nn.Module, abc.ABC):
         """
 
     def blend(self, entries: Entries, choice: Choice) -> Entries:
-        """The fused slots, with the same weights for keys, values, scores and places.
+        """The fused slots, with the same weights for keys, values, scores and positions.
 
         Returns
         -------
@@ -70,7 +70,7 @@ class Compressor(nn.Module, abc.ABC):
             keys=mix @ entries.keys,
             values=mix @ entries.values,
             scores=_average(fixed, entries.scores),
-            born=_average(fixed, entries.born),
+            position=_average(fixed, entries.position),
             log_mass=None if entries.log_mass is None else log_mass(weights, entries.log_mass),
         )
 

@@ -19,7 +19,7 @@ class Entries:
         (batch, kv_heads, entries, head_dim).
     scores : torch.Tensor, optional
         (batch, kv_heads, entries), attention received so far, summed over queries and the query heads of a group.
-    born : torch.Tensor, optional
+    position : torch.Tensor, optional
         (batch, kv_heads, entries), place in the text, in tokens; a blend's is the mean of its tokens'.
     log_mass : torch.Tensor, optional
         (batch, kv_heads, entries), log of the number of tokens an entry stands for.
@@ -34,10 +34,15 @@ class Entries:
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor | None = None
-    born: torch.Tensor | None = None
+    position: torch.Tensor | None = None
     log_mass: torch.Tensor | None = None
     rotated: torch.Tensor | None = None
     queries: torch.Tensor | None = None
+
+    @property
+    def rotated_keys(self) -> torch.Tensor:
+        """The keys that attention reads."""
+        return self.keys if self.rotated is None else self.rotated
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Entries:
         """The same function on every tensor that is there."""
@@ -50,7 +55,7 @@ class Entries:
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields in order, None where a configuration has no use for one."""
-        return self.keys, self.values, self.scores, self.born, self.log_mass, self.rotated, self.queries
+        return self.keys, self.values, self.scores, self.position, self.log_mass, self.rotated, self.queries
 
     def __len__(self) -> int:
         return self.keys.shape[2]

@@ -73,11 +73,11 @@ class FusionHead(Compressor):
         return self._closed[2]
 
     def weights(self, entries: Entries, choice: Choice) -> torch.Tensor:
-        """See ``Compressor.weights``; those of ``forward``."""
+        """Mixing weights of every fused slot over the entries, those of ``forward``."""
         return self(entries.keys, entries.values, *choice.blendable(len(entries)))
 
     def blend(self, entries: Entries, choice: Choice) -> Entries:
-        """See ``Compressor.blend``; in one kernel on GPUs, without gradients."""
+        """The fused slots; in one kernel on GPUs, without gradients."""
         if self.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
             blend = blend_in_triton(entries, *choice.blendable(len(entries)), self)
             if blend is not None:
@@ -172,7 +172,7 @@ def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor,
     """
     keys, carried = entries.keys, entries.log_mass
     logits, gates = head.logits_and_gates(keys, entries.values, anchors.shape[-1])
-    averaged = [tensor for tensor in (entries.scores, entries.born) if tensor is not None]
+    averaged = [tensor for tensor in (entries.scores, entries.position) if tensor is not None]
     trial = BlendTrial(
         *(keys.device, keys.dtype, keys.shape[-1], logits.dtype, len(averaged)),
         has_mass=carried is not None,
@@ -186,8 +186,8 @@ def blend_in_triton(entries: Entries, anchors: torch.Tensor, rest: torch.Tensor,
         return None
     keys, values, averages = blend
     log_mass = None if carried is None else averages.pop()
-    born = None if entries.born is None else averages.pop()
-    return Entries(keys, values, averages.pop() if averages else None, born, log_mass)
+    position = None if entries.position is None else averages.pop()
+    return Entries(keys, values, averages.pop() if averages else None, position, log_mass)
 
 
 class _Opening(torch.autograd.Function):

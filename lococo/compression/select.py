@@ -14,7 +14,7 @@ from lococo.config import LoCoCoConfig
 
 
 class Budget(NamedTuple):
-    """How a layer's slots are shared out. See ``LoCoCoConfig``."""
+    """Slots of each kind, as in ``LoCoCoConfig``; together ``num_slots``."""
 
     sinks: int
     heavy: int
@@ -35,20 +35,20 @@ class Budget(NamedTuple):
 
 
 def rank(
-    entries: Entries, now: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
+    entries: Entries, seen: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
 ) -> torch.Tensor | None:
     """Score by which heavy hitters are chosen, higher is better; None if nothing is chosen by score.
 
     Parameters
     ----------
-    now : int or torch.Tensor
+    seen : int or torch.Tensor
         Tokens read so far; a tensor of shape (batch, 1, 1) where rows differ.
     window : int, optional
         Tokens a query of this layer sees; entries out of sight of the next query rank last.
     """
     if not Budget.of(config, window).is_ranked(config):
         return None
-    age: Any = None if entries.born is None else now - entries.born
+    age: Any = None if entries.position is None else seen - entries.position
     ranking = get_score(config.score).rank(entries, age, config)
     return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
 
@@ -70,16 +70,16 @@ def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like:
         best = index[..., : heavy + fused]
     else:
         best = ranking[..., sinks : num_entries - recent].sort(dim=-1, descending=True, stable=True).indices
-    in_time, place_by_rank = best[..., : heavy + fused].sort(dim=-1)
+    in_time, rank_in_time = best[..., : heavy + fused].sort(dim=-1)
     anchors = torch.cat([index[..., :sinks], sinks + in_time, index[..., num_entries - recent :]], dim=-1)
-    is_fused = (place_by_rank >= heavy).to(torch.uint8)
+    is_fused = (rank_in_time >= heavy).to(torch.uint8)
     fused_slots = sinks + is_fused.sort(dim=-1, descending=True, stable=True).indices[..., :fused]
     return Choice(anchors, fused_slots)
 
 
 def compress(
     entries: Entries,
-    now: int | torch.Tensor,
+    seen: int | torch.Tensor,
     config: LoCoCoConfig,
     head: Compressor | None,
     window: int | None = None,
@@ -87,13 +87,13 @@ def compress(
     """M slots from more than M entries (Algorithm 2's compressor).
 
     Sinks, heavy hitters and recents are copies; every fused slot is a blend of the entries nobody copied, with the
-    same weights for keys, values, scores and places.
+    same weights for keys, values, scores and positions.
 
     Parameters
     ----------
     entries : Entries
         More than ``num_slots`` of them.
-    now : int or torch.Tensor
+    seen : int or torch.Tensor
         Tokens read so far; (batch, 1, 1) where rows differ.
     head : Compressor, optional
         None where nothing is fused.
@@ -106,7 +106,7 @@ def compress(
         ``num_slots`` entries in time order.
     """
     budget = Budget.of(config, window)
-    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    choice = choose(rank(entries, seen, config, window), len(entries), budget, entries.keys)
     slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
@@ -115,14 +115,14 @@ def compress(
 
 def mixing(
     entries: Entries,
-    now: int | torch.Tensor,
+    seen: int | torch.Tensor,
     config: LoCoCoConfig,
     head: Compressor | None,
     window: int | None = None,
 ) -> tuple[Choice, torch.Tensor]:
     """The compression of ``compress`` as one matrix: (batch, kv_heads, num_slots, entries), each row sums to 1."""
     budget = Budget.of(config, window)
-    choice = choose(rank(entries, now, config, window), len(entries), budget, entries.keys)
+    choice = choose(rank(entries, seen, config, window), len(entries), budget, entries.keys)
     weights = torch.zeros(*choice.anchors.shape, len(entries), device=entries.keys.device)
     weights = weights.scatter(-1, choice.anchors[..., None], 1.0)
     if budget.fused == 0 or head is None or head.is_closed:
@@ -136,6 +136,7 @@ def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor.gather(2, index)
 
 
-def _scatter(places: torch.Tensor, slots: torch.Tensor, blend: torch.Tensor) -> torch.Tensor:
-    index = places if slots.dim() == 3 else places[..., None].expand(*places.shape, slots.shape[-1])
+def _scatter(index: torch.Tensor, slots: torch.Tensor, blend: torch.Tensor) -> torch.Tensor:
+    if slots.dim() == 4:
+        index = index[..., None].expand(*index.shape, slots.shape[-1])
     return slots.scatter(2, index, blend.to(slots.dtype))

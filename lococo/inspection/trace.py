@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lococo.cache.memory import Memory
-from lococo.cache.plan import Compression
+from lococo.cache.layer import HeadGroup, KVBuffer
 from lococo.compression.base import Compressor
+from lococo.compression.entries import Entries
 from lococo.compression.select import Budget, mixing
-from lococo.config import LoCoCoConfig
 from lococo.context import ForwardRequest
-from lococo.models.rotary import RotaryTable
 from lococo.state import patch_of
 
 KINDS = ("sink", "heavy", "recent", "fused", "open")
@@ -30,8 +29,8 @@ class Trace:
     weights : torch.Tensor
         (entries, tokens) in float32: an entry is the sum of the tokens' keys and values so weighted.
     kinds : list of str
-        What each entry is: ``sink``, ``heavy``, ``recent``, ``fused``, or ``open`` for the tokens of a block that is
-        not complete, and of a text that fits into the slots.
+        What each entry is: ``sink``, ``heavy``, ``recent``, ``fused``, or ``open`` for the tokens of a block that has
+        not been compressed yet, and of a text that fits into the slots.
     """
 
     layer: int
@@ -40,8 +39,8 @@ class Trace:
     kinds: list[str]
 
 
-class TracedMemory(Memory):
-    """A memory that also holds every entry as weights over the tokens read, for one row without padding.
+class TokenWeights:
+    """What the entries of a group of heads are made of, for one row without padding.
 
     Attributes
     ----------
@@ -51,26 +50,23 @@ class TracedMemory(Memory):
         (kv_heads, slots), which the last compression blended.
     """
 
-    def __init__(self, config: LoCoCoConfig, window: int | None = None) -> None:
-        super().__init__(config, window)
+    def __init__(self, group: HeadGroup, window: int | None) -> None:
+        self.group, self.window = group, window
         self.weights: torch.Tensor | None = None
         self.fused: torch.Tensor | None = None
 
-    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
-        """See ``Memory.compress``."""
-        self._settle(rotary)
-        before = self.entries.map(lambda tensor: tensor[:, :, : compression.entries])
-        choice, mix = mixing(before, compression.now, self.config, head, self.window)
-        self.weights = mix[0] @ self._over(int(compression.now), mix.device, mix.shape[1])
+    def follow(self, before: Entries, seen: int | torch.Tensor, head: Compressor | None) -> None:
+        """Mix the weights as a compression is about to mix the entries."""
+        choice, mix = mixing(before, seen, self.group.config, head, self.window)
+        self.weights = mix[0] @ self._over(int(seen), mix.device)
         slots = torch.zeros(mix.shape[1:3], dtype=torch.bool, device=mix.device)
         self.fused = slots.scatter(-1, choice.fused[0], True)
-        super().compress(compression, head, rotary)
 
-    def traces(self, tokens: int) -> list[tuple[torch.Tensor, list[str]]]:
+    def traces(self, tokens: int, device: torch.device) -> list[tuple[torch.Tensor, list[str]]]:
         """Weights and kinds of every entry of each of its heads after so many tokens."""
-        weights = self._over(tokens, self.keys.device, self.keys.shape[1]).cpu()
-        held = 0 if self.fused is None else self.config.num_slots
-        sinks, _, recent, _ = Budget.of(self.config, self.window)
+        weights = self._over(tokens, device).cpu()
+        held = 0 if self.fused is None else self.group.config.num_slots
+        sinks, _, recent, _ = Budget.of(self.group.config, self.window)
         kinds = [["heavy"] * held + ["open"] * (weights.shape[1] - held) for _ in weights]
         for head, of_head in enumerate(kinds if held else []):
             of_head[:sinks] = ["sink"] * sinks
@@ -79,12 +75,12 @@ class TracedMemory(Memory):
                 of_head[slot] = "fused"
         return list(zip(weights, kinds, strict=True))
 
-    def _over(self, tokens: int, device: torch.device, kv_heads: int) -> torch.Tensor:
+    def _over(self, tokens: int, device: torch.device) -> torch.Tensor:
         """(kv_heads, entries, tokens) weights with the tokens since the last compression, each an entry of its own."""
         if self.weights is None:
-            return torch.eye(tokens, device=device).expand(kv_heads, tokens, tokens)
+            return torch.eye(tokens, device=device).expand(len(self.group.heads), tokens, tokens)
         new = tokens - self.weights.shape[2]
-        single = F.pad(torch.eye(new, device=device), (tokens - new, 0)).expand(kv_heads, new, tokens)
+        single = F.pad(torch.eye(new, device=device), (tokens - new, 0)).expand(self.weights.shape[0], new, tokens)
         return torch.cat([F.pad(self.weights, (0, new)), single], dim=1)
 
 
@@ -111,17 +107,28 @@ def trace(model: Any, input_ids: torch.Tensor) -> list[Trace]:
         raise ValueError(f"input_ids must be one row (1, tokens), got {tuple(input_ids.shape)}")
     patch = patch_of(model)
     cache = patch.new_cache()
-    for layer in cache.layers:
-        layer.groups = [(TracedMemory(memory.config, layer.window), heads) for memory, heads in layer.groups]
+    followed: list[dict[HeadGroup, TokenWeights]] = [{} for _ in cache.layers]
+    for layer, groups in zip(cache.layers, followed, strict=True):
+        layer.observer = functools.partial(_follow, groups)
     ids = input_ids.to(model.device)
-    places = torch.arange(ids.shape[1], device=ids.device)[None]  # ChatGLM's own code does not count
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]  # ChatGLM's own code does not count
     with patch.asking(ForwardRequest(cache=cache, keep=1)):
-        model(ids, position_ids=places, use_cache=True)
+        model(ids, position_ids=positions, use_cache=True)
     found = []
-    for index, layer in enumerate(cache.layers):
+    for index, (layer, groups) in enumerate(zip(cache.layers, followed, strict=True)):
         by_head: dict[int, tuple[torch.Tensor, list[str]]] = {}
-        for memory, heads in layer.groups:
-            traced = memory.traces(ids.shape[1])  # type: ignore[attr-defined]
-            by_head.update(zip(heads if layer.is_split else range(len(traced)), traced, strict=True))
+        for group in layer.groups:
+            weights = groups.get(group) or TokenWeights(group, layer.window)
+            by_head.update(zip(group.heads, weights.traces(ids.shape[1], ids.device), strict=True))
         found += [Trace(index, head, *by_head[head]) for head in sorted(by_head)]
     return found
+
+
+def _follow(
+    groups: dict[HeadGroup, TokenWeights],
+    buffer: KVBuffer,
+    before: Entries,
+    seen: int | torch.Tensor,
+    head: Compressor | None,
+) -> None:
+    groups.setdefault(buffer.group, TokenWeights(buffer.group, buffer.window)).follow(before, seen, head)

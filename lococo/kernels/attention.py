@@ -24,7 +24,7 @@ BIAS_CHANNELS = 8
 HAS_GROUPED_LSE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
-class Visibility(NamedTuple):
+class LogitBias(NamedTuple):
     """What a query sees besides itself, and how its logits are changed.
 
     Attributes
@@ -43,7 +43,7 @@ class Visibility(NamedTuple):
     softcap: float | None = None
 
 
-class Request(NamedTuple):
+class KernelRequest(NamedTuple):
     """What decides which backend serves a call."""
 
     device: str
@@ -56,7 +56,7 @@ class Request(NamedTuple):
     needs_gradient: bool = False
 
 
-def best_backend(request: Request, has_triton: bool) -> str:
+def best_backend(request: KernelRequest, has_triton: bool) -> str:
     """Backend of ``attention="auto"``.
 
     Torch's flash attention is as fast as any and gives its log-sum-exp away; a bias on the entries' logits is what
@@ -110,49 +110,49 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _auto(query, key, value, scale, visibility, dropout, wants_lse):
-    request = Request(
+def _auto(query, key, value, scale, logit_bias, dropout, wants_lse):
+    request = KernelRequest(
         device=query.device.type,
         dtype=query.dtype,
         head_dim=query.shape[-1],
-        is_masked=visibility.mask is not None,
-        is_biased=visibility.bias is not None,
-        is_softcapped=visibility.softcap is not None,
+        is_masked=logit_bias.mask is not None,
+        is_biased=logit_bias.bias is not None,
+        is_softcapped=logit_bias.softcap is not None,
         has_dropout=dropout > 0,
-        needs_gradient=_needs_gradient(query, key, value, visibility.bias),
+        needs_gradient=_needs_gradient(query, key, value, logit_bias.bias),
     )
     backend = ATTENTIONS[best_backend(request, _has_triton(query.device))]
-    return backend(query, key, value, scale, visibility, dropout, wants_lse)
+    return backend(query, key, value, scale, logit_bias, dropout, wants_lse)
 
 
 def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _eager(query, key, value, scale, visibility, dropout, wants_lse):
+def _eager(query, key, value, scale, logit_bias, dropout, wants_lse):
     queries, entries = query.shape[2], key.shape[2]
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (batch, kv_heads, groups * queries, head_dim)
     logits = (grouped @ key.transpose(-1, -2)) * scale
-    if visibility.softcap is not None:
-        logits = visibility.softcap * torch.tanh(logits / visibility.softcap)
-    if visibility.bias is not None:
-        logits = logits + visibility.bias[:, :, None].to(logits.dtype)
+    if logit_bias.softcap is not None:
+        logits = logit_bias.softcap * torch.tanh(logits / logit_bias.softcap)
+    if logit_bias.bias is not None:
+        logits = logits + logit_bias.bias[:, :, None].to(logits.dtype)
     logits = logits.unflatten(2, (-1, queries))
-    if visibility.mask is not None:
-        logits = logits.masked_fill(~visibility.mask[:, :, None], float("-inf"))
+    if logit_bias.mask is not None:
+        logits = logits.masked_fill(~logit_bias.mask[:, :, None], float("-inf"))
     elif queries > 1:
         logits = logits.masked_fill(~lower_right(queries, entries, 0, query.device), float("-inf"))
     probabilities = F.dropout(logits.softmax(dim=-1, dtype=wide(query.dtype)), dropout).to(value.dtype)
     return (probabilities @ value[:, :, None]).flatten(1, 2), None
 
 
-def _sdpa(query, key, value, scale, visibility, dropout, wants_lse):
-    if visibility.softcap is not None:
-        return _eager(query, key, value, scale, visibility, dropout, wants_lse)
+def _sdpa(query, key, value, scale, logit_bias, dropout, wants_lse):
+    if logit_bias.softcap is not None:
+        return _eager(query, key, value, scale, logit_bias, dropout, wants_lse)
     head_dim, queries, entries = query.shape[-1], query.shape[2], key.shape[2]
-    if visibility.bias is not None:
-        query, key, value = _with_bias_channel(query, key, value, visibility.bias, scale)
-    mask = visibility.mask
+    if logit_bias.bias is not None:
+        query, key, value = _with_bias_channel(query, key, value, logit_bias.bias, scale)
+    mask = logit_bias.mask
     groups = query.shape[1] // key.shape[1]
     if mask is not None:
         mask = mask.repeat_interleave(groups, dim=1) if mask.shape[1] > 1 else mask
@@ -212,66 +212,66 @@ def _with_bias_channel(query, key, value, bias, scale):
     return query, key, F.pad(value, (0, BIAS_CHANNELS))
 
 
-def _flash_attention_2(query, key, value, scale, visibility, dropout, wants_lse):
+def _flash_attention_2(query, key, value, scale, logit_bias, dropout, wants_lse):
     _check_installed("flash_attention_2", "flash_attn.flash_attn_interface", "flash-attn", "lococo[flash]")
-    if not _is_for_flash(query, visibility, most_channels=256):
-        return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
+    if not _is_for_flash(query, logit_bias, most_channels=256):
+        return _sdpa(query, key, value, scale, logit_bias, dropout, wants_lse)
     from flash_attn import flash_attn_func
 
     head_dim = query.shape[-1]
-    if visibility.bias is not None:
-        query, key, value = _with_bias_channel(query, key, value, visibility.bias, scale)
+    if logit_bias.bias is not None:
+        query, key, value = _with_bias_channel(query, key, value, logit_bias.bias, scale)
     with_lse = wants_lse and not dropout
     result = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,
-        softcap=visibility.softcap or 0.0,
+        softcap=logit_bias.softcap or 0.0,
         return_attn_probs=with_lse,
     )
     output, lse = result[:2] if with_lse else (result, None)
     return output.transpose(1, 2)[..., :head_dim], lse
 
 
-def _is_for_flash(query: torch.Tensor, visibility: Visibility, most_channels: int) -> bool:
-    channels = query.shape[-1] + (0 if visibility.bias is None else BIAS_CHANNELS)
-    return visibility.mask is None and query.dtype in HALF_TYPES and channels <= most_channels
+def _is_for_flash(query: torch.Tensor, logit_bias: LogitBias, most_channels: int) -> bool:
+    channels = query.shape[-1] + (0 if logit_bias.bias is None else BIAS_CHANNELS)
+    return logit_bias.mask is None and query.dtype in HALF_TYPES and channels <= most_channels
 
 
-def _flash_attention_4(query, key, value, scale, visibility, dropout, wants_lse):
+def _flash_attention_4(query, key, value, scale, logit_bias, dropout, wants_lse):
     _check_installed("flash_attention_4", "flash_attn.cute", "flash-attn-4", "--pre flash-attn-4")
     _refuse_dropout("flash_attention_4", dropout)
-    if not _is_for_flash(query, visibility, most_channels=128):  # where Blackwell's kernels end
-        return _sdpa(query, key, value, scale, visibility, dropout, wants_lse)
+    if not _is_for_flash(query, logit_bias, most_channels=128):  # where Blackwell's kernels end
+        return _sdpa(query, key, value, scale, logit_bias, dropout, wants_lse)
     from flash_attn.cute import flash_attn_func
 
     head_dim = query.shape[-1]
-    if visibility.bias is not None:
-        query, key, value = _with_bias_channel(query, key, value, visibility.bias, scale)
+    if logit_bias.bias is not None:
+        query, key, value = _with_bias_channel(query, key, value, logit_bias.bias, scale)
     result = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         softmax_scale=scale,
         causal=True,
-        softcap=visibility.softcap or 0.0,
+        softcap=logit_bias.softcap or 0.0,
         return_lse=wants_lse,
     )
     output, lse = result if isinstance(result, tuple) else (result, None)
     return output.transpose(1, 2)[..., :head_dim], lse
 
 
-def _triton(query, key, value, scale, visibility, dropout, wants_lse):
+def _triton(query, key, value, scale, logit_bias, dropout, wants_lse):
     _check_installed("triton", "triton", "triton", "triton")
     if query.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("attention='triton' needs a GPU, the model is on cpu; use 'auto' or 'sdpa'")
-    mask, bias, softcap = visibility
+    mask, bias, softcap = logit_bias
     is_for_torch = mask is not None or softcap is not None or dropout or _needs_gradient(query, key, value, bias)
     result = None
     if not is_for_torch and _is_for_triton(query.dtype, query.shape[-1]) and not torch.compiler.is_compiling():
         groups = query.shape[1] // key.shape[1]
         trial = AttendTrial(query.device, query.dtype, query.shape[-1], groups, is_biased=bias is not None)
         result = TRITON.run(trial, query, key, value, scale, bias)
-    return _sdpa(query, key, value, scale, visibility, dropout, wants_lse) if result is None else result
+    return _sdpa(query, key, value, scale, logit_bias, dropout, wants_lse) if result is None else result
 
 
 @functools.cache
@@ -301,11 +301,12 @@ ATTENTIONS: Registry[Callable] = Registry("attention", _check)
 
 
 def register_attention(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: an attention kernel for reading that ``patch_model(model, attention=name)`` finds.
+    """Decorator: an attention kernel that ``patch_model(model, attention=name)`` finds, for reading and decoding.
 
     The function takes query (batch, heads, queries, head_dim), key and value (batch, kv_heads, entries, head_dim), all
-    of one type, scale, a ``Visibility``, dropout and whether the log-sum-exp is wanted. It returns the output, as the
+    of one type, scale, a ``LogitBias``, dropout and whether the log-sum-exp is wanted. It returns the output, as the
     query, and the (batch, heads, queries) log-sum-exp of the logits, or None where it was not wanted or is not known.
+    A step of decoding is a call with one query per row.
 
     Raises
     ------
@@ -317,12 +318,21 @@ def register_attention(name: str) -> Callable[[Callable], Callable]:
     return ATTENTIONS.register(name)
 
 
-for _name, _function in {
+_LIBRARY: dict[str, Callable] = {
     "auto": _auto,
     "sdpa": _sdpa,
     "eager": _eager,
     "triton": _triton,
     "flash_attention_2": _flash_attention_2,
     "flash_attention_4": _flash_attention_4,
-}.items():
+}
+for _name, _function in _LIBRARY.items():
     register_attention(_name)(_function)
+
+
+def step_kernel(name: str) -> Callable | None:
+    """The kernel for tokens that come one by one; None for the library's own names.
+
+    Those leave a step to torch operations that a CUDA graph can record, in ``DecodeBuffers``.
+    """
+    return None if name in _LIBRARY else ATTENTIONS[name]

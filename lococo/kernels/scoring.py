@@ -7,10 +7,10 @@ import functools
 
 import torch
 
-from lococo.kernels.attention import ATTENTIONS, Visibility, lower_right, triton_takes, wide
+from lococo.kernels.attention import ATTENTIONS, LogitBias, lower_right, triton_takes, wide
 from lococo.kernels.trials import TRITON, MassTrial
 
-__all__ = ["Visibility", "attend", "attend_and_lse", "attention_mass", "lower_right"]
+__all__ = ["LogitBias", "attend", "attend_and_lse", "attention_mass", "lower_right"]
 
 SCORE_TILE = 64
 
@@ -30,7 +30,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    visibility: Visibility,
+    logit_bias: LogitBias,
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -53,9 +53,9 @@ def attend(
     ImportError
         If ``backend`` is a package that is not installed.
     ValueError
-        If ``backend`` cannot do what ``visibility`` asks for.
+        If ``backend`` cannot do what ``logit_bias`` asks for.
     """
-    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=False)[0]
+    return _attend(query, key, value, scale, logit_bias, backend, dropout, wants_lse=False)[0]
 
 
 def attend_and_lse(
@@ -63,7 +63,7 @@ def attend_and_lse(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    visibility: Visibility,
+    logit_bias: LogitBias,
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,12 +75,12 @@ def attend_and_lse(
         (batch, heads, queries, head_dim) output, and the (batch, heads, queries) log-sum-exp of the logits, or None
         where the kernel does not give it away.
     """
-    return _attend(query, key, value, scale, visibility, backend, dropout, wants_lse=True)
+    return _attend(query, key, value, scale, logit_bias, backend, dropout, wants_lse=True)
 
 
-def _attend(query, key, value, scale, visibility, backend, dropout, wants_lse):
+def _attend(query, key, value, scale, logit_bias, backend, dropout, wants_lse):
     same = _of_one_type(query, key, value)
-    output, lse = ATTENTIONS[backend](*same, scale, visibility, dropout, wants_lse)
+    output, lse = ATTENTIONS[backend](*same, scale, logit_bias, dropout, wants_lse)
     return output if same[0] is query else output.to(query.dtype), lse
 
 
@@ -94,7 +94,7 @@ def attention_mass(
     query: torch.Tensor,
     key: torch.Tensor,
     scale: float,
-    visibility: Visibility,
+    logit_bias: LogitBias,
     counts: torch.Tensor | None = None,
     squared: bool = False,
     lse: torch.Tensor | None = None,
@@ -125,13 +125,13 @@ def attention_mass(
         (batch, kv_heads, entries) in float32 or wider.
     """
     query, key = _of_one_type(query, key)
-    is_plain = counts is None and visibility.mask is None and visibility.softcap is None
+    is_plain = counts is None and logit_bias.mask is None and logit_bias.softcap is None
     if lse is not None and is_plain and triton_takes(query):
-        mass = _mass_in_triton(query, key, scale, lse, visibility.bias, delay, squared)
+        mass = _mass_in_triton(query, key, scale, lse, logit_bias.bias, delay, squared)
         if mass is not None:
             return mass
     with without_autocast(query.device.type):  # exponentials of rounded logits are far off
-        return _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay)
+        return _MassInTorch(query, key, scale, logit_bias, counts, squared, lse, delay).sum()
 
 
 def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
@@ -141,56 +141,59 @@ def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
     return TRITON.run(trial, query, key, scale, lse, bias, delay, squared)
 
 
-def _mass_in_torch(query, key, scale, visibility, counts, squared, lse, delay):
-    queries, entries = query.shape[2], key.shape[2]
-    dtype = wide(query.dtype)
-    key = key.to(dtype).transpose(-1, -2)
-    if queries == 1:
-        return _received(query.to(dtype), key, scale, visibility, counts, squared, lse, delay, slice(0, 1), 1, entries)
-    mass = key.new_zeros(*key.shape[:2], entries)
-    for start in range(0, queries, SCORE_TILE):
-        rows = slice(start, min(start + SCORE_TILE, queries))
-        # Lower-right causal: no query of the tile sees, or given the log-sum-exp counts for, an entry after these.
-        seen = entries
-        if visibility.mask is None:
-            seen -= queries - rows.stop + (0 if lse is None else delay)
-        if seen > 0:
-            tile, keys = query[:, :, rows].to(dtype), key[..., :seen]
-            mass[..., :seen] += _received(
-                tile, keys, scale, visibility, counts, squared, lse, delay, rows, queries, entries
-            )
-    return mass
+class _MassInTorch:
+    """``attention_mass`` in torch, a tile of queries after the other."""
 
+    def __init__(self, query, key, scale, logit_bias, counts, squared, lse, delay):
+        self.dtype = wide(query.dtype)
+        self.query, self.keys = query, key.to(self.dtype).transpose(-1, -2)  # (batch, kv_heads, head_dim, entries)
+        self.scale, self.logit_bias, self.counts = scale, logit_bias, counts
+        self.squared, self.lse, self.delay = squared, lse, delay
+        self.num_queries, self.num_entries = query.shape[2], key.shape[2]
 
-def _received(query, key, scale, visibility, counts, squared, lse, delay, rows, queries, entries):
-    """(batch, kv_heads, seen) sums over a tile of queries; nothing of its size is left when the next one begins."""
-    shares = _shares(query, key, scale, visibility, lse, rows, queries, entries)
-    if delay:
-        shares.tril_(entries - queries + rows.start - delay)
-    if counts is not None:
-        shares.mul_(counts[:, :, None, rows, : key.shape[-1]])
-    if squared:
-        shares.square_()
-    return shares.sum(dim=(2, 3))
+    def sum(self) -> torch.Tensor:
+        """(batch, kv_heads, entries)."""
+        if self.num_queries == 1:
+            return self._received(slice(0, 1), self.num_entries)
+        mass = self.keys.new_zeros(*self.keys.shape[:2], self.num_entries)
+        for start in range(0, self.num_queries, SCORE_TILE):
+            tile = slice(start, min(start + SCORE_TILE, self.num_queries))
+            # Lower-right causal: no query of the tile sees, or given the log-sum-exp counts for, an entry after these.
+            seen = self.num_entries
+            if self.logit_bias.mask is None:
+                seen -= self.num_queries - tile.stop + (0 if self.lse is None else self.delay)
+            if seen > 0:
+                mass[..., :seen] += self._received(tile, seen)
+        return mass
 
+    def _received(self, tile: slice, seen: int) -> torch.Tensor:
+        """(batch, kv_heads, seen) sums over a tile; nothing of its size is left when the next one begins."""
+        probs = self._probs(tile, seen)
+        if self.delay:
+            probs.tril_(self.num_entries - self.num_queries + tile.start - self.delay)
+        if self.counts is not None:
+            probs.mul_(self.counts[:, :, None, tile, :seen])
+        if self.squared:
+            probs.square_()
+        return probs.sum(dim=(2, 3))
 
-def _shares(query, key, scale, visibility, lse, rows, queries, entries):
-    """(batch, kv_heads, groups, rows, seen) attention probabilities of a tile; key is (batch, kv_heads, d, seen)."""
-    kv_heads, seen = key.shape[1], key.shape[3]
-    mask, bias, softcap = visibility
-    grouped = (query * scale).reshape(query.shape[0], kv_heads, -1, query.shape[-1])
-    shares = grouped @ key  # (batch, kv_heads, groups * rows, seen)
-    if softcap is not None:
-        shares.div_(softcap).tanh_().mul_(softcap)
-    if bias is not None:
-        shares.add_(bias[:, :, None, :seen])
-    shares = shares.unflatten(2, (-1, query.shape[2]))
-    is_hidden = None
-    if mask is not None:
-        is_hidden = ~mask[:, :, None, rows]
-    elif queries > 1:
-        is_hidden = ~lower_right(queries, entries, 0, query.device)[rows, :seen]
-    if lse is None:
-        return (shares if is_hidden is None else shares.masked_fill_(is_hidden, float("-inf"))).softmax(dim=-1)
-    shares.sub_(lse[:, :, rows].unflatten(1, (kv_heads, -1))[..., None]).exp_()
-    return shares if is_hidden is None else shares.masked_fill_(is_hidden, 0)
+    def _probs(self, tile: slice, seen: int) -> torch.Tensor:
+        """(batch, kv_heads, groups, queries of the tile, seen) attention probabilities."""
+        mask, bias, softcap = self.logit_bias
+        query, keys = self.query[:, :, tile].to(self.dtype), self.keys[..., :seen]
+        grouped = (query * self.scale).reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
+        logits = grouped @ keys  # (batch, kv_heads, groups * queries, seen)
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        if bias is not None:
+            logits.add_(bias[:, :, None, :seen])
+        logits = logits.unflatten(2, (-1, query.shape[2]))
+        is_hidden = None
+        if mask is not None:
+            is_hidden = ~mask[:, :, None, tile]
+        elif self.num_queries > 1:
+            is_hidden = ~lower_right(self.num_queries, self.num_entries, 0, query.device)[tile, :seen]
+        if self.lse is None:
+            return (logits if is_hidden is None else logits.masked_fill_(is_hidden, float("-inf"))).softmax(dim=-1)
+        probs = logits.sub_(self.lse[:, :, tile].unflatten(1, (keys.shape[1], -1))[..., None]).exp_()
+        return probs if is_hidden is None else probs.masked_fill_(is_hidden, 0)

@@ -29,7 +29,7 @@ class Trial(abc.ABC):
     Attributes
     ----------
     kernel : str
-        Module and function in ``lococo``.
+        Module and function in ``lococo.kernels``.
     device, dtype, head_dim
         Of the keys.
     """
@@ -78,9 +78,9 @@ class _AttentionTrial(Trial):
 
 @dataclasses.dataclass(frozen=True)
 class AttendTrial(_AttentionTrial):
-    """Of ``triton_kernels.attend``."""
+    """Of ``triton_attention.attend``."""
 
-    kernel = "triton_kernels.attend"
+    kernel = "triton_attention.attend"
 
     def results(self, kernel: Callable[..., Any]) -> Pairs:
         """Output and log-sum-exp."""
@@ -93,9 +93,9 @@ class AttendTrial(_AttentionTrial):
 
 @dataclasses.dataclass(frozen=True)
 class MassTrial(_AttentionTrial):
-    """Of ``triton_kernels.attention_mass``."""
+    """Of ``triton_attention.attention_mass``."""
 
-    kernel = "triton_kernels.attention_mass"
+    kernel = "triton_attention.attention_mass"
 
     squared: bool
 
@@ -104,8 +104,8 @@ class MassTrial(_AttentionTrial):
         query, key, _, scale, bias = self._samples()
         logits = self._logits(query, key, scale, bias)
         lse = logits.logsumexp(-1).flatten(1, 2).float()
-        shares = logits.softmax(-1) * _lower_right(DELAY, query.device)
-        expected = (shares.square() if self.squared else shares).sum(dim=(2, 3))
+        probs = logits.softmax(-1) * _lower_right(DELAY, query.device)
+        expected = (probs.square() if self.squared else probs).sum(dim=(2, 3))
         yield kernel(query, key, scale, lse, bias, DELAY, self.squared), expected
 
 
@@ -178,7 +178,7 @@ class TritonSwitch:
             return None
         try:
             module, name = trial.kernel.split(".")
-            kernel = getattr(importlib.import_module(f"lococo.{module}"), name)
+            kernel = getattr(importlib.import_module(f"lococo.kernels.{module}"), name)
             if trial not in self._passed:
                 _compare(trial, kernel)
                 self._passed.add(trial)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo.attention import read_layer
-from lococo.cache.cache import LayerCache
-from lococo.cache.plan import Plan, Row, plan_call
+from lococo.attention import LayerReading, read_layer
+from lococo.cache.layer import LayerCache
+from lococo.cache.plan import Plan, RowState, plan_call
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
@@ -46,7 +46,7 @@ class LayerRecord:
     window : int, optional
         Tokens a query sees, where the model limits them.
     softcap : float, optional
-        As in ``lococo.kernels.scoring.Visibility``.
+        As in ``lococo.kernels.scoring.LogitBias``.
     gradient : torch.Tensor, optional
         Of the text's summed next-token loss, shaped like ``output``.
     """
@@ -168,7 +168,7 @@ def full_attention(
     elif softcap is None:
         # The kernel that knows causality by itself: with a mask, a CPU holds all probabilities for the backward.
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    return kernels.attend(query, key, value, scale, kernels.Visibility(mask, None, softcap))
+    return kernels.attend(query, key, value, scale, kernels.LogitBias(mask, None, softcap))
 
 
 def compressed_output(
@@ -178,12 +178,13 @@ def compressed_output(
 
     @functools.cache
     def plan_for(head_config: LoCoCoConfig) -> Plan:
-        return plan_call((Row(),), entry.query.shape[2], head_config, device=entry.query.device)
+        return plan_call((RowState(),), entry.query.shape[2], head_config, device=entry.query.device)
 
-    layer = LayerCache(config, layer_idx, entry.window)
+    layer = LayerCache(config, layer_idx)
+    layer.window = entry.window
     fusing = head if entry.window is None else None
-    inputs = (entry.query, entry.key, entry.value)
-    return read_layer(layer, plan_for, *inputs, entry.scale, fusing, softcap=entry.softcap)
+    reading = LayerReading(plan_for, entry.scale, fusing, softcap=entry.softcap)
+    return read_layer(layer, reading, entry.query, entry.key, entry.value)
 
 
 def fisher_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:

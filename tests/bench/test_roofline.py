@@ -162,8 +162,7 @@ def test_cache_size_is_that_of_a_real_one(config):
         else:
             with patched(model, config, attention="eager"):
                 cache = model(ids, use_cache=True).past_key_values
-            memories = [memory for layer in cache.layers for memory, _ in layer.groups]
-            held = [states for memory in memories for states in (memory.keys, memory.values)]
+            held = [states for layer in cache.layers for states in (layer.entries.keys, layer.entries.values)]
     assert cache_size(sizes, config, 48, batch=3) == sum(states.nbytes for states in held)
 
 

@@ -14,7 +14,7 @@ from lococo.bench.roofline import measure_limits
 from lococo.bench.runner import Cell, random_ids
 from lococo.bench.score import Score
 from lococo.bench.train import Train, learning, objective_of, with_objectives
-from lococo.cache.cache import Memory
+from lococo.cache.layer import KVBuffer
 from lococo.generation import cache_bytes
 from lococo.kernels.scoring import SCORE_TILE
 from lococo.methods import PRESETS, Run, as_method, plan_runs
@@ -51,7 +51,7 @@ def test_trained_heads_are_named_by_their_folder(model, tmp_path):
 def state(cache):
     buffers = [(tuple(tensor.shape), tensor.dtype) for layer in cache.layers for tensor in layer.buffers()]
     (row,) = set(cache.rows)
-    return buffers, [row.entries(slots) for slots in (9, 12, M, 20)], row.pending
+    return buffers, [row.ready().num_entries(slots) for slots in (9, 12, M, 20)], row.pending
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "split", "small-blocks"])
@@ -95,13 +95,13 @@ class CountingMeter(Meter):
 @pytest.mark.parametrize("steps", [1, 3, 7, 20])
 @pytest.mark.parametrize(("name", "decode_block"), [("h2o", None), ("lococo-open", None), ("h2o", 3), ("h2o", 1)])
 def test_a_decoded_token_has_its_share_of_the_compression(model, monkeypatch, name, decode_block, steps):
-    compress = Memory.compress
+    compress = KVBuffer.compress
 
     def counted(*args):
         CountingMeter.compressions += 1
         return compress(*args)
 
-    monkeypatch.setattr(Memory, "compress", counted)
+    monkeypatch.setattr(KVBuffer, "compress", counted)
     config = PRESETS[name](M, block_size=B, decode_block_size=decode_block)
     cell = Cell(Run(name, config), 80, 2)
     with patched(model, config):

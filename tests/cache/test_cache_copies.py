@@ -217,17 +217,17 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
     one = next(iter(tensors))
     changed = {
         "heads": (tensors, None),
-        "fewer": ({name: tensor for name, tensor in tensors.items() if name != "layers.1.0.values"}, content),
-        "more": ({**tensors, "layers.9.0.keys": tensors[one].clone()}, content),
-        "shorter": ({**tensors, one: tensors[one][:, :, :-1].contiguous()}, content),
+        "fewer": ({name: tensor for name, tensor in tensors.items() if name != "layers.1.values"}, content),
+        "more": ({**tensors, "layers.9.keys": tensors[one].clone()}, content),
+        "shorter": ({**tensors, one: tensors[one][:, :-1].contiguous()}, content),
         "no-rows": (tensors, {key: value for key, value in content.items() if key != "rows"}),
     }
     for name, (held, said) in changed.items():
         save_file(held, tmp_path / name, {"format": "pt"} | ({"lococo_cache": json.dumps(said)} if said else {}))
         with pytest.raises(ValueError, match=f"{name} is no whole file written by LoCoCoCache.save"):
             LoCoCoCache.load(tmp_path / name)
-    save_file(tensors, tmp_path / "new", {"lococo_cache": json.dumps({**content, "format_version": 2})})
-    with pytest.raises(ValueError, match="format_version=2, this version of lococo reads 1"):
+    save_file(tensors, tmp_path / "new", {"lococo_cache": json.dumps({**content, "format_version": 3})})
+    with pytest.raises(ValueError, match="format_version=3, this version of lococo reads 2"):
         LoCoCoCache.load(tmp_path / "new")
 
 

@@ -9,8 +9,7 @@ from test_laws import CONFIGS
 from tiny import tiny_ids, tiny_llama
 
 import lococo
-from lococo.cache.decode import join
-from lococo.cache.memory import Memory
+from lococo.cache.layer import LayerCache
 from lococo.config import LoCoCoConfig
 
 PREFIX, STEPS = 27, 40
@@ -168,17 +167,12 @@ def test_no_tensor_stays_behind(name):
     assert alive(24) == alive(24) == alive(48)
 
 
-def test_memories_joined_hold_what_they_held():
-    memories = [Memory(LoCoCoConfig(slots, block_size=4)) for slots in (8, 20, 5)]
-    for memory, heads in zip(memories, (1, 2, 1), strict=True):
-        memory.make_buffers(*torch.randn(2, 3, heads, 1, 6))
-        memory.map(lambda tensor: tensor.copy_(torch.randn(tensor.shape)))
-    before = [[None if t is None else t.clone() for t in memory.entries.tensors()] for memory in memories]
-    common = join(memories)
-    for memory, tensors in zip(memories, before, strict=True):
-        for view, tensor in zip(memory.entries.tensors(), tensors, strict=True):
-            assert (view is None) == (tensor is None)
-            assert view is None or torch.equal(view, tensor)
-    assert common.keys.shape == (3, 12 + 2 * 24 + 9, 6)
-    memories[1].keys.fill_(7.0)
-    assert (common.keys == 7.0).all(dim=-1).sum() == 3 * 2 * 24
+def test_views_of_groups_lie_one_behind_the_other_in_one_buffer():
+    config = LoCoCoConfig(12, block_size=4, slots_per_head=((8, 20, 5, 8),))
+    layer = LayerCache(config, 0)
+    layer.make_buffers(torch.randn(3, 8, 1, 6), *torch.randn(2, 3, 4, 1, 6))
+    assert layer.entries.keys.shape == (3, 2 * 12 + 24 + 9, 6)
+    assert [view.group.heads for view in layer.views()] == [(0, 3), (1,), (2,)]
+    layer.views()[1].keys.fill_(7.0)
+    assert (layer.entries.keys == 7.0).all(dim=-1).sum() == 3 * 24
+    assert (layer.decode.keys == 7.0).all(dim=-1).sum() == 3 * 24

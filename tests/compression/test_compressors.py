@@ -177,13 +177,13 @@ def test_queries_that_are_kept_are_those_of_their_tokens():
     attention = model.model.layers[0].self_attn
     original = lococo.attention.read_layer
 
-    def watch(layer, plan_for, query, key, value, *args, **kwargs):
+    def watch(layer, reading, query, key, value):
         if layer is cache_layer[0]:
             for at in range(key.shape[2]):
                 for row in range(2):
                     for head in range(2):
                         asked[tuple(key[row, head, at].tolist())] = by_group(query, 2)[row, head, at]
-        return original(layer, plan_for, query, key, value, *args, **kwargs)
+        return original(layer, reading, query, key, value)
 
     cache = lococo.state.patch_of(model).new_cache()
     cache_layer = [cache.layers[0]]
@@ -210,7 +210,7 @@ def test_queries_are_kept_for_those_that_ask_alone():
     for compressor in (Mean, Asked):
         with torch.no_grad():
             cache = patched_llama(config_of(compressor))(IDS, use_cache=True).past_key_values
-        assert (cache.layers[0].groups[0][0].entries.queries is not None) == compressor.needs_queries
+        assert (cache.layers[0].entries.queries is not None) == compressor.needs_queries
 
 
 def test_it_learns_is_saved_loaded_and_kept_in_bounds(tmp_path):

@@ -130,8 +130,8 @@ def test_the_same_score_by_another_name_gives_the_same():
 )
 def test_nothing_is_kept_that_a_score_does_not_need(name, has_scores, has_places):
     cache = patched_llama(own_config(name))(IDS, use_cache=True).past_key_values
-    entries = cache.layers[0].groups[0][0].entries
-    assert (entries.scores is not None, entries.born is not None) == (has_scores, has_places)
+    entries = cache.layers[0].entries
+    assert (entries.scores is not None, entries.position is not None) == (has_scores, has_places)
 
 
 def test_the_entries_that_stay_are_those_that_the_score_says():
@@ -139,9 +139,9 @@ def test_the_entries_that_stay_are_those_that_the_score_says():
     config = own_config("key-norm", num_sinks=0, num_heavy=12, num_recent=4)
     model = patched_llama(config)
     full = patched_llama(LoCoCoConfig(100, block_size=8))
-    cache, everything = (each(IDS[:, :24], use_cache=True).past_key_values for each in (model, full))
-    held = cache.layers[0].groups[0][0].entries.keys[:, :, :12].norm(dim=-1)
-    norms = everything.layers[0].groups[0][0].entries.keys[:, :, :20].norm(dim=-1)
+    cache, everything = (each(IDS[:, :25], use_cache=True).past_key_values for each in (model, full))
+    held = cache.layers[0].views()[0].keys[:, :, :12].norm(dim=-1)
+    norms = everything.layers[0].views()[0].keys[:, :, :20].norm(dim=-1)
     smallest = norms.sort(dim=-1).values[..., :12]
     torch.testing.assert_close(held.sort(dim=-1).values, smallest, rtol=0, atol=1e-5)
 

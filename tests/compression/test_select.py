@@ -42,15 +42,15 @@ def random_entries(config, count, seed=0, dim=4):
     def random(*shape):
         return torch.rand(2, 3, count, *shape, generator=generator)
 
-    born = torch.arange(count).float().expand(2, 3, count)
-    return Entries(random(dim), random(dim), random(), born, random() if config.has_mass else None)
+    position = torch.arange(count).float().expand(2, 3, count)
+    return Entries(random(dim), random(dim), random(), position, random() if config.has_mass else None)
 
 
 def test_copies_are_bit_identical():
     config = LoCoCoConfig(12, num_sinks=2, num_recent=3, num_heavy=7)
     entries = random_entries(config, 20)
     slots = compress(entries, 20, config, None)
-    index = slots.born.long()
+    index = slots.position.long()
     for kept, all_entries in zip(slots.tensors(), entries.tensors(), strict=True):
         if kept is not None:
             wide = index if kept.dim() == 3 else index[..., None].expand_as(kept)
@@ -61,7 +61,7 @@ def test_copies_are_bit_identical():
 def test_entries_out_of_the_window_go_first():
     config = LoCoCoConfig(12, num_sinks=2, num_recent=3, num_heavy=4)
     slots = compress(random_entries(config, 20), 20, config, None, window=12)
-    assert (20 - slots.born < 12).sum(-1).eq(11).all(), "11 entries are in sight of the next token"
+    assert (20 - slots.position < 12).sum(-1).eq(11).all(), "11 entries are in sight of the next token"
 
 
 def test_score_of_a_blend_is_the_average_of_what_it_blends():
@@ -91,7 +91,7 @@ def test_mean_score_counts_the_queries_that_could_see():
         keys=torch.zeros(1, 1, 3, 1),
         values=torch.zeros(1, 1, 3, 1),
         scores=torch.tensor([[[6.0, 4.0, 2.0]]]),
-        born=torch.tensor([[[0.0, 2.0, 5.0]]]),
+        position=torch.tensor([[[0.0, 2.0, 5.0]]]),
     )
     torch.testing.assert_close(rank(entries, 6, config), torch.tensor([[[1.0, 1.0, 2.0]]]))
 
@@ -102,7 +102,7 @@ def test_distant_score_credits_new_tokens_with_silent_queries():
         keys=torch.zeros(1, 1, 3, 1),
         values=torch.zeros(1, 1, 3, 1),
         scores=torch.tensor([[[24.0, 9.0, 0.0]]]),
-        born=torch.tensor([[[0.0, 15.0, 17.0]]]),
+        position=torch.tensor([[[0.0, 15.0, 17.0]]]),
     )
     # 18 read: 16, 1 and 0 of the queries were 2 or more entries later, older ones count less; 8 silent ones are added.
     fade = 0.8 ** (1 / 8)

@@ -13,11 +13,10 @@ from tiny import tiny_ids, tiny_llama
 import lococo
 import lococo.attention
 from lococo import LoCoCoConfig, patched
-from lococo.cache.plan import Row, plan_call
+from lococo.cache.plan import RowState, plan_call
 from lococo.cli.main import main
 from lococo.inspection import trace
 from lococo.inspection.page import page, page_data
-from lococo.inspection.trace import TracedMemory
 from lococo.state import patch_of
 
 CONFIGS = {
@@ -33,40 +32,36 @@ CONFIGS = {
 
 
 @pytest.fixture
-def memories(monkeypatch):
-    """Every memory of the next trace, with the keys and values of the tokens it was given."""
-    made, tokens = [], TracedMemory.tokens
+def layers_given(monkeypatch):
+    """Every layer of the next trace, with the keys and values of the tokens it was given."""
+    given, read_layer = {}, lococo.attention.read_layer
 
-    def recorded(memory, query, key, value, plan, rotary):
-        if memory not in made:
-            made.append(memory)
-            memory.given = []
-        memory.given.append((key[0], value[0]))
-        return tokens(memory, query, key, value, plan, rotary)
+    def recorded(layer, reading, query, key, value):
+        given.setdefault(layer, []).append((key[0], value[0]))
+        return read_layer(layer, reading, query, key, value)
 
-    monkeypatch.setattr(TracedMemory, "tokens", recorded)
-    return made
+    monkeypatch.setattr(lococo.attention, "read_layer", recorded)
+    return given
 
 
 @pytest.mark.parametrize("length", [10, 16, 24, 61, 97])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_entries_are_the_weighted_sums_of_the_tokens(memories, name, length):
+def test_entries_are_the_weighted_sums_of_the_tokens(layers_given, name, length):
     model = tiny_llama()
     with patched(model, CONFIGS[name], prefill_chunk_size=8 if name == "one by one" else None):
         traces = trace(model, tiny_ids(1, length))
     assert [(each.layer, each.head) for each in traces] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert len(memories) == sum(len(set(slots)) for slots in CONFIGS[name].slots_per_head or ((1,), (1,)))
-    for memory in memories:
-        keys, values = (torch.cat(parts, dim=1) for parts in zip(*memory.given, strict=True))
-        read = keys.shape[1]
-        for index, (weights, kinds) in enumerate(memory.traces(length)):
-            used = len(kinds)
-            assert weights.shape == (used, length)
-            torch.testing.assert_close(weights.sum(-1), torch.ones(used), rtol=0, atol=1e-5)
-            for held, given in ((memory.entries.keys, keys), (memory.values, values)):
-                combined = weights[:, :read] @ given[index]
-                plain = weights[:, read:].sum(-1) == 0
-                torch.testing.assert_close(held[0, index, :used][plain], combined[plain], rtol=0, atol=1e-5)
+    by_head = {(each.layer, each.head): each.weights for each in traces}
+    assert len(layers_given) == 2
+    for index, (layer, parts) in enumerate(layers_given.items()):
+        keys, values = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        for buffer in layer.views():
+            for place, head in enumerate(buffer.group.heads):
+                weights = by_head[index, head]
+                used = len(weights)
+                torch.testing.assert_close(weights.sum(-1), torch.ones(used), rtol=0, atol=1e-5)
+                for held, given in ((buffer.keys, keys), (buffer.values, values)):
+                    torch.testing.assert_close(held[0, place, :used], weights @ given[head], rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -74,9 +69,9 @@ def layers(monkeypatch):
     """What every layer of the next trace is given: its index, rotated queries, keys and values, scale, and window."""
     given, read_layer = [], lococo.attention.read_layer
 
-    def recorded(layer, plan_for, query, key, value, scale, *args, **kwargs):
-        given.append((len(given), query[0], key[0], value[0], scale, layer.window))
-        return read_layer(layer, plan_for, query, key, value, scale, *args, **kwargs)
+    def recorded(layer, reading, query, key, value):
+        given.append((len(given), query[0], key[0], value[0], reading.scale, layer.window))
+        return read_layer(layer, reading, query, key, value)
 
     monkeypatch.setattr(lococo.attention, "read_layer", recorded)
     return given
@@ -109,7 +104,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
     model, ids = build(family, **features).double(), tiny_ids(1, 61)
     with patched(model, config):
         traces, heads = trace(model, ids), patch_of(model).heads
-    places = plan_call([Row()], ids.shape[1], config).entries[0]
+    places = plan_call([RowState()], ids.shape[1], config).cache_positions[0]
     for index, query, key, value, scale, window in layers:
         if config.positions == "slot":
             query, key = (rope_rotate(8)(states, -places) for states in (query, key))

@@ -15,8 +15,8 @@ import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.kernels import attention as backends
 from lococo.kernels import scoring as kernels
-from lococo.kernels.attention import Request, best_backend, lower_right
-from lococo.kernels.scoring import Visibility, attend, attend_and_lse, attention_mass
+from lococo.kernels.attention import KernelRequest, best_backend, lower_right
+from lococo.kernels.scoring import LogitBias, attend, attend_and_lse, attention_mass
 
 BACKENDS = ["auto", "sdpa", "eager"]
 CASES = ["causal", "one-query", "mask", "mask-per-head", "bias", "bias-and-mask", "softcap"]
@@ -33,7 +33,7 @@ def case(name, dtype=torch.float64, seed=0):
         mask[..., 0] = True
     if "bias" in name:
         bias = torch.randn(batch, kv_heads, entries, generator=generator, dtype=dtype)
-    return query, key, value, Visibility(mask, bias, 1.5 if name == "softcap" else None)
+    return query, key, value, LogitBias(mask, bias, 1.5 if name == "softcap" else None)
 
 
 def by_hand(query, key, value, scale, visibility):
@@ -174,15 +174,15 @@ def test_two_tiles_are_held_for_scores(with_lse):
     queries, entries = 1024, 1536
     query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)
     lse = torch.zeros(1, 2, queries) if with_lse else None
-    attention_mass(query, key, 0.3, Visibility(), lse=lse)  # what is kept for the next call is made
+    attention_mass(query, key, 0.3, LogitBias(), lse=lse)  # what is kept for the next call is made
     with HeldBytes() as held:
-        attention_mass(query, key, 0.3, Visibility(), squared=True, lse=lse, delay=100)
+        attention_mass(query, key, 0.3, LogitBias(), squared=True, lse=lse, delay=100)
     tile = 4 * 2 * kernels.SCORE_TILE * entries
     assert held.largest <= tile
     assert held.peak <= (1.5 if with_lse else 2.5) * tile
 
 
-NARROW = Request("cuda", torch.bfloat16, 128)
+NARROW = KernelRequest("cuda", torch.bfloat16, 128)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_flash_packages_are_asked_only_for_what_they_can(backend, most, dtype, i
     for head_dim in (most - 8, most, most + 8):
         query, key, value = torch.randn(3, 1, 2, 4, head_dim, dtype=dtype).unbind()
         for bias in (None, torch.rand(1, 2, 4)):
-            output = attend(query, key, value, 0.1, Visibility(bias=bias), backend)
+            output = attend(query, key, value, 0.1, LogitBias(bias=bias), backend)
             assert output.shape == query.shape
     expected = [(most - 8, dtype), (most, dtype), (most, dtype)]
     assert asked == (expected if is_narrow else [])
@@ -327,19 +327,19 @@ def test_triton_asks_for_a_gpu(monkeypatch):
     monkeypatch.setattr(backends, "_is_installed", lambda name: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a GPU, the model is on cpu"):
-        attend(*case("causal", torch.float32)[:3], 0.3, Visibility(), "triton")
+        attend(*case("causal", torch.float32)[:3], 0.3, LogitBias(), "triton")
 
 
 def test_nothing_optional_is_imported_with_lococo():
     code = "import sys; import lococo.attention, lococo.compression.select; "
-    code += "print([name for name in sys.modules if name.startswith(('lococo.triton', 'flash_attn'))])"
+    code += "print([name for name in sys.modules if name.startswith(('lococo.kernels.triton', 'flash_attn'))])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
 @torch.no_grad()
 def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
-    """It is asked for every segment, with masks, biases and softcaps; decoding needs none."""
+    """It is asked for every segment, with masks, biases and softcaps."""
     monkeypatch.setattr(backends.ATTENTIONS, "_items", dict(backends.ATTENTIONS._items))
     calls = []
 
@@ -364,3 +364,40 @@ def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
         lococo.register_attention("sdpa")(own)
     with pytest.raises(TypeError, match="an attention must be a function"):
         lococo.register_attention("number")(3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"positions": "slot"}, {"slots_per_head": ((20, 12), (9, 16))}, {"num_heavy": 0, "gate_init": 0.0}],
+    ids=["default", "slot", "per-head", "closed"],
+)
+def test_an_attention_of_ones_own_decodes_as_the_library_does(monkeypatch, options):
+    monkeypatch.setattr(backends.ATTENTIONS, "_items", dict(backends.ATTENTIONS._items))
+    queries = []
+
+    @lococo.register_attention("softmax")
+    def attend(query, key, value, scale, logit_bias, dropout, wants_lse):
+        """A softmax written out, for one bias per entry and lower-right causality."""
+        queries.append(query.shape[2])
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+        logits = query @ key.transpose(-1, -2) * scale
+        if logit_bias.bias is not None:
+            bias = logit_bias.bias.repeat_interleave(query.shape[1] // logit_bias.bias.shape[1], dim=1)
+            logits = logits + bias[:, :, None]
+        is_seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return logits.masked_fill(~is_seen, float("-inf")).softmax(-1) @ value, None
+
+    ids, found = tiny_ids(2, 60), []
+    for attention in ("softmax", "auto"):
+        torch.manual_seed(0)
+        config = LoCoCoConfig(16, **{"block_size": 8, "gate_init": 0.4, "attention": attention, **options})
+        with patched(tiny_llama(), config) as model:
+            cache, logits = None, []
+            for part in ids.split([21, *[1] * 30, 9], dim=1):
+                output = model(part, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits)
+            found.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    assert queries.count(1) == 2 * 30  # of two layers

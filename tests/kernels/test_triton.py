@@ -19,7 +19,7 @@ from lococo.kernels import attention as backends
 from lococo.kernels import scoring as kernels
 from lococo.kernels import trials, triton_blend
 from lococo.kernels import triton_attention as triton_kernels
-from lococo.kernels.attention import Visibility
+from lococo.kernels.attention import LogitBias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -76,7 +76,7 @@ def test_attention_and_its_log_sum_exp(shape, biased, dtype):
     bias = bias if biased else None
     output, lse = triton_kernels.attend(query, key, value, 0.2, bias)
     wide = [tensor.double() for tensor in (query, key, value)]
-    expected = kernels.attend(*wide, 0.2, Visibility(bias=bias), "eager")
+    expected = kernels.attend(*wide, 0.2, LogitBias(bias=bias), "eager")
     assert output.dtype == dtype and lse.dtype == torch.float32
     assert relative_error(output, expected) < TOLERANCES[dtype]
     logits = wide[0].unflatten(1, (key.shape[1], -1)) @ wide[1].transpose(-1, -2)[:, :, None] * 0.2
@@ -95,7 +95,7 @@ def test_attention_mass(shape, delay, squared, dtype):
     bias = None if squared else bias
     _, lse = triton_kernels.attend(query, key, value, 0.2, bias)
     mass = triton_kernels.attention_mass(query, key, 0.2, lse, bias, delay, squared)
-    seen, delayed = Visibility(bias=bias), {"squared": squared, "delay": delay}
+    seen, delayed = LogitBias(bias=bias), {"squared": squared, "delay": delay}
     expected = kernels.attention_mass(query.double(), key.double(), 0.2, seen, **delayed)
     assert mass.dtype == torch.float32
     assert relative_error(mass, expected) < 1e-4
@@ -129,7 +129,7 @@ def test_blend(values, dim, dtype):
         keys=torch.randn(2, 2, 160, dim, device=DEVICE).to(dtype)[:, :, :entries],
         values=torch.randn(2, entries, 2, dim, device=DEVICE).to(dtype).transpose(1, 2),
         scores=torch.rand(shape, device=DEVICE) if config.num_heavy else None,
-        born=torch.arange(entries, device=DEVICE).expand(shape).float(),
+        position=torch.arange(entries, device=DEVICE).expand(shape).float(),
         log_mass=torch.rand(2, 2, 160, device=DEVICE)[:, :, :entries] if config.has_mass else None,
     )
     ranking = None if everything.scores is None else slots.rank(everything, 200, config)
@@ -145,10 +145,10 @@ def test_blend(values, dim, dtype):
         keys=weights @ wide.keys,
         values=weights @ wide.values,
         scores=None if wide.scores is None else (weights @ wide.scores[..., None])[..., 0],
-        born=(weights @ wide.born[..., None])[..., 0],
+        position=(weights @ wide.position[..., None])[..., 0],
         log_mass=None if wide.log_mass is None else compressors.log_mass(weights, wide.log_mass),
     )
-    for name in ("keys", "values", "scores", "born", "log_mass"):
+    for name in ("keys", "values", "scores", "position", "log_mass"):
         mine, theirs = getattr(got, name), getattr(expected, name)
         assert (mine is None) == (theirs is None), name
         if theirs is not None:
@@ -161,7 +161,7 @@ def test_backend_leaves_masks_caps_and_gradients_to_torch(in_every_type):
     query, key, value, bias = tensors((1, 2, 1, 5, 20, 16), torch.float32)
     mask = torch.rand(1, 1, 5, 20, device=DEVICE) < 0.5
     mask[..., 0] = True
-    for seen in (Visibility(mask, bias), Visibility(softcap=2.0), Visibility(bias=bias)):
+    for seen in (LogitBias(mask, bias), LogitBias(softcap=2.0), LogitBias(bias=bias)):
         query.requires_grad_(seen.bias is not None)
         output = kernels.attend(query, key, value, 0.3, seen, "triton")
         assert relative_error(output, kernels.attend(query, key, value, 0.3, seen, "eager").double()) < 1e-6
@@ -174,8 +174,8 @@ def test_backend_leaves_wide_types_to_torch(dtype, monkeypatch):
     attend = triton_kernels.attend
     monkeypatch.setattr(triton_kernels, "attend", lambda *arguments: calls.append(arguments) or attend(*arguments))
     query, key, value, bias = tensors((1, 2, 1, 5, 20, 16), dtype)
-    output = kernels.attend(query, key, value, 0.3, Visibility(bias=bias), "triton")
-    expected = kernels.attend(query, key, value, 0.3, Visibility(bias=bias), "eager")
+    output = kernels.attend(query, key, value, 0.3, LogitBias(bias=bias), "triton")
+    expected = kernels.attend(query, key, value, 0.3, LogitBias(bias=bias), "eager")
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
     assert bool(calls) == (dtype == torch.bfloat16)
 
@@ -187,11 +187,11 @@ def test_mixed_types_reach_no_kernel(calls, monkeypatch):
         monkeypatch.setattr(module, "triton_takes", lambda tensor: tensor.dtype in backends.HALF_TYPES)
     query, key, value, bias = tensors(SHAPES["grouped"], torch.bfloat16)
     lse = triton_kernels.attend(query, key, value, 0.2, bias)[1]
-    expected = kernels.attention_mass(query.double(), key.double(), 0.2, Visibility(bias=bias))
+    expected = kernels.attention_mass(query.double(), key.double(), 0.2, LogitBias(bias=bias))
     calls.clear()
     for dtype in (torch.float32, torch.float16):
-        output = kernels.attend(query, key.to(dtype), value, 0.2, Visibility(bias=bias), "triton")
-        mass = kernels.attention_mass(query, key.to(dtype), 0.2, Visibility(bias=bias), lse=lse)
+        output = kernels.attend(query, key.to(dtype), value, 0.2, LogitBias(bias=bias), "triton")
+        mass = kernels.attention_mass(query, key.to(dtype), 0.2, LogitBias(bias=bias), lse=lse)
         assert output.dtype == torch.bfloat16 and relative_error(mass, expected) < 1e-2
     assert not calls
 
@@ -216,7 +216,7 @@ def test_random_shapes_and_strides(seed):
 
     output, lse = triton_kernels.attend(query, key, value, dim**-0.5, bias)
     wide = [tensor.double() for tensor in (query, key, value)]
-    seen = Visibility(bias=bias if bias is None else bias.double())
+    seen = LogitBias(bias=bias if bias is None else bias.double())
     assert relative_error(output, kernels.attend(*wide, dim**-0.5, seen, "eager")) < TOLERANCES[dtype]
     mass = triton_kernels.attention_mass(query, key, dim**-0.5, lse, bias, delay, squared)
     expected = kernels.attention_mass(*wide[:2], dim**-0.5, seen, squared=squared, delay=delay)
@@ -398,7 +398,7 @@ def test_full_memory_is_no_fault_of_a_kernel(in_every_type, monkeypatch):
     monkeypatch.setattr(triton_kernels, "attend", full)
     query, key, value, _ = tensors(SHAPES["one-query"], torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
-        kernels.attend(query, key, value, 0.2, Visibility(), "triton")
+        kernels.attend(query, key, value, 0.2, LogitBias(), "triton")
     assert trials.TRITON.is_on
 
 
@@ -407,7 +407,7 @@ def test_no_trial_while_a_graph_is_recorded(calls, monkeypatch):
     query, key, value, bias = tensors(SHAPES["one-query"], torch.float32)
 
     def attend(bias):
-        return kernels.attend(query, key, value, 0.2, Visibility(bias=bias), "triton")
+        return kernels.attend(query, key, value, 0.2, LogitBias(bias=bias), "triton")
 
     attend(None)
     assert calls["attend"] == 2
@@ -417,7 +417,7 @@ def test_no_trial_while_a_graph_is_recorded(calls, monkeypatch):
     output = attend(bias)
     assert calls["attend"] == 3 and trials.TRITON.is_on
     monkeypatch.undo()
-    torch.testing.assert_close(output, kernels.attend(query, key, value, 0.2, Visibility(bias=bias)))
+    torch.testing.assert_close(output, kernels.attend(query, key, value, 0.2, LogitBias(bias=bias)))
 
 
 def test_trials_leave_random_numbers_alone(calls):
@@ -425,5 +425,5 @@ def test_trials_leave_random_numbers_alone(calls):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    kernels.attend(query, key, value, 0.2, Visibility(), "triton")
+    kernels.attend(query, key, value, 0.2, LogitBias(), "triton")
     assert calls["attend"] == 2 and torch.equal(torch.rand(3), expected)

@@ -387,7 +387,7 @@ def test_a_copied_cache_goes_on_by_itself(copied, padding):
     mask[1, :padding] = 0
     cache = model(IDS[:, :29], attention_mask=mask[:, :29], use_cache=True).past_key_values
     duplicate, other = copied(cache), copied(cache)
-    assert [heads for _, heads in duplicate.layers[0].groups] == [[0], [1]]
+    assert [group.heads for group in duplicate.layers[0].groups] == [(0,), (1,)]
     changed, goes_on, again = (
         read_on(model, each, ids, mask) for each, ids in ((other, IDS.flip(0)), (cache, IDS), (duplicate, IDS))
     )

@@ -1,0 +1,463 @@
+"""What one layer remembers: slots and an open block for every KV head, in buffers that the layer owns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from lococo.cache.decode import DecodeBuffers
+from lococo.cache.plan import AlignedSegment, Compression, Plan, Segment
+from lococo.compat import CacheLayerMixin
+from lococo.compression.base import Compressor, get_compressor
+from lococo.compression.entries import Entries, by_group
+from lococo.compression.scores import get_score
+from lococo.compression.select import Budget, compress
+from lococo.config import LoCoCoConfig
+from lococo.models.rotary import RotaryTable
+
+CROP_ERROR = (
+    "a LoCoCoCache cannot be cropped: tokens blended into slots cannot be taken out again. Assisted and prompt-lookup "
+    "decoding need the full cache: use lococo.unpatch_model(model)"
+)
+
+
+Observer = Callable[["KVBuffer", Entries, "int | torch.Tensor", "Compressor | None"], None]
+
+
+class HeadGroup(NamedTuple):
+    """KV heads of a layer with the same budget, and where their entries lie in its buffers, one head after another."""
+
+    config: LoCoCoConfig
+    heads: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Where the entries of the last head end."""
+        return self.start + len(self.heads) * self.config.capacity
+
+
+class KVBuffer:
+    """Entries of the KV heads of one group during a call: a view of what their layer owns.
+
+    Without gradients everything is written in place. With gradients every write makes a new tensor, so that
+    back-propagation reaches the tokens of earlier segments; the layer takes them over when the call has been read.
+
+    Attributes
+    ----------
+    entries : Entries
+        (batch, kv_heads of the group, ``num_slots + block_size``, ...), used from the first on.
+    """
+
+    def __init__(
+        self,
+        group: HeadGroup,
+        window: int | None,
+        entries: Entries,
+        in_place: bool = True,
+        observer: Observer | None = None,
+    ) -> None:
+        self.group, self.config, self.window = group, group.config, window
+        self.entries = entries
+        self.in_place = in_place
+        self.observer = observer
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """(batch, kv_heads, capacity, head_dim), the keys that attention reads."""
+        return self.entries.rotated_keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(batch, kv_heads, capacity, head_dim)."""
+        return self.entries.values
+
+    def tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None
+    ) -> Entries:
+        """The tokens of a call as entries.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (batch, heads, tokens, head_dim), rotated.
+        key, value : torch.Tensor
+            (batch, kv_heads, tokens, head_dim), keys rotated.
+        rotary : RotaryTable, optional
+            None where keys are not rotated, or stay as they came (``positions="absolute"``).
+        """
+        shape = (*key.shape[:2], plan.positions.shape[1])
+        return Entries(
+            keys=key if rotary is None else rotary.rotate(key, plan.cache_positions, inverse=True),
+            values=value,
+            scores=key.new_zeros(()).expand(shape),
+            position=plan.positions[:, None].expand(shape),
+            log_mass=key.new_zeros(()).expand(shape),
+            rotated=key,
+            queries=None if self.entries.queries is None else by_group(query, key.shape[1]),
+        )
+
+    def write(self, segment: Segment, tokens: Entries) -> None:
+        """Put a segment of the call's tokens into its entries."""
+        self.entries = self.entries.combine(tokens, lambda buffer, new: segment.write(buffer, new, self.in_place))
+
+    def close_block(self, segment: Segment, head: Compressor | None, rotary: RotaryTable | None) -> None:
+        """Compress what is full before a segment is written; attention of the past counts less from then on."""
+        for compression in segment.compressions:
+            self.compress(compression, head, rotary)
+        scores, per_token = self.entries.scores, self.config.score_fade
+        if scores is not None and per_token < 1 and segment.closes_block:
+            factor = segment.fading(per_token)
+            self.entries.scores = scores.mul_(factor) if self.in_place else scores * factor
+
+    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
+        """Replace the first entries of some rows by their M slots."""
+        rows, num_slots = compression.rows, self.config.num_slots
+        before = dataclasses.replace(self.entries, rotated=None).map(
+            lambda tensor: (tensor if rows is None else tensor[rows])[:, :, : compression.num_entries]
+        )
+        if self.observer is not None:
+            self.observer(self, before, compression.seen, head)
+        slots = compress(before, compression.seen, self.config, head, self.window)
+        if self.entries.rotated is not None:
+            positions = torch.arange(num_slots, device=slots.keys.device)[None]
+            slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, positions)
+
+        def replace(buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            if self.in_place:
+                buffer[slice(None) if rows is None else rows, :, :num_slots] = new
+                return buffer
+            whole = torch.slice_scatter(buffer if rows is None else buffer[rows], new, dim=2, end=num_slots)
+            return whole if rows is None else buffer.index_copy(0, rows, whole)
+
+        self.entries = self.entries.combine(slots, replace)
+
+    def mass_bias(self, head: Compressor | None, stop: int | None = None) -> torch.Tensor | None:
+        """(batch, kv_heads, entries up to ``stop``) bias on the logits by what entries stand for; None: no bias."""
+        # The head is asked in any case: on a GPU its first answer is waited for, and steps must not wait.
+        if head is None or head.is_closed or self.entries.log_mass is None:
+            return None
+        return head.mass_bias(self.entries.log_mass[:, :, :stop])
+
+
+class LayerCache(CacheLayerMixin):
+    """What a layer remembers, in buffers of ``num_slots + block_size`` entries per KV head made at the first write.
+
+    It owns them; ``KVBuffer`` and ``DecodeBuffers`` are views made from it. Without gradients they stay where they
+    are for good, so that a recorded step finds them.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+    layer_idx : int
+
+    Attributes
+    ----------
+    window : int, optional
+        Tokens a query of this layer sees, where the model limits them; the layer says so when it reads.
+    entries : Entries, optional
+        (batch, entries of all KV heads, ...); None before the first write.
+    groups : tuple of HeadGroup
+        Empty before the first write.
+    observer : callable, optional
+        Called with a ``KVBuffer``, the entries, tokens read and head of every compression, before it is done.
+    decode : DecodeBuffers, optional
+        The same buffers as a token that comes alone reads and writes them; None while a graph reaches into them.
+    """
+
+    is_sliding = False
+
+    def __init__(self, config: LoCoCoConfig, layer_idx: int) -> None:
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_initialized = True  # for Transformers; buffers are made by the first write
+        self.columns = 0
+        self.window: int | None = None
+        self.entries: Entries | None = None
+        self.groups: tuple[HeadGroup, ...] = ()
+        self.num_heads = 0  # query heads
+        self.decode: DecodeBuffers | None = None
+        self.observer: Observer | None = None
+        self.has_stepped = False  # since the buffers were made
+        self._is_in_graph = False
+        self._rotated_from: int | None = None  # entry from which on only the rotated keys have been written, by steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy goes on from: buffers of its own, which some pickles would share, outside of any graph."""
+        entries = None if self.entries is None else self.entries.map(lambda tensor: tensor.detach().clone())
+        return {**vars(self), "entries": entries, "decode": None, "_is_in_graph": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.entries is not None:
+            self._own(self.entries)
+
+    def __copy__(self) -> LayerCache:
+        return copy.deepcopy(self)  # a cache that shares buffers with another is none
+
+    @property
+    def is_split(self) -> bool:
+        """Whether heads have budgets of their own. If not, there is one group, of all heads."""
+        return self.config.slots_per_head is not None
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads held; 0 before the first write."""
+        return sum(len(group.heads) for group in self.groups)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token in one row; 0 before the first write."""
+        if self.entries is None:
+            return 0
+        held = (self.entries.keys, self.entries.values)
+        return sum(self.num_kv_heads * tensor.shape[-1] * tensor.element_size() for tensor in held)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Every buffer there is."""
+        if self.entries is None:
+            return []
+        bias = [] if self.decode is None else [self.decode.bias]
+        return [tensor for tensor in self.entries.tensors() if tensor is not None] + bias
+
+    def make_buffers(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make all buffers there will be, for tensors as those of ``step``."""
+        batch, num_kv_heads = key.shape[:2]
+        self.num_heads, self.groups = query.shape[1], self.group_heads(num_kv_heads)
+        config, budgets = self.config, [Budget.of(group.config, self.window) for group in self.groups]
+        shape = (batch, self.groups[-1].stop)
+        wide = torch.promote_types(key.dtype, torch.float32)
+
+        def numbers(wanted: bool) -> torch.Tensor | None:
+            return torch.zeros(shape, dtype=wide, device=key.device) if wanted else None
+
+        is_ranked = any(budget.is_ranked(config) for budget in budgets)
+        is_blended = any(budget.fused > 0 for budget in budgets)
+        needs = get_score(config.score).needs if is_ranked else frozenset()
+        keys = key.new_zeros(*shape, key.shape[-1])
+        entries = Entries(
+            keys=keys,
+            values=value.new_zeros(*shape, value.shape[-1]),
+            scores=numbers("attention" in needs),
+            position=numbers(self.window is not None or "position" in needs),
+            log_mass=numbers(config.mass_bias and is_blended),
+            rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
+        )
+        if is_blended and get_compressor(config.compressor).needs_queries:
+            entries.queries = keys.new_zeros(*shape, query.shape[1] // num_kv_heads * query.shape[3])
+        self._own(entries)
+
+    def group_heads(self, num_kv_heads: int) -> tuple[HeadGroup, ...]:
+        """Heads with the same budget together, in the order in which they lie in the buffers."""
+        configs = self.config.layer_configs(self.layer_idx)
+        by_config: dict[LoCoCoConfig, list[int]] = {}
+        for head, config in enumerate(configs if self.is_split else configs * num_kv_heads):
+            by_config.setdefault(config, []).append(head)
+        groups, start = [], 0
+        for config, heads in by_config.items():
+            groups.append(HeadGroup(config, tuple(heads), start))
+            start = groups[-1].stop
+        return tuple(groups)
+
+    @torch.no_grad()
+    def _own(self, entries: Entries) -> None:
+        """Take these entries for the layer's own, outside of any graph."""
+        self.entries, self._is_in_graph, self.has_stepped = entries, False, False
+        self.decode = DecodeBuffers(entries, self.groups, self.num_heads)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        self._replace(lambda tensor: tensor.to(device))
+
+    # Reading: every group of heads over a view of its entries.
+
+    def views(self) -> list[KVBuffer]:
+        """A view of every group's entries; none before the first write."""
+        return [self._view(group, in_place=True) for group in self.groups]
+
+    def open(self, rotary: RotaryTable | None) -> list[KVBuffer]:
+        """Views to be read and written in a call; ``close`` takes them back."""
+        in_place = not torch.is_grad_enabled()
+        self._make_writable(in_place)
+        self._write_unrotated(rotary)
+        self._forget_decode()
+        return [self._view(group, in_place) for group in self.groups]
+
+    def _view(self, group: HeadGroup, in_place: bool) -> KVBuffer:
+        """With entries of (batch, kv_heads of the group, capacity, ...)."""
+        shape = (len(group.heads), group.config.capacity)
+        entries = self._held.map(lambda tensor: tensor[:, group.start : group.stop].unflatten(1, shape))
+        return KVBuffer(group, self.window, entries, in_place, self.observer)
+
+    def close(self, buffers: Sequence[KVBuffer]) -> None:
+        """Take over what a call with gradients has made of the views."""
+        if all(buffer.in_place for buffer in buffers):
+            return
+        parts = [buffer.entries.map(lambda tensor: tensor.flatten(1, 2)) for buffer in buffers]
+        if len(parts) > 1:
+            fields = zip(*(part.tensors() for part in parts), strict=True)
+            parts = [Entries(*(None if each[0] is None else torch.cat(each, dim=1) for each in fields))]  # type: ignore
+        self.entries, self.decode, self._is_in_graph = parts[0], None, True
+
+    def _forget_decode(self) -> None:
+        if self.decode is not None:
+            self.decode.is_current = False
+
+    @property
+    def _held(self) -> Entries:
+        assert self.entries is not None  # made by the first write
+        return self.entries
+
+    def _make_writable(self, in_place: bool = True) -> None:
+        """Copy the entries where a graph, or inference mode, forbids to write to them."""
+        # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
+        is_needed = in_place and self._is_in_graph
+        buffers = [self._held.values, *([] if self.decode is None else [self.decode.bias])]
+        if is_needed or any(map(is_locked, buffers)):
+            self._own(self._held.map(lambda each: each.detach().clone(memory_format=torch.contiguous_format)))
+
+    def _write_unrotated(self, rotary: RotaryTable | None) -> None:
+        """Write the un-rotated keys that steps leave to the end of their block."""
+        if self._rotated_from is None:
+            return
+        buffer = self._view(self.groups[0], in_place=True)  # there are no budgets per head with positions="slot"
+        late = slice(self._rotated_from, None)
+        keys, self._rotated_from = buffer.keys[:, :, late], None
+        if rotary is not None:
+            positions = torch.arange(self.config.capacity, device=keys.device)[None, late]
+            keys = rotary.rotate(keys, positions, inverse=True)
+        buffer.entries.keys[:, :, late] = keys
+
+    # Decoding: one token of every row, over all entries at once.
+
+    def prepare_step(
+        self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None, rotary: RotaryTable | None
+    ) -> DecodeBuffers:
+        """Close the block if it is complete; the buffers for the step of a plan, in line with all that was written."""
+        if plan_for(self.config).closes_block:
+            for buffer in self.open(rotary):
+                buffer.close_block(plan_for(buffer.config).segments[0], head, rotary)
+        self._make_writable()
+        if self.decode is None:
+            self.decode = DecodeBuffers(self._held, self.groups, self.num_heads)
+        if not self.decode.is_current:
+            plans = [plan_for(group.config) for group in self.groups]
+            self.decode.open(plans, [buffer.mass_bias(head) for buffer in self.views()])
+            if self._held.rotated is not None and self._rotated_from is None:
+                self._rotated_from = cast(AlignedSegment, plans[0].segments[0]).start
+        return self.decode
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan_for: Callable[[LoCoCoConfig], Plan],
+        head: Compressor | None,
+        rotary: RotaryTable | None,
+        scale: float,
+        attend: Callable | None = None,
+    ) -> torch.Tensor:
+        """Attention of one token of every row, which the layer holds afterwards; without gradients.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (batch, heads, 1, head_dim), rotated.
+        key, value : torch.Tensor
+            (batch, kv_heads, 1, head_dim), keys rotated.
+        plan_for : callable
+            Plan of the call, a step, for heads with a config.
+        attend : callable, optional
+            As in ``DecodeBuffers.read``.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, heads, 1, head_dim).
+        """
+        decode = self.prepare_step(plan_for, head, rotary)
+        window = self.window
+        if window is not None and max(row.seen for row in plan_for(self.config).rows) <= window:
+            window = None
+        self.has_stepped = True
+        return decode.read(query, key, value, scale, self.config.score_power == 2, window, attend)
+
+    # What Transformers asks of a cache layer.
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Nothing: the first write makes the buffers."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the new keys and values on: they are remembered by the attention, segment by segment."""
+        return key_states, value_states
+
+    def get_seq_length(self, *args) -> int:
+        """Columns read, padding included: Transformers derives positions and mask offsets from it."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length) -> tuple[int, int]:
+        """Length and offset of the mask over everything read. None is ever built from them."""
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.columns + length, 0
+
+    def get_max_length(self) -> int:
+        """-1: texts have no length limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything, keep the buffers."""
+        self.columns, self._rotated_from = 0, None
+        if self.entries is not None:
+            self._make_writable()
+            self._held.map(torch.Tensor.zero_)
+            self._forget_decode()
+
+    def detach(self) -> None:
+        """Cut the graph: back-propagation ends here, before the compression of a block that is complete."""
+        if self.entries is not None:
+            self.entries, self._is_in_graph = self.entries.map(torch.Tensor.detach), False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes row ``beam_idx[i]``."""
+        self._replace(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._replace(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows named."""
+        self._replace(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise ``ValueError``: fusing cannot be undone."""
+        raise ValueError(CROP_ERROR)
+
+    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put a function of every buffer in its place: into the same memory, where it fits and no graph needs it."""
+        if self.entries is None:
+            return
+        changed = self.entries.map(function)
+        if self._is_in_graph:
+            self.entries = changed
+            return
+        old, new = self.entries.values, changed.values
+        if old.shape != new.shape or old.device != new.device or is_locked(old):
+            self._own(changed)
+            return
+        self.entries.combine(changed, torch.Tensor.copy_)
+        self._forget_decode()
+
+
+def is_locked(tensor: torch.Tensor) -> bool:
+    """Whether it was made in inference mode and may not be written to any more."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
