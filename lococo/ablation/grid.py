@@ -121,18 +121,20 @@ def grid_cells(
         )
         return Cell(varied, combined(combination, config).with_slots(num_slots), combination, seed)
 
-    start: tuple[Any, ...] = (*centre, seeds[0])
-    cells = [cell(CENTRE, *start)]
+    start: dict[str, Any] = dict(zip(("num_slots", "kernel_size", "combination"), centre, strict=True), seed=seeds[0])
+    cells = [cell(CENTRE, **start)]
     if not cells[0].config.num_fused and (len(seeds) > 1 or kernels):
         what = "kernel_size" if kernels else "seed"
         raise ValueError(f"varying {what} changes nothing where {centre[2]!r}, the centre, fuses nothing")
-    axes: dict[str, Sequence[Any]] = dict(num_slots=slots, kernel_size=kernels, combine=combinations, seed=seeds[1:])
     if product:
-        values = [given or [central] for given, central in zip(axes.values(), centre, strict=False)]
-        cells += [cell("product", *each) for each in itertools.product(*values, seeds)]
-    else:
-        for index, (varied, given) in enumerate(axes.items()):
-            cells += [cell(varied, *start[:index], value, *start[index + 1 :]) for value in given]
+        values = itertools.product(slots or centre[:1], kernels or centre[1:2], combinations or centre[2:], seeds)
+        return _distinct([*cells, *(cell("product", *each) for each in values)])
+    axes: dict[str, Sequence[Any]] = dict(
+        num_slots=slots, kernel_size=kernels, combination=combinations, seed=seeds[1:]
+    )
+    for name, given in axes.items():
+        varied = "combine" if name == "combination" else name
+        cells += [cell(varied, **{**start, name: value}) for value in given]
     return _distinct(cells)
 
 

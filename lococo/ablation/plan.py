@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lococo.ablation.grid import grid_cells
 from lococo.ablation.run import Plan
@@ -65,10 +64,15 @@ def plan_ablation(
     """
     _check_apart(data or (), dataset or ())
     base, recipe = default_recipe(1, block_size)
-    varied: dict[str, Any] = dict(
-        slots=num_slots, kernels=kernel_size, combinations=combine, seeds=list(dict.fromkeys(seeds))
+    cells = grid_cells(
+        base,
+        centre,
+        slots=num_slots,
+        kernels=kernel_size,
+        combinations=combine,
+        seeds=list(dict.fromkeys(seeds)),
+        product=product,
     )
-    cells = grid_cells(base, centre, **varied, product=product)
     if len(cells) < 2:
         raise ValueError("nothing is varied: give values for --num-slots, --kernel-size, --combine or --seeds")
     if missing := [name for name in NEEDED if name not in methods]:
