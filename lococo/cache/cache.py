@@ -105,7 +105,7 @@ class LoCoCoCache(Cache):
                 f"{name} is of another model: it has {_fields(mine, wrong)}, this model {_fields(shape, wrong)}"
             )
 
-    def to(self, device: torch.device | str) -> LoCoCoCache:
+    def to(self, device: torch.device | str | None) -> LoCoCoCache:
         """Move everything to a device, in place. A layer fetches what is elsewhere when it reads."""
         for layer in self.layers:
             layer.to(device)

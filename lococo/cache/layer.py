@@ -164,9 +164,9 @@ class LayerCache(CacheLayerMixin):
     def _hold(self, entries: Entries, is_shared: bool) -> None:
         self.entries, self._views, self.decode, self._is_shared = entries, [], None, is_shared
 
-    def to(self, device: torch.device | str) -> None:
-        """Move everything to a device."""
-        if self.entries is not None and self.entries.values.device != torch.device(device):
+    def to(self, device: torch.device | str | None) -> None:
+        """Move everything to a device; None: it stays where it is, as a tensor would."""
+        if self.entries is not None and device is not None and self.entries.values.device != torch.device(device):
             self._replace(lambda tensor: tensor.to(device))
 
     # Reading: every group of heads over a view of its entries.

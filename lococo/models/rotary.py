@@ -28,8 +28,8 @@ class RotaryTable:
         cos, sin = family.rotary(layer, exact, torch.arange(capacity)[None])
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.
         scaling = cos[:, :1, :1]
-        # (1, capacity, rotary_dim or half of it), float32; the embedding may be on another device than the layer.
-        self.cos, self.sin = (cos / scaling).to(device), (sin / scaling).to(device)
+        # (1, capacity, rotary_dim or half of it), float32, by device: layers may be moved once the model is patched.
+        self._tables = {cos.device: (cos / scaling, sin / scaling)}
         self._apply = family.apply_rotary(layer)
         # A family that rotates in a way of its own fails here, not in the middle of a text.
         self.rotate(
@@ -47,13 +47,17 @@ class RotaryTable:
         positions : torch.Tensor
             (1 or batch, tokens).
         """
-        if self.cos.device != keys.device:  # the model has been moved
-            self.cos, self.sin = self.cos.to(keys.device), self.sin.to(keys.device)
-        cos, sin = self.cos[0, positions], self.sin[0, positions]
+        cos, sin = (table[0, positions] for table in self._on(keys.device))
         # In float32, and with one head in the place of the query that the function also wants.
         exact = keys.float()
         _, rotated = self._apply(exact[:, :1], exact, cos, -sin if inverse else sin)
         return rotated.to(keys.dtype)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self._tables:
+            cos, sin = next(iter(self._tables.values()))
+            self._tables[device] = cos.to(device), sin.to(device)
+        return self._tables[device]
 
 
 def rotary_tables(family: Family, config: LoCoCoConfig) -> dict[int, RotaryTable | None]:
