@@ -12,9 +12,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from lococo.compression.base import get_compressor
-from lococo.compression.scores import get_score
 from lococo.files import write_whole
+from lococo.registry import COMPRESSORS, SCORES
 
 CONFIG_NAME = "lococo_config.json"
 
@@ -114,18 +113,15 @@ class LoCoCoConfig:
         self._fill_budget()
         if not isinstance(self.mass_bias, bool):
             raise ValueError(f"mass_bias must be True or False, got {self.mass_bias!r}")
-        for name in ("score", "compressor"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
         for name, allowed in (
             ("normalization", NORMALIZATIONS),
             ("residual", RESIDUALS),
             ("positions", POSITIONS),
+            ("score", tuple(SCORES)),
+            ("compressor", tuple(COMPRESSORS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        get_score(self.score)
-        get_compressor(self.compressor)
         if not _is_number(self.gate_init) or not 0.0 <= self.gate_init <= 1.0:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init!r}")
         if self.init_std is not None and not (_is_number(self.init_std) and 0 < self.init_std < math.inf):
@@ -186,17 +182,17 @@ class LoCoCoConfig:
     @property
     def score_delay(self) -> int:
         """Entries that must lie between a token and a query whose attention counts for its score."""
-        return get_score(self.score).delay(self)
+        return SCORES[self.score]().delay(self)
 
     @property
     def score_fade(self) -> float:
         """Factor by which summed attention fades per token read; 1: not at all, 0: only the current block counts."""
-        return get_score(self.score).fade(self)
+        return SCORES[self.score]().fade(self)
 
     @property
     def score_power(self) -> int:
         """Power of the attention that is summed for scores."""
-        return get_score(self.score).power
+        return SCORES[self.score]().power
 
     def with_slots(self, num_slots: int) -> LoCoCoConfig:
         """The same method for heads with another number of slots, shared out in the same proportions."""
