@@ -20,11 +20,11 @@ from torch import nn
 
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.files import check_replaceable, replace_folder, write_files
+from lococo.hub import HUB_ID
 from lococo.models import base_config, base_shape
 from lococo.state import Patch, find_patch
 from lococo.version import __version__
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 HEADS_NAME = "lococo_heads.safetensors"
 CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
