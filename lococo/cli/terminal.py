@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -75,6 +73,8 @@ def print_written(output: Path) -> None:
 
 def print_progress(row: Mapping[str, Any]) -> None:
     """What a calibration has just measured: the gap ratio, and now and then the loss on its way."""
+    from tqdm import tqdm
+
     if "gap_ratio" in row:
         place = f"step {row['step']}" if row["step"] else "before training"
         tqdm.write(f"{place}: gap ratio {ratio_text(row['gap_ratio'])}, held-out loss {row['heldout_nll']:.4f}")
