@@ -136,6 +136,10 @@ class Recipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.objective, Objective | None):
+            raise TypeError(f"objective must be Distill(...), NextToken(...) or None, got {self.objective!r}")
+        if not isinstance(self.local, LocalConfig | None):
+            raise TypeError(f"local must be a LocalConfig or None, got {self.local!r}")
         check_ranges(self, {"budget_texts": 0, "local_texts": 1, "steps": 0, "measure_every": 1}, ())
         if self.objective is not None and self.steps == 0:
             raise ValueError("steps must be at least 1 with an objective; for none pass objective=None")

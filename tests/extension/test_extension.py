@@ -349,6 +349,40 @@ def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
         lococo.extend_context(tiny_llama(), tokenizer, text, output=tmp_path / "out", method="full", heads="somewhere")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(model="org/model"), TypeError, r"AutoModelForCausalLM.from_pretrained\('org/model'\)"),
+        (dict(tokenizer=None), TypeError, "tokenizer must be a Transformers tokenizer, got None"),
+        (dict(dataset=3), TypeError, "dataset must be a Hub id, .* got 3"),
+        (dict(dataset=""), ValueError, "the name of a source of text is empty"),
+        (dict(output=""), ValueError, "output is empty"),
+        (dict(merge_into=""), ValueError, "merge_into is empty"),
+        (dict(nope=3), TypeError, "lococo.extend_context has no option nope; there are alpha, .* rope_type"),
+        (dict(num_heldout=3), TypeError, "lococo.extend_context has no option num_heldout: it measures on no text"),
+        (dict(num_slots="16"), ValueError, "num_slots must be an integer of at least 1, got '16'"),
+        (dict(method=["full"]), ValueError, "method must be one of"),
+        (dict(length=0), ValueError, "length must be a whole number of at least 2, got 0"),
+        (dict(steps=1.5), ValueError, "steps must be a whole number, got 1.5"),
+        (dict(rank="8"), ValueError, "rank must be a whole number, got '8'"),
+        (dict(factor="8"), ValueError, "factor must be at least 1 .* got '8'"),
+        (dict(config="h2o"), TypeError, "config must be a LoCoCoConfig, got 'h2o'"),
+        (dict(shard="no"), TypeError, "shard must be True or False, got 'no'"),
+        (dict(training_arguments={"nope": 1}), ValueError, "transformers.TrainingArguments has no nope"),
+        (dict(training_arguments={"learning_rate": 1}), ValueError, "must leave out learning_rate"),
+        (dict(training_arguments={"push_to_hub": True}), ValueError, "not supported by ExtensionTrainer"),
+        (dict(training_arguments={"lr_scheduler_type": "sideways"}), ValueError, "sideways"),
+    ],
+)
+def test_bad_arguments_of_the_function_leave_nothing(options, error, message, tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("lococo.extension.extend.prepare", lambda *arguments: pytest.fail("data were read"))
+    places = dict(output=tmp_path / "run" / "out", cache_dir=tmp_path / "run")
+    given = dict(model=tiny_llama(), tokenizer=tokenizer, dataset=text, num_slots=16, length=32, **places)
+    with pytest.raises(error, match=message):
+        lococo.extend_context(**{**given, **options})
+    assert not (tmp_path / "run").exists()
+
+
 # The command
 
 
@@ -401,6 +435,8 @@ def test_command_stops_in_time_and_goes_on(checkpoint, text, tmp_path, capsys):
         (["--deepspeed", "nowhere.json"], "no such DeepSpeed config file"),
         (["--length", "100"], "not one training window of 100 tokens"),
         (["--original-length", "-3"], "original_length must be a whole number of at least 1"),
+        (["--original-length", "0"], "original_length must be a whole number of at least 1"),
+        (["--depth", "-1"], "Invalid value for '--depth'"),
     ],
 )
 def test_command_refuses_bad_input(words, message, checkpoint, text, tmp_path, capsys):
