@@ -305,6 +305,8 @@ class ExtensionRun(TrainingRun):
     def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model whose positions cannot be stretched, too, or that adapters find no place in."""
         super().check_model(model, tokenizer)
+        if hasattr(model, "peft_config"):
+            raise ValueError("the model has adapters already: merge them first (model.merge_and_unload())")
         with restored(model):
             if self.recipe.extension.rope_scaling:
                 scale_positions(model, self.recipe.extension.rope_scaling)

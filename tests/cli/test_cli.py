@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     [
         ("tokenizer.json", None, "tokenizer"),
         ("tokenizer_config.json", b"{", "tokenizer"),
-        ("config.json", b'{"model_type": "no such"}', "tokenizer"),
+        ("config.json", b'{"model_type": "no such"}', "(tokenizer|model)"),  # whichever asks for it first
         ("model.safetensors", None, "model"),
         ("model.safetensors", b"torn", "model"),
     ],
@@ -127,7 +128,7 @@ def test_what_is_missing_of_a_model_is_said_in_a_line_with_its_folder(
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert main(["generate", "--model", str(folder), "--prompt", "w1 w2"]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "lococo" in line or "okenizer" in line]
-    assert said[-1].startswith(f"lococo: error: {folder}: no {what} could be loaded from this folder: ")
+    assert re.match(f"lococo: error: {folder}: no {what} could be loaded from this folder: ", said[-1])
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt-file"], ["inspect", "--data"]])

@@ -288,6 +288,23 @@ def test_models_that_are_changed_already_are_refused(folder):
         lococo.merge_extended(model, folder)
 
 
+def test_no_name_is_not_this_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    model = lococo.load_extended(tiny_llama(), ".")
+    for call in (lambda: lococo.load_extended(tiny_llama(), ""), lambda: lococo.merge_extended(model, "")):
+        with pytest.raises(ValueError, match="folder is empty; write '.' for the working directory"):
+            call()
+    with pytest.raises(NotADirectoryError, match=r"extension.json/a cannot be written: .* is a file"):
+        lococo.merge_extended(model, "extension.json/a")
+
+
+def test_a_model_with_adapters_is_not_extended(folder, tokenizer, text, tmp_path):
+    model = lococo.load_extended(tiny_llama(), folder)
+    model = lococo.unpatch_model(model) if lococo.is_patched(model) else model
+    with pytest.raises(ValueError, match="the model has adapters already: merge them first"):
+        lococo.extend_context(model, tokenizer, text, output=tmp_path / "out", original_length=16)
+
+
 def test_outputs_that_hold_something_else_are_refused(tokenizer, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
