@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
+import numbers
 import os
 import warnings
 from pathlib import Path
@@ -110,6 +112,11 @@ class LoCoCoConfig:
                 f"decode_block_size must not exceed block_size={self.block_size}, got {self.decode_block_size}"
             )
         self._fill_budget()
+        if not isinstance(self.mass_bias, bool):
+            raise ValueError(f"mass_bias must be True or False, got {self.mass_bias!r}")
+        for name in ("score", "compressor"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
         for name, allowed in (
             ("normalization", NORMALIZATIONS),
             ("residual", RESIDUALS),
@@ -119,17 +126,22 @@ class LoCoCoConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         get_score(self.score)
         get_compressor(self.compressor)
-        if not 0.0 <= self.gate_init <= 1.0:
-            raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
-        if self.init_std is not None and not self.init_std > 0:
-            raise ValueError(f"init_std must be positive, got {self.init_std}")
+        if not _is_number(self.gate_init) or not 0.0 <= self.gate_init <= 1.0:
+            raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init!r}")
+        if self.init_std is not None and not (_is_number(self.init_std) and 0 < self.init_std < math.inf):
+            raise ValueError(f"init_std must be positive and finite, got {self.init_std!r}")
         if self.slots_per_head is not None:
             self._check_slots_per_head()
 
     def _check_slots_per_head(self) -> None:
         if self.positions == "slot":
             raise ValueError("slots_per_head needs positions='absolute': places in the cache differ from head to head")
-        layers = tuple(tuple(layer) for layer in self.slots_per_head or ())
+        try:
+            layers = tuple(tuple(layer) for layer in self.slots_per_head or ())
+        except TypeError:
+            raise ValueError(
+                f"slots_per_head must give the slots of every KV head, layer by layer, got {self.slots_per_head!r}"
+            ) from None
         object.__setattr__(self, "slots_per_head", layers)  # JSON has lists only
         counts = [slots for layer in layers for slots in layer]
         if not counts or not all(layers):
@@ -146,19 +158,20 @@ class LoCoCoConfig:
 
     def _fill_budget(self) -> None:
         slots = self.num_slots
+        for name in ("num_sinks", "num_heavy", "num_recent"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least=0)
+        # What is derived from the others must not hide which of them is too large.
+        _check_budget(slots, num_sinks=self.num_sinks, num_heavy=self.num_heavy, num_recent=self.num_recent)
         sinks = min(4, slots) if self.num_sinks is None else self.num_sinks
         recent = min(slots * 5 // 16, slots - sinks) if self.num_recent is None else self.num_recent
         heavy = self.num_heavy
         if heavy is None:
             heavy = max(0, slots - sinks - recent - min(slots * 3 // 8, slots - sinks - recent))
-        for name, value in (("num_sinks", sinks), ("num_heavy", heavy), ("num_recent", recent)):
-            check_count(name, value, least=0)
+        budget = dict(num_sinks=sinks, num_heavy=heavy, num_recent=recent)
+        _check_budget(slots, **budget)
+        for name, value in budget.items():
             object.__setattr__(self, name, value)
-        if sinks + heavy + recent > slots:
-            raise ValueError(
-                f"the budget does not add up: num_sinks={sinks} + num_heavy={heavy} + num_recent={recent} = "
-                f"{sinks + heavy + recent} must not exceed num_slots={slots}"
-            )
 
     @property
     def num_fused(self) -> int:
@@ -209,6 +222,7 @@ class LoCoCoConfig:
     @classmethod
     def reference(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
         """The authors' released code: half heavy hitters of the last block, half fused on a residual, softmax."""
+        check_count("num_slots", num_slots, least=1)
         preset = dict(
             num_sinks=0,
             num_heavy=num_slots // 2,
@@ -225,13 +239,17 @@ class LoCoCoConfig:
     @classmethod
     def h2o(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
         """H2O (Zhang et al. 2023): half heavy hitters by accumulated attention, half recents."""
+        check_count("num_slots", num_slots, least=1)
         preset = dict(num_sinks=0, num_heavy=num_slots // 2, num_recent=num_slots - num_slots // 2, score="sum")
         return cls(num_slots, **{**preset, **overrides})
 
     @classmethod
     def streaming_llm(cls, num_slots: int = 512, **overrides: Any) -> LoCoCoConfig:
         """StreamingLLM (Xiao et al. 2023): 4 sinks, recents in the rest, positions inside the cache."""
+        check_count("num_slots", num_slots, least=1)
         sinks = overrides.pop("num_sinks", min(4, num_slots))
+        check_count("num_sinks", sinks, least=0)
+        _check_budget(num_slots, num_sinks=sinks)
         preset = dict(num_sinks=sinks, num_heavy=0, num_recent=num_slots - sinks, positions="slot")
         return cls(num_slots, **{**preset, **overrides})
 
@@ -276,6 +294,18 @@ class LoCoCoConfig:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a LoCoCo config: {error!r}") from error
         return cls.from_dict(values)
+
+
+def _check_budget(num_slots: int, **counts: int | None) -> None:
+    given = {name: count for name, count in counts.items() if count is not None}
+    if sum(given.values()) > num_slots:
+        parts = " + ".join(f"{name}={count}" for name, count in given.items())
+        total = f" = {sum(given.values())}" if len(given) > 1 else ""
+        raise ValueError(f"the budget does not add up: {parts}{total} must not exceed num_slots={num_slots}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @functools.lru_cache(maxsize=4096)

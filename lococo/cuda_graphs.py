@@ -268,12 +268,14 @@ def _can_replay(patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: d
         return False
     wanted = {name for name, value in arguments.items() if value is not None and value is not False}
     seen = max(row.seen for row in cache.rows)
+    positions = arguments.get("position_ids")
     return (
         wanted <= ARGUMENTS
         and cache.num_steps >= STEPS_BEFORE_RECORDING
         and not cache.is_reading
         and cache.config == patch.config
         and cache.batch_size == input_ids.shape[0]
+        and (positions is None or positions.shape in ((1, 1), input_ids.shape))
         and (cache not in _graphs or _graphs[cache] is not None)
         and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
         and not patch.is_suspended

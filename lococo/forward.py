@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lococo import whole_text
 from lococo.attention import lococo_attention
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.plan import RowState, plan_call
@@ -20,8 +21,11 @@ from lococo.inputs import (
     check_arguments,
     check_cache,
     check_configs,
+    check_marks,
     check_not_empty,
     check_positions,
+    check_shapes,
+    length_after,
     padded_columns,
     padding_of,
 )
@@ -75,24 +79,10 @@ def before_forward(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
         if tokens is None:
             return (), kwargs  # the model's own error says what is missing
         check_not_empty(tokens)
-        context = _whole_context(patch, request, kwargs, tokens, keep)
+        with whole_text.forgotten_on_failure(patch):
+            context = _context(patch, request, kwargs, tokens, keep)
     patch.open(context)
     return (), patch.family.arguments(kwargs, functools.partial(lococo_attention, lococo=context))
-
-
-def _whole_context(
-    patch: Patch, request: ForwardRequest, kwargs: dict[str, Any], tokens: torch.Tensor, keep: int | None
-) -> ForwardContext:
-    """``_context``, and the end of the text that begins with it, whether or not it fails."""
-    was_in_pieces = patch.thread.last_position is not None
-    try:
-        context = _context(patch, request, kwargs, tokens, keep)
-    except BaseException:
-        if not was_in_pieces:
-            patch.thread.last_position = None
-        raise
-    context.ends_text = patch.thread.last_position is not None and not was_in_pieces
-    return context
 
 
 def _context(
@@ -103,13 +93,17 @@ def _context(
     cache = cache_for(patch, kwargs) if request.cache is None else request.cache
     if cache is not None:
         check_cache(cache, tokens.shape[0])
-    earlier: list[torch.Tensor] = []
-    is_whole = not request.is_chunk
-    chunk = chunk_for(patch, kwargs, tokens) if is_whole else None
-    if chunk is not None and chunk < tokens.shape[1]:
-        cache = patch.new_cache() if cache is None else cache
-        earlier, tokens = read_but_last_chunk(patch, cache, kwargs, tokens, chunk, keep)
     batch, num_tokens = tokens.shape[:2]
+    check_shapes(kwargs, batch, num_tokens, seen=0 if cache is None else cache.seen_tokens)
+    earlier: list[torch.Tensor] = []
+    is_whole, ends_text = not request.is_chunk, False
+    chunk = chunk_for(patch, kwargs, tokens) if is_whole else None
+    if chunk is not None and chunk < num_tokens:
+        cache = patch.new_cache() if cache is None else cache
+        length = _check_whole(patch, cache, kwargs.get("attention_mask"), num_tokens)
+        ends_text = whole_text.note_last_position(patch, kwargs.get("position_ids"), length)
+        earlier, tokens = read_but_last_chunk(patch, cache, kwargs, tokens, chunk, keep)
+        num_tokens = tokens.shape[1]
     mask, is_step = kwargs.get("attention_mask"), is_whole and not earlier
     real = padded_columns(mask, batch, num_tokens, cache, is_step=is_step)
     rows = (RowState(),) if cache is None else cache.rows
@@ -131,7 +125,18 @@ def _context(
         patch.attention,
         earlier,
         hands_out=request.cache is None and kwargs.get("use_cache") is not False,
+        ends_text=ends_text,
     )
+
+
+def _check_whole(patch: Patch, cache: LoCoCoCache, mask: torch.Tensor | None, num_tokens: int) -> int:
+    """Refuse what the last chunk would be refused for, before the first one is read; the text's length after it."""
+    if mask is not None:
+        check_marks(mask[:, -num_tokens:])
+    length = length_after(cache.rows, mask, num_tokens)
+    if patch.config.positions == "absolute":
+        check_positions(patch.family, length)
+    return length
 
 
 def _say_positions_are_ours(patch: Patch, given: torch.Tensor | None, real: Sequence[Sequence[bool]] | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,7 +20,8 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous
 def add_generate_hooks(patch: Patch, model: PreTrainedModel) -> None:
     """Let ``generate`` of the decoder, or of a model around it, decode with slots, and refuse what cannot."""
     if hasattr(model, "_get_candidate_generator"):
-        patch.changes.set(model, "_get_candidate_generator", refuse_assisted_decoding)
+        stand_in = functools.partial(refuse_assisted_decoding, patch, model)
+        patch.changes.set(model, "_get_candidate_generator", stand_in)
     for name in CONTINUOUS_BATCHING:
         if hasattr(model, name):
             stand_in = functools.partial(refuse_continuous_batching, patch, model, name)
@@ -28,13 +29,14 @@ def add_generate_hooks(patch: Patch, model: PreTrainedModel) -> None:
     if patch.family.takes_cache and hasattr(model, "generate"):
         patch.changes.set(model, "__call__", functools.partial(call_model, patch, model))
         patch.changes.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, patch, model))
-        patch.changes.set(model, "_prepare_model_inputs", functools.partial(prepare_inputs, model))
+        patch.changes.set(model, "_prepare_model_inputs", functools.partial(prepare_inputs, patch, model))
 
 
-def prepare_inputs(model: Any, *args, **kwargs) -> Any:
+def prepare_inputs(patch: Patch, model: Any, *args, **kwargs) -> Any:
     """Stand in for the method by which ``generate`` finds its prompt, to refuse an empty one by name."""
     result = type(model)._prepare_model_inputs(model, *args, **kwargs)
-    check_not_empty(result[0])
+    if not patch.is_suspended:
+        check_not_empty(result[0])
     return result
 
 
@@ -67,6 +69,14 @@ def refuse_continuous_batching(patch: Patch, model: Any, name: str, *args, **kwa
     raise ValueError(f"{name} keeps pages of a full cache, a patched model its slots: use lococo.unpatch_model(model)")
 
 
-def refuse_assisted_decoding(*args, **kwargs) -> NoReturn:
-    """Stand in for the method that ``generate`` begins assisted and prompt-lookup decoding with."""
+def refuse_assisted_decoding(patch: Patch, model: Any, *args, **kwargs) -> Any:
+    """Stand in for the method that ``generate`` begins assisted and prompt-lookup decoding with.
+
+    Raises
+    ------
+    ValueError
+        If the patch is not suspended.
+    """
+    if patch.is_suspended:
+        return type(model)._get_candidate_generator(model, *args, **kwargs)
     raise ValueError(CROP_ERROR)

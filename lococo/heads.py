@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from lococo.card import model_card
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.files import check_replaceable, replace_folder, write_files
 from lococo.hub import HUB_ID
 from lococo.models import base_config, base_shape
-from lococo.state import Patch, find_patch
+from lococo.state import Patch, patch_of
 from lococo.version import __version__
 
 HEADS_NAME = "lococo_heads.safetensors"
@@ -30,6 +31,10 @@ CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
 ATTACHMENTS = ("calibration.json", "calibration.png")
 FORMAT_VERSION = 1
+NO_HEADS = (
+    "it has no heads; call lococo.patch_model(model) first, or lococo.patch_model(model, heads=...) to patch and load "
+    "at once"
+)
 HEAD_FIELDS = ("compressor", "num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
 
 
@@ -131,7 +136,7 @@ def load_heads(
     OSError
         If there is no such folder, or the Hub could not deliver it.
     """
-    patch = _patch_of(model)
+    patch = patch_of(model, NO_HEADS)
     parameters = _head_parameters(patch)
     folder = _local_folder(folder_or_id, revision, token)
     _check_config(LoCoCoConfig.from_pretrained(folder), patch.config, folder)
@@ -192,7 +197,7 @@ def push_heads(
     repo_id : str
         ``"org/name"``; the repository is made if missing.
     private : bool, optional
-        LogitBias of a new repository. None: the organisation's default.
+        Visibility of a new repository. None: the organisation's default.
     token : str or bool, optional
         Hub access token with the right to write.
     commit_message : str
@@ -210,7 +215,7 @@ def push_heads(
     ValueError
         If ``repo_id`` is not of the form ``"org/name"``, or for the reasons of `save_heads`.
     """
-    if not HUB_ID.fullmatch(repo_id):
+    if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
         raise ValueError(f"repo_id must have the form 'org/name', got {repo_id!r}")
     from huggingface_hub import HfApi
 
@@ -221,17 +226,6 @@ def push_heads(
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
     return str(repository)
-
-
-def _patch_of(model: nn.Module) -> Patch:
-    """The handle of a model whose heads are asked for."""
-    patch = find_patch(model)
-    if patch is None:
-        raise ValueError(
-            f"{type(model).__name__} is not patched, so it has no heads; "
-            "call lococo.patch_model(model) first, or lococo.patch_model(model, heads=...) to patch and load at once"
-        )
-    return patch
 
 
 def _head_parameters(patch: Patch) -> dict[str, nn.Parameter]:
@@ -260,9 +254,9 @@ def _heads_files(
     dtype: torch.dtype | None = None,
 ) -> dict[str, bytes]:
     """Contents of a heads folder by file name; ``source`` is where its card says the heads are."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
-    patch = _patch_of(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype!r}")
+    patch = patch_of(model, NO_HEADS)
     tensors = {
         name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
         for name, parameter in _head_parameters(patch).items()
@@ -320,6 +314,8 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
 
 def _local_folder(folder_or_id: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
     """The folder itself, or a download of the heads files of a Hub repository."""
+    if not isinstance(folder_or_id, (str, os.PathLike)):
+        raise TypeError(f"heads must be a folder or a Hub id, got {folder_or_id!r}")
     if os.path.isdir(folder_or_id):
         return Path(folder_or_id)
     name = os.fspath(folder_or_id)
@@ -382,44 +378,3 @@ def _check_tensors(tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Pa
                 f"but shape {tuple(parameter.shape)} in the model"
             )
         _check_finite(name, tensors[name].to(parameter.dtype))
-
-
-def model_card(content: dict[str, Any], source: str) -> str:
-    """README.md of a heads folder: ``content`` is its JSON, ``source`` where the card says the heads are."""
-    name = content["base_model"]["name_or_path"]
-    base = name or content["base_model"]["model_type"]
-    slots = content["config"]["num_slots"]
-    average = " on average" if content["config"].get("slots_per_head") else ""
-    # The Hub takes nothing but an id here.
-    base_model = f'base_model: "{name}"\n' if HUB_ID.fullmatch(name) else ""
-    card = f"""---
-library_name: lococo
-{base_model}tags:
-- lococo
-- kv-cache-compression
----
-
-# LoCoCo heads for {base}
-
-Trained heads that keep the key-value cache of {base} at {slots} slots per layer and KV head{average}, whatever the
-length of the text. The base model itself is unchanged and not in this folder.
-
-```python
-import lococo
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
-lococo.patch_model(model, heads={json.dumps(source)})
-```
-
-## Config
-
-{_table("field", content["config"])}"""
-    if content["metrics"]:
-        card += f"\n## Metrics\n\n{_table('metric', content['metrics'])}"
-    return card
-
-
-def _table(header: str, values: dict[str, Any]) -> str:
-    rows = [(header, "value"), ("---", "---"), *((name, json.dumps(value)) for name, value in values.items())]
-    return "".join("| {} | {} |\n".format(*(str(cell).replace("|", r"\|") for cell in row)) for row in rows)

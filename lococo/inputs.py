@@ -35,7 +35,7 @@ def padding_of(mask: Any) -> Any:
 
 
 def check_arguments(decoder: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse attention matrices, masks that are not (batch, tokens) and packed sequences.
+    """Refuse attention matrices, masks and positions that are not (batch, tokens) and packed sequences.
 
     Raises
     ------
@@ -46,21 +46,57 @@ def check_arguments(decoder: Any, kwargs: dict[str, Any]) -> None:
         kwargs.get("output_attentions") is None and getattr(decoder.config, "output_attentions", False)
     ):
         raise ValueError("output_attentions=True: a patched model never makes attention matrices; unpatch it for them")
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not isinstance(mask, torch.Tensor):
-        raise ValueError(f"attention_mask must be a 2-D tensor (batch, tokens), got a {type(mask).__name__}")
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    for name, given in (("attention_mask", mask), ("position_ids", position_ids)):
+        if given is not None and not isinstance(given, torch.Tensor):
+            raise ValueError(f"{name} must be a 2-D tensor (batch, tokens), got a {type(given).__name__}")
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             "attention_mask must be 2-D (batch, tokens) with 1 for tokens and 0 for padding, got shape "
             f"{tuple(mask.shape)}"
         )
-    position_ids, past = kwargs.get("position_ids"), kwargs.get(cache_argument(decoder))
     if position_ids is not None and position_ids.dim() != 2:
         raise ValueError(f"position_ids must be 2-D (batch, tokens), got shape {tuple(position_ids.shape)}")
-    if position_ids is not None and mask is None and past is None and (position_ids.diff(dim=-1) != 1).any():
+    is_first = mask is None and kwargs.get(cache_argument(decoder)) is None
+    if position_ids is not None and is_first and (position_ids.diff(dim=-1) != 1).any():
         raise ValueError(
             "position_ids that start again inside a row (packed sequences) are not supported: give each text a row "
             "and pad it with an attention_mask"
+        )
+
+
+def check_shapes(kwargs: dict[str, Any], batch: int, num_tokens: int, seen: int) -> None:
+    """Refuse a mask or positions of other tokens than a call's.
+
+    Parameters
+    ----------
+    batch, num_tokens : int
+        Rows and columns that are to be read.
+    seen : int
+        Columns already read, which a mask may have in front.
+
+    Raises
+    ------
+    ValueError
+        Names the argument, its shape and the one expected.
+    """
+    if kwargs.get("attention_mask") is not None:
+        _check_mask_shape(kwargs["attention_mask"], batch, num_tokens, seen)
+    positions, places = kwargs.get("position_ids"), kwargs.get("cache_position")
+    if positions is not None and positions.shape not in ((1, num_tokens), (batch, num_tokens)):
+        raise ValueError(
+            f"position_ids has shape {tuple(positions.shape)}, expected ({batch}, {num_tokens}): one for every token "
+            "of this call"
+        )
+    if places is not None and places.shape[-1] != num_tokens:
+        raise ValueError(f"cache_position has shape {tuple(places.shape)}, expected ({num_tokens},)")
+
+
+def _check_mask_shape(mask: torch.Tensor, batch: int, num_tokens: int, seen: int) -> None:
+    if mask.shape not in ((batch, num_tokens), (batch, seen + num_tokens)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {seen + num_tokens}): "
+            f"{seen} columns already read and {num_tokens} new ones"
         )
 
 
@@ -186,11 +222,7 @@ def padded_columns(
     if mask is None:
         return None
     seen = 0 if cache is None else cache.seen_tokens
-    if mask.shape[0] != batch or mask.shape[1] not in (num_tokens, seen + num_tokens):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, {seen + num_tokens}): "
-            f"{seen} columns already read and {num_tokens} new ones"
-        )
+    _check_mask_shape(mask, batch, num_tokens, seen)
     real = mask[:, -num_tokens:].bool()
     if is_step and num_tokens == 1 and seen and real.is_cuda and cache is not None and not cache.ends_in_padding:
         # Decoding must not wait for the GPU; padding here would start in the middle of a text.
@@ -198,7 +230,7 @@ def padded_columns(
         return None
     has_padding = not bool(real.all())
     if has_padding or mask.dtype != torch.bool:
-        _refuse_other_marks(mask[:, -num_tokens:])
+        check_marks(mask[:, -num_tokens:])
     if cache is not None and seen and mask.shape[1] > num_tokens:
         _refuse_another_past(mask[:, :seen], cache.rows)
     if cache is not None:
@@ -206,14 +238,26 @@ def padded_columns(
     return real.tolist() if has_padding else None
 
 
-def _refuse_other_marks(mask: torch.Tensor) -> None:
-    """Refuse masks that number the texts of packed rows, or are to be added to logits."""
+def check_marks(mask: torch.Tensor) -> None:
+    """Refuse masks that number the texts of packed rows, or are to be added to logits.
+
+    Raises
+    ------
+    ValueError
+        Gives the first value that is neither 0 nor 1.
+    """
     strange = mask[(mask != 0) & (mask != 1)]
     if strange.numel():
         raise ValueError(
             f"attention_mask must be 1 for tokens and 0 for padding, got {strange[0].item()}: rows of several texts "
             "(packed sequences) and masks that are added to logits are not supported"
         )
+
+
+def length_after(rows: Sequence[RowState], mask: torch.Tensor | None, num_tokens: int) -> int:
+    """Tokens of the longest row when a call has been read, padding not counted."""
+    counts = num_tokens if mask is None else mask[:, -num_tokens:].sum(dim=-1).cpu()
+    return int((torch.tensor([row.seen for row in rows]) + counts).amax())
 
 
 def _refuse_another_past(mask: torch.Tensor, rows: Sequence[RowState]) -> None:

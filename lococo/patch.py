@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -60,16 +61,20 @@ def patch_model(
 
     Raises
     ------
+    TypeError
+        If the model, the config or the heads are of another type.
     ValueError
         If the model is already patched, of an unsupported kind or wrapped for distributed training, if the heads do
         not fit it, or an option has no such value. The model is then as it was.
     """
+    _check_config(config)
     if is_patched(model):
         raise ValueError(
             f"{type(model).__name__} is already patched (num_slots={patch_of(model).config.num_slots}); call "
             "lococo.unpatch_model first"
         )
-    ATTENTIONS[attention]  # says what there is, if it is none
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
     if prefill_chunk_size is not None:
         check_count("prefill_chunk_size", prefill_chunk_size, least=1)
     if config is None and heads is not None:
@@ -91,6 +96,13 @@ def patch_model(
         patch.undo()
         raise
     return model
+
+
+def _check_config(config: Any) -> None:
+    if config is None or isinstance(config, LoCoCoConfig):
+        return
+    remedy = f"; heads are given by name, heads={config!r}" if isinstance(config, (str, os.PathLike)) else ""
+    raise TypeError(f"config must be a LoCoCoConfig, got {config!r}{remedy}")
 
 
 def _check_slots_per_head(config: LoCoCoConfig, shape: dict[str, int]) -> None:
@@ -161,20 +173,25 @@ def patched(
     attention: str = "auto",
     prefill_chunk_size: int | None = None,
 ) -> Iterator[nn.Module]:
-    """A patched model inside a ``with`` block. Arguments as in ``patch_model``."""
+    """A patched model inside a ``with`` block. Arguments as in ``patch_model``.
+
+    A patch that was put in the place of this one inside the block stays.
+    """
     patch_model(model, config, heads=heads, attention=attention, prefill_chunk_size=prefill_chunk_size)
+    patch = patch_of(model)
     try:
         yield model
     finally:
-        if is_patched(model):  # not taken out inside the block
-            unpatch_model(model)
+        if patch.is_in_force:
+            patch.undo()
 
 
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[nn.Module]:
     """The same patched model with its full cache inside a ``with`` block, bit for bit that of the unpatched model.
 
-    Heads stay where they are. Caches from inside the block are not for outside of it, nor the other way round.
+    It holds for all threads that read with the model. Heads stay where they are. Caches from inside the block are not
+    for outside of it, nor the other way round.
 
     Raises
     ------
@@ -188,6 +205,6 @@ def suspended(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        if vars(patch.decoder).get(PATCH) is patch:  # not taken out inside the block
+        if patch.is_in_force:
             patch.is_suspended = was_suspended
             patch.changes.show_configs(through_views=not was_suspended)

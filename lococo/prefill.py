@@ -22,6 +22,9 @@ PER_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "cache_posi
 
 def chunk_for(patch: Patch, kwargs: dict[str, Any], tokens: torch.Tensor) -> int | None:
     """Tokens of a row to read at once, by the decoder's arguments; None: all."""
+    size = patch.prefill_chunk_size
+    if tokens.shape[1] <= (size or patch.config.block_size):  # a step of decoding, for one
+        return None
     # Outputs of every layer, hidden states or a router's logits, are wanted of the whole text.
     config = patch.decoder.config
     outputs = {name for name in (*vars(config), *kwargs) if name.startswith("output_")}
@@ -29,9 +32,7 @@ def chunk_for(patch: Patch, kwargs: dict[str, Any], tokens: torch.Tensor) -> int
     wanted = {name: getattr(config, name, False) if value is None else value for name, value in wanted.items()}
     if torch.is_grad_enabled() or any(wanted.values()):
         return None
-    if patch.prefill_chunk_size is None and tokens.shape[1] > patch.config.block_size:
-        return chunk_by_memory(patch.family, patch.config.block_size, tokens)
-    return patch.prefill_chunk_size
+    return chunk_by_memory(patch.family, patch.config.block_size, tokens) if size is None else size
 
 
 def chunk_by_memory(family: Family, block_size: int, tokens: torch.Tensor) -> int:
@@ -117,15 +118,14 @@ def read_but_last_chunk(
     num_tokens = tokens.shape[1]
     last = min(num_tokens, max(keep or 0, num_tokens % chunk or chunk))
     stop, seen, hidden = num_tokens - last, cache.seen_tokens, []
-    _note_last_position(patch, cache, kwargs, num_tokens)
     mask = kwargs.get("attention_mask")
-    if mask is not None and mask.shape[1] == num_tokens:
-        mask = torch.cat([mask.new_ones(mask.shape[0], seen), mask], dim=1)
+    has_past = mask is not None and mask.shape[1] == seen + num_tokens  # it may leave out what has been read
     try:
         for start in range(0, stop, chunk):
             end = min(start + chunk, stop)
             part = {**kwargs, **columns(kwargs, slice(start, end)), "return_dict": True}
-            part["attention_mask"] = None if mask is None else mask[:, : seen + end]
+            if mask is not None:
+                part["attention_mask"] = mask[:, : seen + end] if has_past else mask[:, start:end]
             with patch.asking(ForwardRequest(cache, is_chunk=True)):
                 output = patch.decoder(**part)
             if keep is None:
@@ -133,21 +133,9 @@ def read_but_last_chunk(
     finally:
         cache.is_reading = cache.is_reading or cache.seen_tokens > seen  # until the last chunk has been read
     kwargs.update(columns(kwargs, slice(stop, num_tokens)))
-    if mask is not None:
-        kwargs["attention_mask"] = mask
+    if mask is not None and not has_past:
+        kwargs["attention_mask"] = mask[:, stop:]
     return hidden, tokens[:, stop:]
-
-
-def _note_last_position(patch: Patch, cache: LoCoCoCache, kwargs: dict[str, Any], num_tokens: int) -> None:
-    """Note the last position of a call before it is read in pieces, if none is noted; see ``lococo.whole_text``."""
-    if patch.thread.last_position is not None:
-        return
-    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if positions is not None:
-        patch.thread.last_position = positions.amax()
-        return
-    counts = num_tokens if mask is None else mask[:, -num_tokens:].sum(dim=-1).cpu()
-    patch.thread.last_position = (torch.tensor([row.seen for row in cache.rows]) + counts - 1).amax()
 
 
 def columns(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class Patch:
     said: set[str] = dataclasses.field(default_factory=set)
 
     @property
+    def is_in_force(self) -> bool:
+        """Whether it has not been taken out, nor another put in its place."""
+        return vars(self.decoder).get(PATCH) is self
+
+    @property
     def decoder(self) -> Any:
         """The innermost model that holds the attention layers."""
         return self.family.decoder
@@ -138,8 +143,13 @@ class Patch:
         delattr(self.decoder, PATCH)
 
 
-def patch_of(model: nn.Module) -> Patch:
+def patch_of(model: nn.Module, remedy: str = "call lococo.patch_model first") -> Patch:
     """The handle of a patched model, or of one inside a wrapper.
+
+    Parameters
+    ----------
+    remedy : str
+        What the error tells to do.
 
     Raises
     ------
@@ -148,12 +158,34 @@ def patch_of(model: nn.Module) -> Patch:
     """
     patch = find_patch(model)
     if patch is None:
-        raise ValueError(f"{type(model).__name__} is not patched: call lococo.patch_model first")
+        raise ValueError(f"{type(model).__name__} is not patched: {remedy}")
     return patch
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no model, the name of one for instance.
+
+    Raises
+    ------
+    TypeError
+        Says what it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a loaded model (a torch.nn.Module), got {model!r}; load it first, with "
+            "transformers.AutoModelForCausalLM.from_pretrained for instance"
+        )
+
+
 def find_patch(model: nn.Module) -> Patch | None:
-    """The handle of a patched model, or of one inside a wrapper; None if it is not patched."""
+    """The handle of a patched model, or of one inside a wrapper; None if it is not patched.
+
+    Raises
+    ------
+    TypeError
+        If it is no model.
+    """
+    check_model(model)
     return next((vars(module)[PATCH] for module in model.modules() if PATCH in vars(module)), None)
 
 

@@ -44,6 +44,33 @@ def reading_pieces(model: nn.Module, last_position: int) -> Iterator[None]:
         thread.last_position = before
 
 
+def note_last_position(patch: Patch, position_ids: torch.Tensor | None, length: int) -> bool:
+    """Note the last position of a call before it is read in pieces; False if one is noted, of a longer text.
+
+    Parameters
+    ----------
+    position_ids : torch.Tensor, optional
+        (1 or batch, tokens) of the whole call. None: the tokens follow one another.
+    length : int
+        Tokens of the longest row after the call.
+    """
+    if patch.thread.last_position is not None:
+        return False
+    patch.thread.last_position = torch.tensor(length - 1) if position_ids is None else position_ids.amax()
+    return True
+
+
+@contextlib.contextmanager
+def forgotten_on_failure(patch: Patch) -> Iterator[None]:
+    """A position that is noted inside a ``with`` block is forgotten if the block fails."""
+    before = patch.thread.last_position
+    try:
+        yield
+    except BaseException:
+        patch.thread.last_position = before
+        raise
+
+
 def _show_last_position(patch: Patch, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     last = patch.thread.last_position
     if last is None:

@@ -56,7 +56,23 @@ def test_presets_take_overrides(preset):
         ({"positions": "relative"}, "positions must be one of absolute, slot, got 'relative'"),
         ({"score": "max"}, "score must be one of"),
         ({"gate_init": 1.5}, "gate_init must lie between 0 and 1, got 1.5"),
-        ({"init_std": 0.0}, "init_std must be positive, got 0.0"),
+        ({"gate_init": "a"}, "gate_init must lie between 0 and 1, got 'a'"),
+        ({"gate_init": True}, "gate_init must lie between 0 and 1, got True"),
+        ({"gate_init": float("nan")}, "gate_init must lie between 0 and 1, got nan"),
+        ({"init_std": 0.0}, "init_std must be positive and finite, got 0.0"),
+        ({"init_std": "a"}, "init_std must be positive and finite, got 'a'"),
+        ({"init_std": float("inf")}, "init_std must be positive and finite, got inf"),
+        ({"score": [1]}, r"score must be a name, got \[1\]"),
+        ({"compressor": None}, "compressor must be a name, got None"),
+        ({"mass_bias": "no"}, "mass_bias must be True or False, got 'no'"),
+        ({"mass_bias": 0}, "mass_bias must be True or False, got 0"),
+        ({"slots_per_head": 16}, "slots_per_head must give the slots of every KV head, layer by layer, got 16"),
+        ({"slots_per_head": (16,)}, r"slots_per_head must give the slots of every KV head, .*, got \(16,\)"),
+        ({"num_slots": 16, "num_sinks": 17}, "does not add up: num_sinks=17 must not exceed num_slots=16"),
+        ({"num_slots": 16, "num_recent": 17}, "does not add up: num_recent=17 must not exceed num_slots=16"),
+        ({"num_slots": 16, "num_heavy": 17}, "does not add up: num_heavy=17 must not exceed num_slots=16"),
+        ({"num_slots": 16, "num_sinks": 9, "num_heavy": 8}, r"num_sinks=9 \+ num_heavy=8 = 17 must not exceed"),
+        ({"num_slots": 16, "num_heavy": "8"}, "num_heavy must be an integer of at least 0, got '8'"),
         ({"slots_per_head": ((8, 8), (8, 9)), "num_slots": 8}, "must not exceed num_slots=8 on average, got 8.25"),
         ({"slots_per_head": ((8, 0),)}, "every number in slots_per_head must be an integer of at least 1, got 0"),
         ({"slots_per_head": ((8,), ())}, "at least one KV head in every layer"),
@@ -66,6 +82,21 @@ def test_presets_take_overrides(preset):
 def test_bad_values_are_named_with_the_rule(values, message):
     with pytest.raises(ValueError, match=message):
         LoCoCoConfig(**values)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("num_slots", ["16", None, 0, 7.5], ids=repr)
+def test_presets_refuse_numbers_of_slots_by_name(preset, num_slots):
+    with pytest.raises(ValueError, match=f"num_slots must be an integer of at least 1, got {num_slots!r}"):
+        preset(num_slots)
+
+
+@pytest.mark.parametrize("preset", [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.streaming_llm])
+def test_presets_name_the_part_that_is_too_large(preset):
+    with pytest.raises(ValueError, match=r"does not add up: num_sinks=20 .*must not exceed num_slots=16"):
+        preset(16, num_sinks=20)
+    with pytest.raises(ValueError, match="num_sinks must be an integer of at least 0, got '4'"):
+        preset(16, num_sinks="4")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -193,6 +193,7 @@ class TestSaveRefuses:
         ("arguments", "message"),
         [
             (dict(dtype=torch.int8), r"floating dtype such as torch\.bfloat16, got torch\.int8"),
+            (dict(dtype="float16"), r"floating dtype such as torch\.bfloat16, got 'float16'"),
             (dict(training={"folder": Path("x")}), r"training must hold plain finite JSON values, got .*Path"),
             (dict(metrics={"ppl": float("nan")}), r"metrics must hold plain finite JSON values, got .*nan"),
         ],

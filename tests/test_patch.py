@@ -1,3 +1,6 @@
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
@@ -8,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lococo
 from lococo import LoCoCoConfig
 from lococo.kernels.attention import ATTENTIONS
+from lococo.patch import patched, suspended
 from lococo.state import patch_of
 
 SMALL = LoCoCoConfig(16, block_size=8)
@@ -107,3 +111,95 @@ def test_wrapped_models_are_refused(one_process_group):
     assert_untouched(model, before)
     with pytest.raises(ValueError, match="patch it first, then wrap"):
         lococo.patch_model(fully_shard(tiny_llama(), mesh=distributed.init_device_mesh("cpu", (1,))), SMALL)
+
+
+# Models and options of another type
+
+
+@pytest.mark.parametrize("given", ["gpt2", None, 3])
+def test_what_is_no_model_is_told(given, tmp_path):
+    for call in (
+        lococo.patch_model,
+        lococo.unpatch_model,
+        lococo.is_patched,
+        lambda model: lococo.save_heads(model, tmp_path / "heads"),
+        lambda model: lococo.load_heads(model, tmp_path),
+        lambda model: suspended(model).__enter__(),
+        lambda model: lococo.patched(model).__enter__(),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"must be a loaded model (a torch.nn.Module), got {given!r}")):
+            call(given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("heads/",), {}, "config must be a LoCoCoConfig, got 'heads/'; heads are given by name, heads='heads/'"),
+        (({"num_slots": 16},), {}, "config must be a LoCoCoConfig, got {'num_slots': 16}"),
+        ((SMALL,), {"attention": ["sdpa"]}, r"attention must be one of auto, .*, got \['sdpa'\]"),
+        ((SMALL,), {"attention": None}, "attention must be one of auto, .*, got None"),
+        ((SMALL,), {"heads": 3}, "heads must be a folder or a Hub id, got 3"),
+        ((), {"heads": 3}, "heads must be a folder or a Hub id, got 3"),
+        ((SMALL,), {"prefill_chunk_size": "8"}, "prefill_chunk_size must be an integer of at least 1, got '8'"),
+    ],
+)
+def test_options_of_another_type_are_named_and_the_model_is_left_alone(arguments, options, message):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        lococo.patch_model(model, *arguments, **options)
+    assert_untouched(model, before)
+
+
+# A model that was changed meanwhile
+
+
+def everything_set(model):
+    changes = patch_of(model).changes
+    return [(module, name) for module, name, *_ in changes.attributes if name in vars(module)]
+
+
+def test_what_was_deleted_since_does_not_keep_a_patch_in():
+    model, ids = tiny_llama(), tiny_ids(1, 40)
+    full = model(ids).logits
+    places = range(len(everything_set(lococo.patch_model(model, SMALL))))
+    for gone in (*([place] for place in places), places):
+        names = everything_set(model)
+        for place in gone:
+            delattr(*names[place])
+        del model.model.layers[1].self_attn.lococo_head
+        before = lococo.unpatch_model(model).state_dict().keys()
+        assert not lococo.is_patched(model) and before == tiny_llama().state_dict().keys()
+        assert torch.equal(model(ids).logits, full)
+        assert not any("lococo" in repr(value) for module in model.modules() for value in vars(module).values())
+        lococo.patch_model(model, SMALL)
+
+
+@pytest.mark.parametrize("block", [patched, suspended])
+def test_a_patch_put_in_inside_a_block_stays(block):
+    model, other = tiny_llama(), LoCoCoConfig(32, block_size=8)
+    if block is suspended:
+        lococo.patch_model(model, SMALL)
+    with block(model, *([] if block is suspended else [SMALL])):
+        lococo.patch_model(lococo.unpatch_model(model), other)
+        expected = model(tiny_ids(1, 60)).logits
+    assert patch_of(model).config == other and not patch_of(model).is_suspended
+    assert torch.equal(model(tiny_ids(1, 60)).logits, expected)
+
+
+@pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny_llama(seed=1)}])
+def test_a_suspended_model_takes_tokens_back_like_the_unpatched_one(arguments):
+    model, ids = lococo.patch_model(tiny_llama(), SMALL), tiny_ids(1, 40)
+    options = dict(max_new_tokens=12, do_sample=False, **arguments)
+    with suspended(model):
+        answer = model.generate(ids, **options)
+    assert torch.equal(answer, tiny_llama().generate(ids, **options))
+    with pytest.raises(ValueError, match="unpatch_model"):
+        model.generate(ids, **options)
+
+
+def test_suspension_holds_for_every_thread():
+    model, ids = lococo.patch_model(tiny_llama(), SMALL), tiny_ids(1, 60)
+    with ThreadPoolExecutor(1) as pool, suspended(model):
+        assert torch.equal(pool.submit(model, ids).result().logits, tiny_llama()(ids).logits)

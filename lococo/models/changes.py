@@ -54,7 +54,7 @@ class Changes:
             if had_own:
                 setattr(module, name, value)
             else:
-                delattr(module, name)
+                vars(module).pop(name, None)  # it may have been deleted since
         self.show_configs(through_views=False)
         for config, view, attention in self.attentions:
             if config._attn_implementation == view._attn_implementation:  # read from the view, and set again

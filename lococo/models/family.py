@@ -48,11 +48,14 @@ class Family(abc.ABC):
         Dimension of a hidden state that counts tokens.
     takes_cache : bool
         Whether the models' own code hands a cache on to its layers and its output.
+    is_general : bool
+        Asked after all others, and for the sizes of models that no other family knows.
     """
 
     instead: ClassVar[str | None] = None
     tokens_dim: ClassVar[int] = 1
     takes_cache: ClassVar[bool] = True
+    is_general: ClassVar[bool] = False
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
@@ -208,6 +211,11 @@ def register_family(family: FamilyClass) -> FamilyClass:
     return family
 
 
+def _in_order() -> list[type[Family]]:
+    """All families, those to be asked first in front."""
+    return sorted(reversed(FAMILIES), key=lambda family: family.is_general)
+
+
 def find_family(model: nn.Module) -> Family:
     """The family of the decoder inside a model, which knows this decoder.
 
@@ -218,7 +226,7 @@ def find_family(model: nn.Module) -> Family:
         reason.
     """
     name = type(model).__name__
-    for family in reversed(FAMILIES):
+    for family in _in_order():
         holders = _holders(model, family)
         if holders:
             found = family(_innermost(model, holders))
@@ -271,8 +279,7 @@ def base_shape(model: nn.Module) -> dict[str, int]:
     ValueError
         If there is no Transformers model in it.
     """
-    # The family registered first, Transformers' own, knows the fields of most configs.
-    family = next((each for each in reversed(FAMILIES[1:]) if _holders(model, each)), FAMILIES[0])
+    family = next(each for each in _in_order() if each.is_general or _holders(model, each))
     return family.shape_of(base_config(model))
 
 

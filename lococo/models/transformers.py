@@ -39,6 +39,8 @@ NEVER_GO_ON = {
 class TransformersFamily(Family):
     """Decoders whose attention layers look their attention function up by a name in their config."""
 
+    is_general = True  # most configs have its fields
+
     @staticmethod
     def matches(module: PreTrainedModel) -> bool:
         """Whether there are softmax attention layers of Transformers' kind in it."""

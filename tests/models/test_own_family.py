@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch, read
-from tiny import tiny_ids
+from tiny import tiny_ids, tiny_llama
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import lococo
-from lococo.models import Family, family, find_family, register_family
+from lococo.models import Family, TransformersFamily, family, find_family, register_family
 from lococo.patch import suspended
 from lococo.state import patch_of
 from lococo.training.record import record
@@ -212,3 +212,12 @@ def test_it_is_found_inside_other_models_and_others_beside_it():
     assert type(find_family(nn.Sequential(toy()))) is ToyFamily
     with pytest.raises(ValueError, match=r"holds several decoders \(0.toy, 1.toy\)"):
         find_family(nn.ModuleList([toy(), toy()]))
+
+
+def test_the_general_family_is_asked_last_in_whatever_order_they_are_registered(monkeypatch):
+    for order in (family.FAMILIES, family.FAMILIES[::-1]):
+        monkeypatch.setattr(family, "FAMILIES", order)
+        assert type(find_family(toy())) is ToyFamily
+        assert family.base_shape(toy()) == ToyFamily.shape_of(toy().config)
+        assert family.base_shape(tiny_llama()) == {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8}
+        assert type(find_family(tiny_llama())) is TransformersFamily

@@ -115,7 +115,12 @@ def test_slot_positions_read_beyond_the_rotary_table():
     patch(model, SMALL)
     with pytest.raises(ValueError, match="64 positions are more than the 32 of this model"):
         read(model, ids)
-    cache = model(ids[:, :32], use_cache=True).past_key_values
+    model.transformer.lococo_patch.prefill_chunk_size = 8
+    cache = model(ids[:, :20], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="64 positions are more than the 32 of this model"):  # before any chunk
+        model(ids[:, 20:], past_key_values=cache)
+    assert cache.seen_tokens == 20 and not cache.is_reading
+    cache = model(ids[:, 20:32], past_key_values=cache).past_key_values
     with pytest.raises(ValueError, match="33 positions are more"):
         model(ids[:, 32:33], past_key_values=cache)
 
