@@ -392,15 +392,10 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     ValueError
         If the model is patched, or none that can be.
     """
-    if not isinstance(model, nn.Module):
-        load = f"AutoModelForCausalLM.from_pretrained({model!r})"
-        raise TypeError(
-            f"model must be a loaded model, got {model!r}" + (f": give {load}" if isinstance(model, str) else "")
-        )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"tokenizer must be a Transformers tokenizer, got {tokenizer!r}")
     if is_patched(model):
         raise ValueError("the model is patched: call lococo.unpatch_model first")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer must be a Transformers tokenizer, got {tokenizer!r}")
     find_family(model)
 
 

@@ -369,7 +369,7 @@ def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(model="org/model"), TypeError, r"AutoModelForCausalLM.from_pretrained\('org/model'\)"),
+        (dict(model="org/model"), TypeError, "model must be a loaded model .* got 'org/model'; load it first"),
         (dict(tokenizer=None), TypeError, "tokenizer must be a Transformers tokenizer, got None"),
         (dict(dataset=3), TypeError, "dataset must be a Hub id, .* got 3"),
         (dict(dataset=""), ValueError, "the name of a source of text is empty"),

@@ -310,8 +310,8 @@ def test_bad_options_of_the_function_are_refused(options, error, message, texts,
 @pytest.mark.parametrize(
     ("model", "tokenizer", "error", "message"),
     [
-        (lambda: "org/model", word_tokenizer, TypeError, r"AutoModelForCausalLM.from_pretrained\('org/model'\)"),
-        (lambda: None, word_tokenizer, TypeError, "model must be a loaded model, got None"),
+        (lambda: "org/model", word_tokenizer, TypeError, r"model must be a loaded model .* got 'org/model'; load it"),
+        (lambda: None, word_tokenizer, TypeError, "model must be a loaded model .* got None"),
         (tiny_llama, lambda: "org/model", TypeError, "tokenizer must be a Transformers tokenizer, got 'org/model'"),
         (lambda: lococo.patch_model(tiny_llama()), word_tokenizer, ValueError, "patched: call lococo.unpatch_model"),
         (lambda: torch.nn.Linear(1, 1), word_tokenizer, ValueError, "Linear"),
