@@ -10,11 +10,53 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under another name beside its place, then move it there. Folders are made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under another name beside its place, then move it there. Folders are made if missing.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; names the file, not the other one.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def check_output(path: Path) -> Path:
+    """Refuse a file or folder that could not be written, before any longer work. Returns the path.
+
+    Raises
+    ------
+    OSError
+        If the folder that it would be made in is a file, or may not be written to.
+    """
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: the folder {place} may not be written to")
+    return path
+
+
+def as_path(name: str, value: str | os.PathLike) -> Path:
+    """The path that an argument gives.
+
+    Raises
+    ------
+    ValueError
+        If it is empty: it would stand for the working directory.
+    TypeError
+        If it is no path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {value!r}")
+    if not os.fspath(value):
+        raise ValueError(f"{name} is empty; write '.' for the working directory")
+    return Path(value).expanduser()
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG_NAMES = ("config.json", "adapter_config.json")  # of a model, and of adapters that name theirs
@@ -68,13 +69,13 @@ def load_model(
     ValueError
         If there is no such device or dtype.
     OSError
-        If there is no such model.
+        If there is no such model, or it cannot be loaded.
     """
     place, kind = chosen_device(device), chosen_dtype(dtype)
     if kind is None and place.type == "cpu":
         kind = torch.float32
     tokenizer = load_tokenizer(name, gguf_file)
-    with _named(name, gguf_file):
+    with _named(name, "model", gguf_file):
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind or "auto", **_file(gguf_file))
     return model.to(place).eval(), tokenizer
 
@@ -85,9 +86,9 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     Raises
     ------
     OSError
-        If there is no such model.
+        If there is no such model, or it cannot be loaded.
     """
-    with _named(name, gguf_file):
+    with _named(name, "tokenizer", gguf_file):
         return AutoTokenizer.from_pretrained(name, **_file(gguf_file))
 
 
@@ -99,9 +100,9 @@ def longest_text(name: str, gguf_file: str | None = None) -> int:
     ValueError
         If the config does not say.
     OSError
-        If there is no such model.
+        If there is no such model, or it cannot be loaded.
     """
-    with _named(name, gguf_file):
+    with _named(name, "config", gguf_file):
         config = AutoConfig.from_pretrained(name, **_file(gguf_file)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise ValueError(f"the config of {name} has no max_position_embeddings: say --max-length or --original-length")
@@ -109,19 +110,28 @@ def longest_text(name: str, gguf_file: str | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _named(name: str, gguf_file: str | None) -> Iterator[None]:
-    """Say what is missing where: Transformers calls what it does not find no valid identifier of the Hub."""
+def _named(name: str, what: str, gguf_file: str | None) -> Iterator[None]:
+    """Say in a line what is missing where: Transformers calls what it does not find no valid identifier of the Hub."""
+    if not name:
+        raise ValueError("the name of the model is empty: give a folder ('.' for this one) or a Hub id")
     if Path(name).is_dir():
         if not gguf_file and not any(Path(name, file).is_file() for file in CONFIG_NAMES):
             raise FileNotFoundError(f"{name}: no {CONFIG_NAMES[0]} in this folder, so it holds no model")
-        yield
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            raise OSError(f"{name}: no {what} could be loaded from this folder: {_one_line(error)}") from error
         return
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or Path(name).exists():
         raise FileNotFoundError(f"{name}: no such folder, and not a Hub id, written as 'org/name'")
     try:
         yield
     except OSError as error:
-        raise OSError(f"{name}: no such folder, and not found on the Hub: {error}") from error
+        raise OSError(f"{name}: no such folder, and not found on the Hub: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _file(gguf_file: str | None) -> dict[str, str]:

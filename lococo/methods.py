@@ -103,8 +103,11 @@ def plan_runs(
     Raises
     ------
     ValueError, OSError
-        If a method is not known, or heads cannot be read or were trained with another block size.
+        If a method is not known, nothing is to be compared, or heads cannot be read or were trained with another block
+        size.
     """
+    if not methods and not heads:
+        raise ValueError(f"there is nothing to compare: name methods, of {', '.join(METHODS)}, or heads")
     runs = [Run("full", None)] if "full" in methods else []
     runs += [
         Run(name, method_config(name, slots, block_size))

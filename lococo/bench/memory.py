@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lococo.compat import cache_of, with_cache
 from lococo.files import write_whole
 from lococo.generation import cache_bytes
-from lococo.methods import as_method, method_config
+from lococo.methods import Run
 from lococo.results.plots import Lines, Series, picture
 from lococo.results.tables import beside, write_result
 
@@ -21,9 +21,7 @@ from lococo.results.tables import beside, write_result
 @torch.no_grad()
 def cache_growth(
     model: PreTrainedModel,
-    methods: Sequence[str],
-    num_slots: int,
-    block_size: int,
+    runs: Sequence[Run],
     tokens: int,
     step: int,
     output: Path,
@@ -32,13 +30,19 @@ def cache_growth(
     """Read random tokens step by step and note the bytes of the cache; writes ``<output>.json``, ``.md``, ``.png``.
 
     Cache bytes do not depend on what is read, so random tokens show what a text would.
+
+    Raises
+    ------
+    ValueError
+        If a step is longer than what is read.
     """
+    if not 1 <= step <= tokens:
+        raise ValueError(f"step must lie between 1 and tokens={tokens}, got {step}")
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     rows = []
-    for name in methods:
-        config, cache = method_config(name, num_slots, block_size), None
-        slots = None if config is None else num_slots
-        with as_method(model, config):
+    for run in runs:
+        name, slots, cache = run.name, run.num_slots, None
+        with run.applied(model):
             for stop in tqdm(range(step, tokens + 1, step), desc=name, unit_scale=step, unit="token", disable=None):
                 part = ids[:, stop - step : stop].to(model.device)
                 cache = cache_of(model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1))

@@ -62,7 +62,12 @@ class GridOptions:
     time_limit: Annotated[float | None, option(RUN, "Seconds after which no measurement begins.")] = None
     output: Annotated[
         Path | None,
-        option(RUN, "Name of the files to write, without a suffix.", show_default="bench_COMMAND_DEVICE"),
+        option(
+            RUN,
+            "Name of the files to write, without a suffix.",
+            show_default="bench_COMMAND_DEVICE",
+            callback=options.writable,
+        ),
     ] = None
 
 
@@ -82,9 +87,11 @@ def memory(
     Example: lococo bench memory --model MODEL --num-slots 256
     """
     from lococo.bench.memory import cache_growth
+    from lococo.methods import plan_runs
 
+    runs = plan_runs(names_of(methods), [num_slots], block_size)
     model, _ = source.load()
-    rows = cache_growth(model, names_of(methods), num_slots, block_size, tokens, step, output, context.obj)
+    rows = cache_growth(model, runs, tokens, step, output, context.obj)
     print_table([row for row in rows if row["tokens"] == rows[-1]["tokens"]])
     print_written(output)
 

@@ -84,7 +84,8 @@ def extended(
     from lococo.extension import evaluate
     from lococo.methods import plan_runs
 
-    runs = [*plan_runs(names_of(methods), [num_slots], block_size), *evaluate.ExtendedRun.of_all(extensions)]
+    names, longer = names_of(methods), evaluate.ExtendedRun.of_all(extensions)
+    runs = [*(plan_runs(names, [num_slots], block_size) if names or not longer else []), *longer]
     windows = evaluate.read_alike(data, source.load_tokenizer(), lengths, first, documents, text_column)
     model, _ = source.load()
     rows = evaluate.evaluate_extended(model, windows, runs, first, output, context.obj)

@@ -39,7 +39,7 @@ def extend(
     heads_learning_rate: Annotated[float, option(TRAINING, "Of heads.")] = 1e-3,
     lora_rank: Annotated[int, option(TRAINING, "LoRA's r.")] = 8,
     lora_alpha: Annotated[int, option(TRAINING, "LoRA's alpha.")] = 16,
-    depth: Annotated[int, option(TRAINING, "Compressions that back-propagation goes through; 0: all.")] = 2,
+    depth: Annotated[int, option(TRAINING, "Compressions that back-propagation goes through; 0: all.", min=0)] = 2,
     save_every: Annotated[int, option(TRAINING, "Steps between checkpoints.")] = 100,
     fsdp: Annotated[bool, option(RUN, "Shard the model over the processes (FSDP2).", "--fsdp")] = False,
     merge: Annotated[
@@ -59,9 +59,11 @@ def extend(
         raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
     if fsdp and run.deepspeed:
         raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
+    if original_length is None:
+        original_length = longest_text(source.model, source.gguf_file)
     plan = plan_extension(
         factor=factor,
-        original_length=original_length or longest_text(source.model, source.gguf_file),
+        original_length=original_length,
         rope_type=rope_type,
         method=method,
         num_slots=num_slots,

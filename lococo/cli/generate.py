@@ -26,12 +26,13 @@ def generate(
     """
     from transformers import TextStreamer
 
+    from lococo.data.documents import read_text
     from lococo.generation import prompt_ids, read_and_answer
     from lococo.methods import as_method
 
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the text to read: either --prompt-file or --prompt")
-    text = prompt_file.read_text(encoding="utf-8") if prompt_file else prompt or ""
+    text = read_text(prompt_file) if prompt_file else prompt or ""
     config = method.config()
     model, tokenizer = source.load()
     ids = prompt_ids(tokenizer, text, question, max_prompt_tokens).to(model.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from lococo.cli.options import RUN, TEXT, MethodOptions, ModelOptions, option
+from lococo.cli.options import RUN, TEXT, MethodOptions, ModelOptions, option, writable
 
 
 def inspect(
@@ -15,15 +15,16 @@ def inspect(
     data: Annotated[Path, option(TEXT, "Text file to read.")],
     max_tokens: Annotated[int, option(TEXT, "Read at most so many tokens of the text.", min=1)] = 4096,
     threshold: Annotated[float, option(RUN, "Smallest weight listed.", min=0.001, max=1)] = 0.01,
-    output: Annotated[Path, option(RUN, "File to write.")] = Path("slots.html"),
+    output: Annotated[Path, option(RUN, "File to write.", callback=writable)] = Path("slots.html"),
 ) -> None:
     """Write a page that shows which tokens each slot holds.
 
     Example: lococo inspect --model MODEL --data book.txt --heads heads/
     """
+    from lococo.data.documents import read_text
     from lococo.inspection.page import write_page
 
-    text = data.read_text(encoding="utf-8")
+    text = read_text(data)
     if not text:
         raise ValueError(f"{data}: the text is empty")
     config = method.config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -35,12 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
+    except (BrokenPipeError, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):  # as rich turns it into
+            raise
+        # Who reads what is printed has read enough, as in lococo | head -1. What is left has no way to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         # What is wrong with the words themselves has no common class in all releases of typer.
         is_usage = hasattr(error, "format_message")
         if not (is_usage or isinstance(error, BAD_INPUT)):
             raise
-        print(f"lococo: error: {_usage_error(error) if is_usage else error}", file=sys.stderr)
+        print(f"lococo: error: {_usage_error(error) if is_usage else _words_of(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -59,6 +65,13 @@ def _plain_warnings() -> Iterator[None]:
 def _usage_error(error: Any) -> str:
     context = getattr(error, "ctx", None)
     return error.format_message() + (f" ({context.command_path} --help shows what there is)" if context else "")
+
+
+def _words_of(error: Exception) -> str:
+    """An error as a sentence: one of the system's, too, begins with the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 def _app() -> typer.Typer:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lococo.files import check_output
+
 if TYPE_CHECKING:
     from lococo.config import LoCoCoConfig
 
@@ -23,6 +25,11 @@ METHODS = "full, streaming, h2o, h2o-slot, lococo-uncalibrated, lococo-paper, lo
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     """An option in a panel of the help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def writable(output: Path | None) -> Path | None:
+    """The name of files to write, refused where they could not be: better now than after what takes long."""
+    return None if output is None else check_output(output)
 
 
 GgufFile = Annotated[str | None, option(MODEL, "GGUF file in that folder.", metavar="NAME")]
@@ -82,7 +89,7 @@ Documents = Annotated[int, option(TEXT, "Windows of each file; with --sliding do
 
 TimeLimit = Annotated[float | None, option(RUN, "Seconds after which it ends; the same command goes on.")]
 WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="OUTPUT.work")]
-Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.")]
+Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.", callback=writable)]
 Seed = Annotated[int, option(TEXT, "Of what is drawn by chance.")]
 Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.", "--chat")]
 
@@ -191,4 +198,4 @@ class TrainingRunOptions:
 
 def names_of(joined: str) -> list[str]:
     """Names that are joined by commas."""
-    return [name for name in joined.split(",") if name]
+    return [name.strip() for name in joined.split(",") if name.strip()]

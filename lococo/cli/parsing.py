@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -26,8 +26,10 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Words of the command line for the command."""
-        lists = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        return super().parse_args(ctx, spread(args, lists))
+        named = {name: option for option in self.get_params(ctx) for name in option.opts if name.startswith("-")}
+        lists = {name for name, option in named.items() if getattr(option, "multiple", False)}
+        counts = {name: 0 if getattr(option, "is_flag", False) else option.nargs for name, option in named.items()}
+        return super().parse_args(ctx, up_to_missing(spread(args, lists), counts))
 
 
 def spread(words: Sequence[str], lists: Collection[str]) -> list[str]:
@@ -51,6 +53,34 @@ def spread(words: Sequence[str], lists: Collection[str]) -> list[str]:
             values += 1
         found.append(word)
     return found
+
+
+def up_to_missing(words: Sequence[str], counts: Mapping[str, int]) -> list[str]:
+    """Words up to an option's name where another option's value should stand, so that the value is found missing.
+
+    An empty value counts as none.
+
+    Parameters
+    ----------
+    words : sequence of str
+        Of a command line, lists spread.
+    counts : mapping of str to int
+        How many words each option takes.
+    """
+    missing = 0  # words that the last option still takes
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if missing and (word in counts or not word):
+            return list(words[:place])
+        if missing:
+            missing -= 1
+        elif word == "--":
+            break
+        elif name in counts:
+            if equals and not value:
+                return [*words[:place], name]
+            missing = counts[name] - len(equals)
+    return list(words)
 
 
 def add_command(app: typer.Typer, name: str, function: Callable[..., Any]) -> None:

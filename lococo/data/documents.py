@@ -9,17 +9,18 @@ import importlib
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from lococo.hub import HUB_ID
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HUB_FILES = "hf://"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 TEXT_PART = 2**20  # characters of a .txt file in one document
 STREAMS = 16  # parts of one source read side by side
 BATCH = 64  # documents held at a time
+NOT_TEXT = "binary data or another encoding; expected UTF-8 text"
 
 T = TypeVar("T")
 Row = tuple[str, str, str, Mapping[str, Any]]  # where it is; domain and id unless it has its own; the document
@@ -72,23 +73,54 @@ def local_files(source: str) -> list[Path] | None:
     ValueError
         If no file has a suffix that can be read.
     """
+    if not source:
+        raise ValueError("the name of a source of text is empty: give a file, a folder ('.' for this one) or a Hub id")
     if source.startswith(HUB_FILES):
         return None
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        files = sorted(file for file in path.rglob("*") if suffix_of(file.name) and file.is_file())
         if not files:
             raise ValueError(f"{source}: no file in this folder ends in {', '.join(SUFFIXES)}")
         return files
     if path.exists():
-        if not path.name.endswith(SUFFIXES):
+        if not suffix_of(path.name):
             raise ValueError(f"{source}: unknown suffix; expected one of {', '.join(SUFFIXES)}")
         return [path]
-    if HUB_ID.fullmatch(source) and not source.endswith(SUFFIXES):
+    name, colon, configuration = source.partition(":")
+    if HUB_ID.fullmatch(name) and bool(configuration) == bool(colon) and not suffix_of(source):
         return None
     raise FileNotFoundError(
         f"{source}: no such file or folder, and not a Hub dataset, written as 'org/name' or 'org/name:configuration'"
     )
+
+
+def suffix_of(name: str) -> str | None:
+    """The suffix that says how a file is read, whether in small letters or not; None if it is not one that can be."""
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
+
+
+def read_text(path: Path) -> str:
+    """All of a text file, whatever it is called.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or it cannot be read.
+    ValueError
+        If it is not UTF-8 text.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a text file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {NOT_TEXT} ({error})") from error
+    if "\0" in text:
+        raise ValueError(f"{path}: binary data; expected UTF-8 text")
+    return text
 
 
 def single_files(sources: Iterable[str | Path]) -> list[str]:
@@ -157,7 +189,7 @@ def _streams(source: str, text_column: str, split: str, in_order: bool) -> list[
 def _hub_dataset(source: str, split: str) -> Any:
     load_dataset = _optional("datasets").load_dataset
     if source.startswith(HUB_FILES):
-        kind = "parquet" if source.endswith(".parquet") else "json"
+        kind = "parquet" if suffix_of(source) == ".parquet" else "json"
         load = functools.partial(load_dataset, kind, data_files=source, split="train", streaming=True)
     else:
         name, _, configuration = source.partition(":")
@@ -188,45 +220,45 @@ def _hub_rows(source: str, shard: Iterable[Mapping[str, Any]], index: int) -> It
 
 
 def _file_rows(path: Path, text_column: str, part_size: int) -> Iterator[Row]:
-    where, is_text = str(path), path.suffix == ".txt"
-    name = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)))]
+    where, suffix = str(path), suffix_of(path.name) or ""
+    is_text, name = suffix == ".txt", path.name[: -len(suffix)]
     domain = name if is_text else path.parent.name
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             batches = _optional("pyarrow.parquet").ParquetFile(path).iter_batches(BATCH)
             for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
                 yield where, domain, f"{name}:{number}", record
             return
-        with _open(path) as file:
+        with _open(path, suffix) as file:
             for number, part in enumerate(iter(lambda: file.read(part_size), "") if is_text else file, 1):
                 where = str(path) if is_text else f"{path}: line {number}"
                 if "\0" in part:
                     raise ValueError("binary data; expected UTF-8 text")
                 if part.strip():
-                    record = {text_column: part} if is_text else json.loads(part)
+                    record = {text_column: part} if is_text else json.loads(part.rstrip())
                     if not isinstance(record, dict):
                         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
                     yield where, domain, f"{name}:{number}", record
     except ImportError:
         raise
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: binary data or another encoding; expected UTF-8 text ({error})") from error
+        raise ValueError(f"{path}: {NOT_TEXT} ({error})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: invalid JSON: {error}") from error
+        raise ValueError(f"{where}: invalid JSON: {error.msg} at character {error.pos + 1}") from error
     except Exception as error:  # each decompressor has errors of its own, none with the name of the file
         raise ValueError(f"{where}: {error or type(error).__name__}") from error
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
+def _open(path: Path, suffix: str) -> TextIO:
+    if suffix.endswith(".gz"):
         binary: Any = gzip.GzipFile(path)
-    elif path.suffix == ".zst":
+    elif suffix.endswith(".zst"):
         decompressor = _optional("zstandard").ZstdDecompressor(max_window_size=2**31)
         binary = decompressor.stream_reader(path.open("rb"), read_across_frames=True)
     else:
         binary = path.open("rb")
     # Only "\n" ends a line of JSON: U+2028 and the like stand inside texts.
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None if path.suffix == ".txt" else "\n")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None if suffix == ".txt" else "\n")
 
 
 def _optional(module: str) -> Any:

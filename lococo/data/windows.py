@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lococo.data.documents import BATCH, SUFFIXES, documents, local_files
+from lococo.data.documents import BATCH, documents, local_files, suffix_of
 from lococo.files import replace_folder
 
 DEFAULT_DATASET = "togethercomputer/RedPajama-Data-1T-Sample"
@@ -73,13 +73,22 @@ class DataConfig:
             raise ValueError(f"sources must be a tuple of dataset ids, files or folders, got {self.sources!r}")
         for name, least in {"length": 2, "num_windows": 1, "num_heldout": 0, "max_windows_per_document": 1}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        for name in ("text_column", "split"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
         if self.boundaries not in ("reset", "none"):
             raise ValueError(f"boundaries must be 'reset' or 'none', got {self.boundaries!r}")
         if self.heldout_share is None:
             return
-        if not 0 <= self.heldout_share < 1 or (self.num_heldout and not self.heldout_share):
+        if (
+            not isinstance(self.heldout_share, int | float)
+            or not 0 <= self.heldout_share < 1
+            or (self.num_heldout and not self.heldout_share)
+        ):
             raise ValueError(
                 "heldout_share must lie between 0 and 1, and be 0 only if num_heldout is 0; "
                 f"got {self.heldout_share!r} with num_heldout={self.num_heldout}"
@@ -113,8 +122,17 @@ def as_sources(
     ValueError
         If ``dataset`` is empty, or holds names beside documents.
     TypeError
-        If it holds something else.
+        If it is or holds something else.
     """
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"dataset must hold documents, got one mapping of {', '.join(map(repr, dataset)) or 'nothing'}: give a "
+            "list of documents, or of a datasets.DatasetDict one of its splits"
+        )
+    if isinstance(dataset, bytes) or not isinstance(dataset, (str, os.PathLike, Iterable)):
+        raise TypeError(
+            f"dataset must be a Hub id, a file or a folder, several of them, or documents, got {dataset!r}"
+        )
     several = [dataset] if isinstance(dataset, (str, os.PathLike)) else list(dataset)
     if not several:
         raise ValueError("dataset is empty: give Hub ids, files, folders, or documents")
@@ -140,7 +158,7 @@ def as_sources(
 def _is_text(item: str | os.PathLike) -> bool:
     """Whether a string has blanks inside, or is longer than names are, and is no name of a file."""
     is_long = isinstance(item, str) and (len(item.split()) > 1 or len(item) > 255)
-    return is_long and not (str(item).endswith(SUFFIXES) or os.path.exists(item))
+    return is_long and not (suffix_of(str(item)) or os.path.exists(item))
 
 
 class Windows(torch.utils.data.Dataset):
@@ -278,12 +296,12 @@ class _Side:
 
 def _find_windows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Windows, Windows]:
     limit = config.share * 2**64
-    sides, lengths = _read(config, tokenizer, limit)
+    sides, lengths, count = _read(config, tokenizer, limit)
     if config.num_heldout and not all(sides) and (nearest := _limit_for_both(lengths, config, limit)) is not None:
-        sides, lengths = _read(config, tokenizer, nearest)
+        sides, lengths, count = _read(config, tokenizer, nearest)
     train, heldout = sides
     if not train or (config.num_heldout and not heldout):
-        raise ValueError(_too_little("held-out" if train else "training", list(lengths.values()), config))
+        raise ValueError(_too_little("held-out" if train else "training", list(lengths.values()), count, config))
     shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     return _stacked([train[index] for index in shuffled], config.length), _stacked(heldout, config.length)
 
@@ -302,11 +320,12 @@ def _limit_for_both(lengths: Mapping[int, int], config: DataConfig, limit: float
     return None if low is None or high is None or low >= high else min(max(limit, low + 1), high)
 
 
-def _too_little(kind: str, lengths: list[int], config: DataConfig) -> str:
-    """What to say if not one window of a kind was found in documents of these lengths."""
-    count, needed = len(lengths), 2 if config.num_heldout else 1
+def _too_little(kind: str, lengths: list[int], count: int, config: DataConfig) -> str:
+    """What to say if not one window of a kind was found in so many documents, those that differ of these lengths."""
+    different, needed = len(lengths), 2 if config.num_heldout else 1
     read = f"{count} {'document was' if count == 1 else 'documents were'} read"
-    if count < needed:
+    read += f", {different} different {'one' if different == 1 else 'ones'} among them" if different < count else ""
+    if different < needed:
         return f"{read}, and {needed} are needed: one to learn from, another to measure on"
     most = sorted(lengths)[-needed] if config.boundaries == "reset" else sum(lengths) // needed
     return (
@@ -318,9 +337,13 @@ def _too_little(kind: str, lengths: list[int], config: DataConfig) -> str:
 
 def _read(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: float
-) -> tuple[list[list[tuple[torch.Tensor, str]]], dict[int, int]]:
-    """Training and held-out windows, documents ranked below the limit held out; and tokens of documents by rank."""
-    numbers, lengths = (config.num_windows, config.num_heldout), dict[int, int]()
+) -> tuple[list[list[tuple[torch.Tensor, str]]], dict[int, int], int]:
+    """Windows, tokens of the documents read by rank, and how many were read.
+
+    The windows are those for training and those of documents ranked below the limit, which are held out. Documents
+    with the same text have the same rank.
+    """
+    numbers, lengths, count = (config.num_windows, config.num_heldout), dict[int, int](), 0
     wanted = [math.ceil(number / len(config.sources)) for number in numbers]
     streams = [documents([source], config.text_column, config.split) for source in config.sources]
     parts = [[_Side(config, number, tokenizer.eos_token_id) for number in wanted] for _ in streams]
@@ -331,12 +354,14 @@ def _read(
                 is_open = [not side.full or any(each.wanted and not each.rows for each in sides) for side in sides]
                 ranked = [(_rank(document["text"], config.seed), document) for document in batch]
                 needed = [(rank, document) for rank, document in ranked if is_open[rank < limit]]
+                count += len(needed)
                 encoded = tokenizer([each["text"] for _, each in needed], verbose=False).input_ids if needed else []
                 for (rank, document), ids in zip(needed, encoded, strict=True):
                     lengths[rank] = len(ids)
                     sides[rank < limit].add(ids, document["domain"])
                 bar.update(sum(min(len(side.rows), side.wanted) for part in parts for side in part) - bar.n)
-    return [_merge(sides)[:number] for sides, number in zip(zip(*parts, strict=True), numbers, strict=True)], lengths
+    windows = [_merge(sides)[:number] for sides, number in zip(zip(*parts, strict=True), numbers, strict=True)]
+    return windows, lengths, count
 
 
 def _merge(sides: Sequence[_Side]) -> list[tuple[torch.Tensor, str]]:

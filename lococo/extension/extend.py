@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.config import LoCoCoConfig
+from lococo.config import LoCoCoConfig, check_count
 from lococo.data.windows import prepare
 from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.extension.folder import (
@@ -33,7 +34,6 @@ from lococo.heads import load_heads, read_heads_config
 from lococo.models import base_config
 from lococo.patch import patched
 from lococo.results.plots import picture
-from lococo.state import is_patched
 from lococo.training.objectives import NextToken
 from lococo.training.recipes import TrainingRecipe, check_ranges
 from lococo.training.runs import (
@@ -41,6 +41,7 @@ from lococo.training.runs import (
     Dataset,
     Result,
     TrainingRun,
+    check_model,
     check_same_run,
     loss_panel,
     plain,
@@ -96,8 +97,9 @@ class ExtensionRecipe(TrainingRecipe):
     save_every: int = 100
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_method(self.method)
+        if not isinstance(self.config, LoCoCoConfig | None):
+            raise TypeError(f"config must be a LoCoCoConfig, got {self.config!r}")
         reads_all = self.method in ("full", "longlora")
         if reads_all != (self.config is None):
             raise ValueError(f"method={self.method!r} needs {'no config' if reads_all else 'a config'}")
@@ -120,8 +122,21 @@ class ExtensionRecipe(TrainingRecipe):
         return NextToken(backprop_tokens=self.depth * self.config.block_size)
 
 
+def check_method(method: str) -> None:
+    """Refuse a method that is not known.
+
+    Raises
+    ------
+    ValueError
+        Lists those that are.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
 def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> LoCoCoConfig | None:
     """The compressed cache of a method: ours with low-rank heads whose gates start a little open; None for others."""
+    check_method(method)
     if method == "lococo":
         return LoCoCoConfig(num_slots, block_size, head_rank=16, gate_init=0.05, positions=positions)  # type: ignore
     presets = {"h2o": LoCoCoConfig.h2o, "streaming": LoCoCoConfig.streaming_llm}
@@ -182,7 +197,7 @@ def extend_context(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a bad argument, before any work, or if the run to resume was another.
     FileExistsError
         If a folder holds something else, or ``work_dir`` a run that is not resumed.
@@ -191,6 +206,7 @@ def extend_context(
     OutOfTime
         If the time limit came before the end.
     """
+    check_model(model, tokenizer)
     if original_length is None:
         original_length = getattr(base_config(model).get_text_config(), "max_position_embeddings", None)
         if original_length is None:
@@ -219,7 +235,12 @@ def plan_extension(
     **options: Any,
 ) -> ExtensionRun:
     """An extension, checked before a model is there. Arguments and errors as of ``extend_context``."""
-    of_run, fields = split_options({"command": "lococo.extend_context(...)", **options})
+    own = set(inspect.signature(plan_extension).parameters)
+    options = {"command": "lococo.extend_context(...)", **options}
+    if heldout := options.keys() & {"num_heldout", "heldout_share"}:
+        raise TypeError(f"lococo.extend_context has no option {', '.join(sorted(heldout))}: it measures on no text")
+    of_run, fields = split_options("lococo.extend_context", options, own, RECIPE_OPTIONS)
+    check_count("num_slots", num_slots, least=1)
     if heads is not None and method != "lococo":
         raise ValueError(f'heads are for method="lococo", got method={method!r}')
     if config is None and heads is not None:
@@ -235,13 +256,16 @@ def plan_extension(
         output,
         of_run,
         recipe=recipe,
-        length=length or scaling.length,
+        length=scaling.length if length is None else length,
         num_windows=recipe.windows_needed if num_windows is None else num_windows,
         num_heldout=0,
         heads=None if heads is None else os.fspath(heads),
-        merge_into=None if merge_into is None else Path(merge_into),
+        merge_into=merge_into,
         shard=shard,
     )
+
+
+RECIPE_OPTIONS = {field.name for field in dataclasses.fields(ExtensionRecipe)} - {"method", "rope_scaling", "config"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,8 +287,12 @@ class ExtensionRun(TrainingRun):
     merge_into: Path | None = None
     shard: bool = False
 
+    trainer = ExtensionTrainer
+
     def check(self) -> None:
         """Refuse what cannot be run, before a model is there. Errors as of ``extend_context``."""
+        if not isinstance(self.shard, bool):
+            raise TypeError(f"shard must be True or False, got {self.shard!r}")
         check_extension_folder(self.output)
         if self.merge_into is not None and self.shard:
             raise ValueError("a sharded run writes no merged model: lococo.merge_extended makes one of what it writes")
@@ -274,16 +302,29 @@ class ExtensionRun(TrainingRun):
         if not importlib.util.find_spec("peft"):
             raise ImportError("extension needs the package peft: pip install lococo[train]")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
-        """Train and save. Errors as of ``extend_context``."""
-        self.check()
-        _check_model(model, self.recipe)
+    def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model whose positions cannot be stretched, too, or that adapters find no place in."""
+        super().check_model(model, tokenizer)
+        if hasattr(model, "peft_config"):
+            raise ValueError("the model has adapters already: merge them first (model.merge_and_unload())")
+        with restored(model):
+            if self.recipe.extension.rope_scaling:
+                scale_positions(model, self.recipe.extension.rope_scaling)
+            adapter_config(model, self.recipe.rank, self.recipe.alpha)
+
+    def _run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         usage = self.meter()
         processes = self.processes(on_cpu=model.device.type == "cpu" and not self.shard)
         if self.shard and processes.num_processes == 1:
             raise ValueError(
                 "shard=True needs several processes, this is the only one: start it with accelerate launch"
             )
+        arguments = self.trainer_arguments(
+            save_every=self.recipe.save_every,
+            bf16=model.dtype == torch.bfloat16,  # what learns is wider
+            fp16=model.dtype == torch.float16,
+            **(sharded_arguments() if self.shard else {}),
+        )
         with processes.main_process_first():
             windows, _ = prepare(self.data, tokenizer, self.cache_dir / "tokens")
             named = {"data": self.data, "recipe": self.recipe, "heads": self.heads, "shard": self.shard}
@@ -291,18 +332,12 @@ class ExtensionRun(TrainingRun):
             check_same_run(self.work / RUN_NAME, description)
             if processes.is_main_process:
                 self.begin(description)
-        dtype = model.dtype  # what learns is wider
         # What could put a sharded model together again would keep the memory of the whole one.
         kept = contextlib.nullcontext() if self.shard else restored(model)
         with kept, extended_for_training(model, self.recipe, self.heads, self.data.seed) as learner:
             trainer = ExtensionTrainer(
                 learner,
-                self.trainer_arguments(
-                    save_every=self.recipe.save_every,
-                    bf16=dtype == torch.bfloat16,
-                    fp16=dtype == torch.float16,
-                    **(sharded_arguments() if self.shard else {}),
-                ),
+                arguments,
                 objective=self.recipe.objective,
                 heads_learning_rate=self.recipe.heads_learning_rate,
                 scalar_lr_factor=self.recipe.scalar_lr_factor,
@@ -351,12 +386,3 @@ def extended_for_training(
         if recipe.config is None:  # its memory grows with the window
             checkpoint_layers(model)
         yield learner.train()
-
-
-def _check_model(model: PreTrainedModel, recipe: ExtensionRecipe) -> None:
-    if is_patched(model):
-        raise ValueError("the model is patched: call lococo.unpatch_model first")
-    with restored(model):
-        if recipe.extension.rope_scaling:
-            scale_positions(model, recipe.extension.rope_scaling)
-        adapter_config(model, recipe.rank, recipe.alpha)

@@ -15,7 +15,7 @@ from torch import nn
 from lococo.config import LoCoCoConfig
 from lococo.extension.adapters import load_adapter, restored
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
-from lococo.files import check_replaceable, new_folder, write_whole
+from lococo.files import as_path, check_output, check_replaceable, new_folder, write_whole
 from lococo.heads import save_heads
 from lococo.models import base_config, base_shape
 from lococo.patch import patch_model
@@ -67,7 +67,7 @@ def read_extension(folder: str | os.PathLike) -> tuple[Extension, dict[str, Any]
     ValueError
         If it cannot be read.
     """
-    path = Path(folder, EXTENSION_NAME)
+    path = as_path("folder", folder) / EXTENSION_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: not a folder written by lococo extend")
     try:
@@ -152,6 +152,7 @@ def load_extended(base: nn.Module | str | os.PathLike, folder: str | os.PathLike
     FileNotFoundError, ValueError
         If the folder is no extension, or not one of this model. The model is then as it was.
     """
+    folder = as_path("folder", folder)
     extension, content = read_extension(folder)
     if not isinstance(base, nn.Module):
         from transformers import AutoModelForCausalLM
@@ -194,14 +195,15 @@ def merge_extended(model: Any, folder: str | os.PathLike | None = None, tokenize
 
     Raises
     ------
-    FileExistsError
-        If the folder exists. The model is then as it was.
+    ValueError, OSError
+        If the folder exists, has no name or cannot be written. The model is then as it was.
     """
-    if folder is not None and Path(folder).exists():
+    new_place = None if folder is None else check_output(as_path("folder", folder))
+    if new_place is not None and new_place.exists():
         raise FileExistsError(f"{folder} exists; give a new folder")
     plain = model.merge_and_unload()
-    if folder is not None:
-        with new_folder(Path(folder)) as new:
+    if new_place is not None:
+        with new_folder(new_place) as new:
             plain.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)

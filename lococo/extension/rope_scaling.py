@@ -40,8 +40,8 @@ class RopeScaling:
     rope_type: str = "linear"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.factor < float("inf"):
-            raise ValueError(f"factor must be at least 1 (new length / old length), got {self.factor}")
+        if not isinstance(self.factor, int | float) or not 1 <= self.factor < float("inf"):
+            raise ValueError(f"factor must be at least 1 (new length / old length), got {self.factor!r}")
         if not isinstance(self.original_length, int) or self.original_length < 1:
             raise ValueError(f"original_length must be a whole number of at least 1, got {self.original_length!r}")
         if self.rope_type not in ROPE_TYPES:

@@ -24,8 +24,8 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None = None) -> None:
-        if seconds is not None and not seconds > 0:
-            raise ValueError(f"a time limit must be more than 0 seconds, got {seconds}")
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise ValueError(f"a time limit must be more than 0 seconds, got {seconds!r}")
         self._end = None if seconds is None else time.monotonic() + seconds
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lococo.files import check_output
 from lococo.results.deadline import Deadline
 
 
@@ -19,10 +20,15 @@ class Journal:
         Made at the first row; removed by ``finish``.
     deadline : Deadline, optional
         No measurement begins after it: ``measure`` raises ``OutOfTime``.
+
+    Raises
+    ------
+    OSError
+        If the file could not be written.
     """
 
     def __init__(self, path: Path, deadline: Deadline | None = None) -> None:
-        self.path = path
+        self.path = check_output(path)
         self.deadline = deadline or Deadline()
         self.rows: dict[str, Any] = {}
         if path.is_file():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from lococo.config import LoCoCoConfig
+from lococo.config import LoCoCoConfig, check_count
 from lococo.data.windows import Windows, prepare
 from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
 from lococo.patch import patched
@@ -40,6 +41,7 @@ from lococo.training.runs import (
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
 Rows = list[dict[str, Any]]
+RECIPE_OPTIONS = {field.name for field in dataclasses.fields(Recipe)} | {"backprop_tokens", "local_steps"}
 
 
 def calibrate(
@@ -84,7 +86,8 @@ def calibrate(
         - ``work_dir=None``: state of the run, removed at the end; ``<output>.work``. ``resume=False``: go on with the
           run in it. ``cache_dir="~/.cache/lococo"``: token windows and figures, which other runs use too.
         - ``time_limit=None``: seconds after which the run stops, to be resumed.
-        - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
+        - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision; nothing
+          that is said here.
           ``command``: what is written down as having made the heads.
         - ``on_progress=None``: called with every row of the record as soon as it is there, the gap ratio among them.
 
@@ -98,7 +101,7 @@ def calibrate(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For a bad argument, before any work; if there is too little text; or if the run to resume was another.
     FileExistsError
         If ``output`` holds something else, or ``work_dir`` a run that is not resumed or something else.
@@ -126,10 +129,17 @@ def plan_calibration(
     **options: Any,
 ) -> Calibration:
     """A calibration, checked before a model is there. Arguments and errors as of ``calibrate``."""
-    of_run, changes = split_options({"command": "lococo.calibrate(...)", **options})
+    own = inspect.signature(plan_calibration).parameters
+    options = {"command": "lococo.calibrate(...)", **options}
+    of_run, changes = split_options("lococo.calibrate", options, own, RECIPE_OPTIONS)
     name = "default" if isinstance(recipe, Recipe) else recipe
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
+    check_count("num_slots", num_slots, least=1)
+    if block_size is not None:
+        check_count("block_size", block_size, least=1)
+    if first is None:
+        check_count("length", length, least=2)
     recipe_config, named = RECIPES[name](num_slots, min(num_slots, 512) if block_size is None else block_size)
     chosen = adjusted(recipe if isinstance(recipe, Recipe) else named, **changes)
     return plan_run(
@@ -137,7 +147,7 @@ def plan_calibration(
         dataset,
         output,
         of_run,
-        config=config or recipe_config,
+        config=recipe_config if config is None else config,
         recipe=chosen,
         length=length,
         num_windows=chosen.windows_needed if num_windows is None else num_windows,
@@ -170,14 +180,19 @@ class Calibration(TrainingRun):
     recordings_dir: Path | None = None
 
     work_names = (*TrainingRun.work_names, "recordings", "local")
+    trainer = HeadTrainer
 
     def check(self) -> None:
         """Refuse what cannot be run, before a model is there. Errors as of ``calibrate``."""
+        if not isinstance(self.config, LoCoCoConfig):
+            raise TypeError(f"config must be a LoCoCoConfig, got {self.config!r}")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype must be torch.bfloat16, torch.float32, ... or None, got {self.dtype!r}")
         check_heads_folder(self.output)
         super().check()
         length, config = self.data.length, self.config
-        if not 1 <= self.first < length:
-            raise ValueError(f"first must lie between 1 and {length - 1} for windows of {length}, got {self.first}")
+        if not isinstance(self.first, int) or not 1 <= self.first < length:
+            raise ValueError(f"first must lie between 1 and {length - 1} for windows of {length}, got {self.first!r}")
         if not self.data.num_heldout:
             raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
         evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before a compression
@@ -188,11 +203,11 @@ class Calibration(TrainingRun):
                 "smaller blocks or longer windows"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
-        """Train and save. Errors as of ``calibrate``."""
-        self.check()
+    def _run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         usage = self.meter()
-        processes = self.processes(on_cpu=model.device.type == "cpu", has_steps=self.recipe.objective is not None)
+        has_steps = self.recipe.objective is not None
+        processes = self.processes(on_cpu=model.device.type == "cpu", has_steps=has_steps)
+        arguments = self.trainer_arguments(save_every=self.recipe.measure_every) if has_steps else None
         rows: Rows = []
 
         def add(stage: str, **row: Any) -> None:
@@ -219,8 +234,8 @@ class Calibration(TrainingRun):
                     for row in train_locally(model, recordings, local, self.work / "local", self.deadline):
                         add("local", **row)
                 add("local", step=local.steps, **gap.measure(model))
-            if self.recipe.objective:
-                rows += self._train_end_to_end(model, train, gap)
+            if arguments is not None:
+                rows += self._train_end_to_end(model, train, gap, arguments)
             processes.wait_for_everyone()  # none still writes into the work folder
             if processes.is_main_process:
                 if self.dtype is not None:
@@ -253,13 +268,15 @@ class Calibration(TrainingRun):
                 add("budgets", layer=layer, kv_head=head, slots=count)
         return dataclasses.replace(config, slots_per_head=slots)
 
-    def _train_end_to_end(self, model: PreTrainedModel, train: Windows, gap: GapRatio) -> Rows:
+    def _train_end_to_end(
+        self, model: PreTrainedModel, train: Windows, gap: GapRatio, arguments: TrainingArguments
+    ) -> Rows:
         recipe, stage = self.recipe, "end-to-end"
         assert recipe.objective is not None
         measuring = MeasureGap(model, gap, recipe.measure_every, lambda row: self.tell({"stage": stage, **row}))
         trainer = HeadTrainer(
             model,
-            self.trainer_arguments(save_every=recipe.measure_every),
+            arguments,
             objective=recipe.objective,
             scalar_lr_factor=recipe.scalar_lr_factor,
             train_dataset=train,

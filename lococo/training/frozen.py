@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +27,19 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Put the random states of Python, NumPy, torch and the model's GPUs back at the end of a ``with`` block."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lococo.config import LoCoCoConfig
+from lococo.config import LoCoCoConfig, check_count
 from lococo.training.objectives import Distill, NextToken, Objective
 
 OBJECTIVES: dict[str, Objective | None] = {"distill": Distill(), "next-token": NextToken(), "none": None}
@@ -18,9 +19,9 @@ def check_ranges(values: Any, least: Mapping[str, int], positive: Sequence[str],
     Parameters
     ----------
     least : mapping of str to int
-        The smallest number that each attribute may be, if it is not None.
+        The smallest whole number that each attribute may be, if it is not None.
     positive : sequence of str
-        Attributes that must be above zero.
+        Attributes that must be numbers above zero.
     kind : str
         Put before names.
 
@@ -31,11 +32,14 @@ def check_ranges(values: Any, least: Mapping[str, int], positive: Sequence[str],
     """
     for name, smallest in least.items():
         value = getattr(values, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{kind}{name} must be a whole number, got {value!r}")
         if value is not None and value < smallest:
             raise ValueError(f"{kind}{name} must be at least {smallest}, got {value}")
     for name in positive:
-        if not getattr(values, name) > 0:  # NaN is not, either
-            raise ValueError(f"{kind}{name} must be positive, got {getattr(values, name)}")
+        value = getattr(values, name)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:  # NaN is not, either
+            raise ValueError(f"{kind}{name} must be positive, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,10 @@ class Recipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.objective, Objective | None):
+            raise TypeError(f"objective must be Distill(...), NextToken(...) or None, got {self.objective!r}")
+        if not isinstance(self.local, LocalConfig | None):
+            raise TypeError(f"local must be a LocalConfig or None, got {self.local!r}")
         check_ranges(self, {"budget_texts": 0, "local_texts": 1, "steps": 0, "measure_every": 1}, ())
         if self.objective is not None and self.steps == 0:
             raise ValueError("steps must be at least 1 with an objective; for none pass objective=None")
@@ -203,8 +211,12 @@ def adjusted(
     TypeError
         If there is no such field.
     """
-    if objective is not None and objective not in OBJECTIVES:
+    if objective is not None and (not isinstance(objective, str) or objective not in OBJECTIVES):
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if local_steps is not None:
+        check_count("local_steps", local_steps, least=0)
+    if backprop_tokens is not None:
+        check_count("backprop_tokens", backprop_tokens, least=0)
     chosen = recipe.objective if objective is None else OBJECTIVES[objective]
     if chosen is not None:
         default = recipe.objective.backprop_tokens if recipe.objective else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import datetime
 import importlib.util
@@ -11,24 +12,26 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.data.documents import check_sources, local_files
 from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
-from lococo.files import write_whole
+from lococo.files import as_path, check_output, write_whole
+from lococo.models import find_family
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.plots import THIN, Lines, Panel, Series
 from lococo.results.tables import peak_memory, result_content
-from lococo.training.frozen import checksums
+from lococo.state import is_patched
+from lococo.training.frozen import checksums, random_state_kept
 from lococo.training.recipes import TrainingRecipe
 from lococo.training.window_trainer import StopInTime, WindowTrainer
 
@@ -37,6 +40,19 @@ FIGURES = ("loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")  # 
 
 Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
 R = TypeVar("R", bound="TrainingRun")
+
+# Fields of TrainingArguments that follow from a run, and what says them.
+SAID_BY_RUN = {
+    "output_dir": "work_dir",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "learning_rate": "learning_rate",
+    "per_device_train_batch_size": "windows_per_step",
+    "gradient_accumulation_steps": "windows_per_step",
+    "seed": "seed",
+    "use_cpu": "the device that the model is on",
+    "resume_from_checkpoint": "resume",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingRun:
+class TrainingRun(abc.ABC):
     """A run of training, all but the model. What is not listed is an option of ``lococo.calibrate``.
 
     Parameters
@@ -89,6 +105,7 @@ class TrainingRun:
     on_progress: Callable[[dict[str, Any]], None] | None = None
 
     work_names: ClassVar[tuple[str, ...]] = (RUN_NAME, TRAINER_FOLDER)  # what may stand in the work folder
+    trainer: ClassVar[type[WindowTrainer]]
 
     @property
     def work(self) -> Path:
@@ -102,10 +119,20 @@ class TrainingRun:
         Raises
         ------
         ValueError, OSError
-            If a folder holds something else, ``work_dir`` a run that is not to be resumed, or there is no such text.
+            If a folder cannot be written or holds something else, ``work_dir`` holds a run that is not to be resumed,
+            there is no such text, or ``training_arguments`` say what the run says or cannot do.
+        TypeError
+            If an argument is of another kind.
         ImportError
             If a package is missing.
         """
+        if not isinstance(self.resume, bool):
+            raise TypeError(f"resume must be True or False, got {self.resume!r}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise TypeError(f"on_progress must be a function of a row, got {self.on_progress!r}")
+        self._check_training_arguments()
+        for path in (self.output, self.work / RUN_NAME, self.cache_dir / "tokens"):
+            check_output(path)
         if self.work.exists() and not self.resume:
             raise FileExistsError(f"{self.work} holds an unfinished run: resume it (--resume) or remove that folder")
         surplus = {entry.name for entry in self.work.iterdir()} if self.work.exists() else set()
@@ -114,6 +141,42 @@ class TrainingRun:
         check_sources(self.data.sources, self.data.text_column)
         if not importlib.util.find_spec("matplotlib"):
             raise ImportError("training draws a picture with the package matplotlib: pip install lococo[train]")
+
+    def _check_training_arguments(self) -> None:
+        given = {} if self.training_arguments is None else self.training_arguments
+        if not isinstance(given, Mapping):
+            raise TypeError(f"training_arguments must be a dict, got {given!r}")
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        if unknown := [str(name) for name in given if name not in known]:
+            raise ValueError(f"training_arguments: transformers.TrainingArguments has no {', '.join(unknown)}")
+        for name in SAID_BY_RUN.keys() & given.keys():
+            raise ValueError(f"training_arguments must leave out {name}: it follows from {SAID_BY_RUN[name]}")
+        self.trainer.check_supported(given)
+
+    def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model that the run is not for. Errors as of ``check_model``."""
+        check_model(model, tokenizer)
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
+        """Train and save; random numbers are afterwards drawn as if nothing had been.
+
+        Raises
+        ------
+        ValueError, OSError, TypeError, ImportError
+            As of ``check``, ``check_model`` and ``lococo.data.windows.prepare``, or if the run to resume was another.
+        FloatingPointError
+            If training diverges.
+        OutOfTime
+            If the deadline came before the end.
+        """
+        self.check()
+        self.check_model(model, tokenizer)
+        with random_state_kept(model):
+            return self._run(model, tokenizer)
+
+    @abc.abstractmethod
+    def _run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
+        """Train and save."""
 
     def read_data(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the windows, if no run has, so that what is wrong with the data is said before a model is loaded.
@@ -156,7 +219,10 @@ class TrainingRun:
         return usage
 
     def trainer_arguments(self, save_every: int, **changes: Any) -> TrainingArguments:
-        """What the Trainer is told, with what the run's own ``training_arguments`` say at last."""
+        """What the Trainer is told, with what the run's own ``training_arguments`` say at last.
+
+        Values that it does not take are refused by the Trainer's own errors: make it before any work.
+        """
         processes, steps = PartialState(), self.recipe.steps
         given = {
             "output_dir": str(self.work / TRAINER_FOLDER),
@@ -222,10 +288,31 @@ RUN_OPTIONS = {field.name for field in dataclasses.fields(TrainingRun)} - {"data
 RUN_OPTIONS |= DATA_OPTIONS | {"time_limit"}
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a run and its data, and the others, which are those of a recipe."""
+def split_options(
+    function: str, options: Mapping[str, Any], own: Iterable[str], of_recipe: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a run and its data, and those of its recipe.
+
+    Parameters
+    ----------
+    function : str
+        Whose options they are, as messages name it.
+    own : iterable of str
+        Names of the function's other options.
+    of_recipe : collection of str
+        Names of a recipe's options.
+
+    Raises
+    ------
+    TypeError
+        If there is no such option; lists those that there are.
+    """
     of_run = {name: value for name, value in options.items() if name in RUN_OPTIONS}
-    return of_run, {name: value for name, value in options.items() if name not in RUN_OPTIONS}
+    others = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
+    if unknown := others.keys() - set(of_recipe):
+        known = sorted({*own, *of_recipe, *RUN_OPTIONS} - {"options"})
+        raise TypeError(f"{function} has no option {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return of_run, others
 
 
 def plan_run(kind: type[R], dataset: Dataset, output: str | os.PathLike, options: dict[str, Any], **fields: Any) -> R:
@@ -238,14 +325,14 @@ def plan_run(kind: type[R], dataset: Dataset, output: str | os.PathLike, options
     **fields
         Other fields of the run, or of ``DataConfig``.
     """
-    given = {"cache_dir": DEFAULT_CACHE, "text_column": "text", **options, **fields}
-    cache = given["cache_dir"] = Path(given["cache_dir"]).expanduser()
-    if given.get("work_dir") is not None:
-        given["work_dir"] = Path(given["work_dir"])
+    given = {"cache_dir": DEFAULT_CACHE, "text_column": "text", **options, **fields, "output": output}
+    for name in ("output", "cache_dir", "work_dir", "merge_into"):
+        if given.get(name) is not None or name == "output":
+            given[name] = as_path(name, given[name])
     deadline = Deadline(given.pop("time_limit", None))
     about_data = {name: given.pop(name) for name in DATA_OPTIONS.intersection(given)}
-    data = DataConfig(sources=as_sources(dataset, cache, about_data["text_column"]), **about_data)
-    run = kind(data=data, output=Path(output), deadline=deadline, **given)
+    sources = as_sources(dataset, given["cache_dir"], about_data["text_column"])
+    run = kind(data=DataConfig(sources=sources, **about_data), deadline=deadline, **given)
     run.check()
     return run
 
@@ -293,6 +380,23 @@ def loss_panel(rows: Sequence[dict[str, Any]], title: str) -> Panel:
     trained = [row for row in rows if "loss" in row]
     loss = Series("", [row["loss"] for row in trained], [row["step"] for row in trained], style=THIN)
     return Lines([loss], title, "step", "nats per token")
+
+
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what is no model with its tokenizer, or is patched.
+
+    Raises
+    ------
+    TypeError
+        If it is something else, such as the name of one.
+    ValueError
+        If the model is patched, or none that can be.
+    """
+    if is_patched(model):
+        raise ValueError("the model is patched: call lococo.unpatch_model first")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer must be a Transformers tokenizer, got {tokenizer!r}")
+    find_family(model)
 
 
 def this_process(*, on_cpu: bool) -> PartialState:

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,11 +52,7 @@ class WindowTrainer(Trainer, abc.ABC):
     def __init__(
         self, loss: WindowLoss | NextTokenLoss, args: TrainingArguments, scalar_lr_factor: float, **kwargs: Any
     ) -> None:
-        for name, instead in self.not_supported.items():
-            if getattr(args, name, None):
-                raise ValueError(
-                    f"{name}={getattr(args, name)!r} is not supported by {type(self).__name__}: {instead}"
-                )
+        self.check_supported(vars(args))
         if not scalar_lr_factor > 0:
             raise ValueError(f"scalar_lr_factor must be positive, got {scalar_lr_factor!r}")
         if getattr(loss.model, "hf_device_map", None) is None and not args.fsdp:
@@ -71,6 +67,19 @@ class WindowTrainer(Trainer, abc.ABC):
                 f"{self.args.n_gpu} GPUs in one process: start one process per GPU (torchrun, accelerate launch), or "
                 "choose one with CUDA_VISIBLE_DEVICES"
             )
+
+    @classmethod
+    def check_supported(cls, arguments: Mapping[str, Any]) -> None:
+        """Refuse arguments of ``transformers.TrainingArguments`` that it cannot follow.
+
+        Raises
+        ------
+        ValueError
+            Names the argument and what to do instead.
+        """
+        for name, instead in cls.not_supported.items():
+            if arguments.get(name):
+                raise ValueError(f"{name}={arguments[name]!r} is not supported by {cls.__name__}: {instead}")
 
     @property
     def trained_model(self) -> nn.Module:

@@ -319,6 +319,8 @@ def test_without_matplotlib_there_is_no_picture_and_a_word(tmp_path, capsys, mon
         (["train", "--lengths", "1"], "lengths must be at least 2"),
         (["train", "--objectives", "guess"], "objectives must be of distill, next-token, got 'guess'"),
         (["prefill", "--shape", "huge"], "unknown shape 'huge': choose from"),
+        (["decode", "--shape", "nope"], "unknown shape 'nope': choose from"),
+        (["score", "--methods", ","], "there is nothing to compare"),
         (["prefill", "--model", "org/model"], "either --model or --shape"),
     ],
 )

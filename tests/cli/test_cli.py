@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -76,8 +78,9 @@ def test_generate_with_heads(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt-file", "missing.txt"], "missing.txt"),
-        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt-file", "missing.txt"], "missing.txt: no such file"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", ""], "Option '--prompt' requires an argument"),
         ([], "either --prompt-file or --prompt"),
         (["--prompt", "w1", "--prompt-file", "text.txt"], "either --prompt-file or --prompt"),
         (["--prompt", "w1 w2", "--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
@@ -106,6 +109,65 @@ def test_a_folder_that_is_not_there_is_named(capsys, folder):
 def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     assert main(["generate", "--model", str(tmp_path), "--prompt", "w1 w2"]) == 2
     assert f"{tmp_path}: no config.json in this folder" in errors(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("tokenizer.json", None, "tokenizer"),
+        ("tokenizer_config.json", b"{", "tokenizer"),
+        ("config.json", b'{"model_type": "no such"}', "(tokenizer|model)"),  # whichever asks for it first
+        ("model.safetensors", None, "model"),
+        ("model.safetensors", b"torn", "model"),
+    ],
+)
+def test_what_is_missing_of_a_model_is_said_in_a_line_with_its_folder(
+    checkpoint, tmp_path, capsys, name, content, what
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    assert main(["generate", "--model", str(folder), "--prompt", "w1 w2"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "lococo" in line or "okenizer" in line]
+    assert re.match(f"lococo: error: {folder}: no {what} could be loaded from this folder: ", said[-1])
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt-file"], ["inspect", "--data"]])
+def test_texts_that_cannot_be_read_are_named(tmp_path, capsys, command):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe")
+    for name, message in (
+        ("a.bin", "a.bin: binary data or another encoding"),
+        ("b.txt", "b.txt: no such file"),
+        ("", " is a folder; expected a text file"),
+    ):
+        assert main([command[0], "--model", "none", command[1], str(tmp_path / name)]) == 2
+        assert message in errors(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "ending"),
+    [(["eval", "ppl", "--data"], ""), (["inspect", "--data"], ".html"), (["bench", "memory", "--methods"], "")],
+)
+def test_what_cannot_be_written_is_said_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, command, ending):
+    monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text(TEXT)
+    output = tmp_path / "file" / f"out{ending}"
+    assert main([*command, str(tmp_path / "file"), "--model", "none", "--output", str(output)]) == 2
+    assert errors(capsys) == [f"lococo: error: {output} cannot be written: {tmp_path / 'file'} is a file"]
+
+
+@pytest.mark.parametrize("command", ["eval ppl", "eval tasks", "eval needles", "bench memory", "bench prefill"])
+def test_nothing_is_not_compared(command, capsys):
+    assert main([*command.split(), "--model", "none", "--methods", ", "]) == 2
+    assert "there is nothing to compare: name methods, of full, streaming, " in errors(capsys)[0]
+
+
+def test_errors_of_the_system_begin_with_the_file(tmp_path, capsys, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("lococo.data.documents.read_text", refused)
+    assert main(["inspect", "--model", "none", "--data", "a.txt"]) == 2
+    assert errors(capsys) == ["lococo: error: a.txt: permission denied"]
 
 
 def test_what_may_be_of_the_hub_is_looked_for_there(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ import typer
 import lococo
 from lococo.cli import options
 from lococo.cli.main import _app, main
-from lococo.cli.parsing import Group, add_command, spread
+from lococo.cli.parsing import Group, add_command, spread, up_to_missing
 from lococo.cli.terminal import print_table
 
 COMMANDS = [
@@ -126,6 +127,64 @@ def test_spreading_adds_names_of_lists_alone():
         once = spread(words, {"--n"})
         assert [word for word in once if word != "--n"] == [word for word in words if word != "--n"]
         assert spread(once, {"--n"}) == once
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--n 1 --m a b --on", None),
+        ("x --n --m a b", "x --n"),
+        ("--m a --n 1", "--m a"),
+        ("--n --n 1", "--n"),
+        ("--n --m=a", None),  # no name of an option, as it stands
+        ("--n -1 --on x", None),
+        ("--on --n 1", None),
+        ("--n=1 --m=a b --n", None),
+        ("--n= --m a b", "--n"),
+        ("-- --n --m", None),
+    ],
+)
+def test_an_option_is_not_taken_for_the_value_of_another(words, expected):
+    assert up_to_missing(words.split(), {"--n": 1, "--m": 2, "--on": 0}) == (expected or words).split()
+    assert up_to_missing(["--n", "", "--on"], {"--n": 1, "--on": 0}) == ["--n"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("eval ppl --model x --data --num-slots 16", "--data"),
+        ("eval ppl --model x --num-slots --data x", "--num-slots"),
+        ("eval ppl --model --data x", "--model"),
+        ("eval ppl --model x --data", "--data"),
+        ("eval ppl --model x --data a --data --help", "--data"),
+        ("calibrate --output --model x", "--output"),
+    ],
+)
+def test_a_missing_value_is_named(words, name, capsys):
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"lococo: error: Option '{name}' requires an argument.")
+
+
+@pytest.mark.parametrize("name", ["--model", "--data", "--methods", "--output"])
+def test_an_empty_value_is_none(name, capsys):
+    for words in ([name, ""], [f"{name}="]):
+        assert main(["eval", "ppl", *words, "--num-slots", "8"]) == 2
+        assert capsys.readouterr().err.startswith(f"lococo: error: Option '{name}' requires an argument.")
+
+
+@pytest.mark.parametrize("words", [["calibrate", "--help"], ["--version"]])
+def test_a_reader_that_leaves_is_no_error(words):
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-m", "lococo", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_other_ways_out_are_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr("lococo.cli.main._app", lambda: sys.exit(3))
+    with pytest.raises(SystemExit):
+        main([])
 
 
 def test_groups_are_laid_out_as_options(capsys):

@@ -11,8 +11,8 @@ from numbered_words import word_tokenizer
 from test_windows import config, write_lines
 
 from lococo.data import documents as reading
-from lococo.data.documents import SUFFIXES, check_sources, documents
-from lococo.data.windows import DEFAULT_DATASET, prepare
+from lococo.data.documents import SUFFIXES, check_sources, documents, read_text
+from lococo.data.windows import DEFAULT_DATASET, as_sources, prepare
 
 
 def read(*sources, **options):
@@ -40,6 +40,31 @@ def test_every_kind_of_file_gives_its_texts(tmp_path, name):
     texts = ["one\u2028two\x85three\nfour", "größer", "三"]
     found = [document["text"] for document in read(write_as(tmp_path / name, texts))]
     assert found == (texts[:1] if name == "a.txt" else texts)
+
+
+@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in SUFFIXES])
+def test_suffixes_may_be_in_capitals(tmp_path, name):
+    written = write_as(tmp_path / name, ["one", "two"])
+    path = written.rename(tmp_path / "Read Me").rename(tmp_path / f"B{written.name[1:].upper()}")
+    expected = [("one", "B" if name == "a.txt" else tmp_path.name)]
+    for source in (path, tmp_path):
+        assert [(each["text"], each["domain"]) for each in read(source)][:1] == expected
+    assert as_sources([str(path)], tmp_path) == (str(path),)
+
+
+def test_a_text_file_is_read_whatever_it_is_called(tmp_path):
+    (tmp_path / "notes").write_bytes("\ufeffgrößer\r\n".encode())
+    assert read_text(tmp_path / "notes") == "größer\n"
+    (tmp_path / "latin").write_bytes(b"gr\xf6\xdfer")
+    (tmp_path / "zeros").write_bytes(b"a\0")
+    for name, error, message in (
+        ("latin", ValueError, "latin: binary data or another encoding; expected UTF-8 text"),
+        ("zeros", ValueError, "zeros: binary data"),
+        ("missing", FileNotFoundError, "missing: no such file"),
+        ("", IsADirectoryError, "is a folder; expected a text file"),
+    ):
+        with pytest.raises(error, match=message):
+            read_text(tmp_path / name)
 
 
 def test_a_long_text_file_is_read_in_parts(tmp_path, monkeypatch):
@@ -181,7 +206,7 @@ def test_a_hub_dataset_that_does_not_open_is_named(monkeypatch, error):
         ("a.jsonl", b"", "a.jsonl: empty"),
         ("a.txt", b" \n", "a.txt: empty"),
         ("a.csv", b"text", "a.csv: unknown suffix; expected one of .jsonl, "),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: invalid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: invalid JSON: Expecting value at character 9"),
         ("a.jsonl", b"[1]", "a.jsonl: line 1: expected a JSON object, got list"),
         ("a.jsonl", b'{"body": "a", "id": 1}', "a.jsonl: line 1: no column 'text'; it has 'body', 'id'"),
         ("a.jsonl", b'{"text": 1}', "a.jsonl: line 1: column 'text' must hold text, got int"),
@@ -203,10 +228,22 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("source", ["nothing", "no/such/folder", "data/train.jsonl", "/data/x"])
+@pytest.mark.parametrize(
+    "source", ["nothing", "no/such/folder", "data/train.jsonl", "data/train.TXT", "/data/x", "org/name:", "größe/a"]
+)
 def test_a_source_that_is_nowhere_is_named(tmp_path, source):
     with pytest.raises(FileNotFoundError, match=f"{source}: no such file or folder, and not a Hub dataset"):
         prepare(config(source), word_tokenizer(), tmp_path)
+
+
+def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", ["one"])
+    monkeypatch.chdir(tmp_path)
+    assert [document["text"] for document in read(".")] == ["one"]
+    with pytest.raises(ValueError, match="the name of a source of text is empty"):
+        read("")
+    with pytest.raises(ValueError, match="is empty"):
+        check_sources([""])
 
 
 def test_a_folder_without_data_is_named(tmp_path):

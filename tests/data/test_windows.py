@@ -287,6 +287,15 @@ def test_a_single_document_is_refused(tmp_path):
     assert len(train) == 4
 
 
+def test_documents_that_are_the_same_are_counted_but_not_apart(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", many_texts(1) * 3)
+    with pytest.raises(ValueError, match="3 documents were read, 1 different one among them, and 2 are needed"):
+        prepare(config(path), word_tokenizer(), tmp_path)
+    path = write_lines(tmp_path / "b.jsonl", many_texts(2) * 3)
+    with pytest.raises(ValueError, match="6 documents were read, 2 different ones among them, the longest of"):
+        prepare(config(path, length=1000), word_tokenizer(), tmp_path)
+
+
 # Documents that are no files
 
 
@@ -317,6 +326,10 @@ def test_documents_are_kept_in_a_file_that_is_the_source(tmp_path, kind):
         ([], ValueError, "dataset is empty"),
         (["a.txt", "one two"], ValueError, "dataset holds 1 names of sources, such as 'a.txt', beside documents"),
         ([1], TypeError, "dataset must hold names of sources, or texts or mappings, got int"),
+        (None, TypeError, "dataset must be a Hub id, a file or a folder, several of them, or documents, got None"),
+        (3, TypeError, "dataset must be .*, got 3"),
+        (b"text", TypeError, "dataset must be .*, got b'text'"),
+        ({"text": "one two"}, TypeError, "got one mapping of 'text': give a list of documents"),
     ],
 )
 def test_data_of_other_kinds_is_refused(tmp_path, dataset, error, message):
@@ -353,6 +366,11 @@ def test_no_window_says_what_was_read_and_what_to_change(tmp_path, changes, mess
         ({"num_heldout": -1}, "num_heldout must be .* at least 0, got -1"),
         ({"max_windows_per_document": 0}, "max_windows_per_document must be .* at least 1, got 0"),
         ({"boundaries": "cross"}, "boundaries must be 'reset' or 'none', got 'cross'"),
+        ({"num_windows": True}, "num_windows must be .* at least 1, got True"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"text_column": None}, "text_column must be a name, got None"),
+        ({"split": 1}, "split must be a name, got 1"),
+        ({"heldout_share": "a"}, "heldout_share must .* got 'a'"),
         ({"heldout_share": 1.0}, "heldout_share must .* got 1.0"),
         ({"heldout_share": 0.0}, "heldout_share must .* got 0.0 with num_heldout=3"),
     ],

@@ -288,6 +288,23 @@ def test_models_that_are_changed_already_are_refused(folder):
         lococo.merge_extended(model, folder)
 
 
+def test_no_name_is_not_this_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    model = lococo.load_extended(tiny_llama(), ".")
+    for call in (lambda: lococo.load_extended(tiny_llama(), ""), lambda: lococo.merge_extended(model, "")):
+        with pytest.raises(ValueError, match="folder is empty; write '.' for the working directory"):
+            call()
+    with pytest.raises(NotADirectoryError, match=r"extension.json/a cannot be written: .* is a file"):
+        lococo.merge_extended(model, "extension.json/a")
+
+
+def test_a_model_with_adapters_is_not_extended(folder, tokenizer, text, tmp_path):
+    model = lococo.load_extended(tiny_llama(), folder)
+    model = lococo.unpatch_model(model) if lococo.is_patched(model) else model
+    with pytest.raises(ValueError, match="the model has adapters already: merge them first"):
+        lococo.extend_context(model, tokenizer, text, output=tmp_path / "out", original_length=16)
+
+
 def test_outputs_that_hold_something_else_are_refused(tokenizer, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -349,6 +366,40 @@ def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
         lococo.extend_context(tiny_llama(), tokenizer, text, output=tmp_path / "out", method="full", heads="somewhere")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(model="org/model"), TypeError, "model must be a loaded model .* got 'org/model'; load it first"),
+        (dict(tokenizer=None), TypeError, "tokenizer must be a Transformers tokenizer, got None"),
+        (dict(dataset=3), TypeError, "dataset must be a Hub id, .* got 3"),
+        (dict(dataset=""), ValueError, "the name of a source of text is empty"),
+        (dict(output=""), ValueError, "output is empty"),
+        (dict(merge_into=""), ValueError, "merge_into is empty"),
+        (dict(nope=3), TypeError, "lococo.extend_context has no option nope; there are alpha, .* rope_type"),
+        (dict(num_heldout=3), TypeError, "lococo.extend_context has no option num_heldout: it measures on no text"),
+        (dict(num_slots="16"), ValueError, "num_slots must be an integer of at least 1, got '16'"),
+        (dict(method=["full"]), ValueError, "method must be one of"),
+        (dict(length=0), ValueError, "length must be a whole number of at least 2, got 0"),
+        (dict(steps=1.5), ValueError, "steps must be a whole number, got 1.5"),
+        (dict(rank="8"), ValueError, "rank must be a whole number, got '8'"),
+        (dict(factor="8"), ValueError, "factor must be at least 1 .* got '8'"),
+        (dict(config="h2o"), TypeError, "config must be a LoCoCoConfig, got 'h2o'"),
+        (dict(shard="no"), TypeError, "shard must be True or False, got 'no'"),
+        (dict(training_arguments={"nope": 1}), ValueError, "transformers.TrainingArguments has no nope"),
+        (dict(training_arguments={"learning_rate": 1}), ValueError, "must leave out learning_rate"),
+        (dict(training_arguments={"push_to_hub": True}), ValueError, "not supported by ExtensionTrainer"),
+        (dict(training_arguments={"lr_scheduler_type": "sideways"}), ValueError, "sideways"),
+    ],
+)
+def test_bad_arguments_of_the_function_leave_nothing(options, error, message, tokenizer, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("lococo.extension.extend.prepare", lambda *arguments: pytest.fail("data were read"))
+    places = dict(output=tmp_path / "run" / "out", cache_dir=tmp_path / "run")
+    given = dict(model=tiny_llama(), tokenizer=tokenizer, dataset=text, num_slots=16, length=32, **places)
+    with pytest.raises(error, match=message):
+        lococo.extend_context(**{**given, **options})
+    assert not (tmp_path / "run").exists()
+
+
 # The command
 
 
@@ -401,6 +452,8 @@ def test_command_stops_in_time_and_goes_on(checkpoint, text, tmp_path, capsys):
         (["--deepspeed", "nowhere.json"], "no such DeepSpeed config file"),
         (["--length", "100"], "not one training window of 100 tokens"),
         (["--original-length", "-3"], "original_length must be a whole number of at least 1"),
+        (["--original-length", "0"], "original_length must be a whole number of at least 1"),
+        (["--depth", "-1"], "Invalid value for '--depth'"),
     ],
 )
 def test_command_refuses_bad_input(words, message, checkpoint, text, tmp_path, capsys):

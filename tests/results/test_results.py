@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import lococo
+from lococo.files import check_output, write_whole
+from lococo.results.journal import Journal
 from lococo.results.tables import own_commit, write_result
 
 PACKAGE = Path(lococo.__file__).parent
@@ -117,3 +119,26 @@ def test_a_result_has_one_commit_in_both_files(tmp_path, monkeypatch):
     write_result(tmp_path / "found", "lococo eval ppl", "cpu", [{"nll": 1.0}])
     assert json.loads((tmp_path / "found.json").read_text())["commit"] == "of lococo"
     assert "commit of lococo\n" in (tmp_path / "found.md").read_text()
+
+
+# Places
+
+
+def test_what_cannot_be_written_is_named_before_and_after(tmp_path):
+    (tmp_path / "file").write_text("text")
+    for path in (tmp_path / "file" / "a.html", tmp_path / "file" / "b" / "a.html"):
+        with pytest.raises(NotADirectoryError, match=f"{path} cannot be written: {tmp_path / 'file'} is a file"):
+            check_output(path)
+        with pytest.raises(NotADirectoryError, match=f"{path} cannot be written"):
+            Journal(path)
+        with pytest.raises(OSError) as error:
+            write_whole(path, "text")
+        assert error.value.filename == str(path)
+    assert check_output(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_that_may_not_be_written_to_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=f"cannot be written: the folder {tmp_path} may not be written to"):
+        check_output(tmp_path / "new" / "a.json")

@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -263,15 +264,87 @@ def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
     [
         (dict(recipe="ours"), ValueError, "recipe must be one of default, paper, or a Recipe, got 'ours'"),
         (dict(objective="mse"), ValueError, "objective must be one of distill, next-token, none, got 'mse'"),
-        (dict(lenght=5), TypeError, "lenght"),
+        (dict(recipe=["default"]), ValueError, "recipe must be one of default, paper, or a Recipe"),
+        (dict(lenght=5), TypeError, "lococo.calibrate has no option lenght; there are .* length, .* measure_every"),
+        (dict(a=1, b=2), TypeError, "lococo.calibrate has no option a, b; there are"),
         (dict(dataset=[]), ValueError, "dataset is empty"),
+        (dict(dataset=None), TypeError, "dataset must be a Hub id, .* got None"),
+        (dict(dataset=""), ValueError, "the name of a source of text is empty"),
+        (dict(dataset=["", "org/name"]), ValueError, "the name of a source of text is empty"),
+        (dict(output=""), ValueError, "output is empty; write '.' for the working directory"),
+        (dict(output=None), TypeError, "output must be a path, got None"),
+        (dict(work_dir=""), ValueError, "work_dir is empty"),
+        (dict(cache_dir=3), TypeError, "cache_dir must be a path, got 3"),
+        (dict(num_slots="16"), ValueError, "num_slots must be an integer of at least 1, got '16'"),
+        (dict(block_size=8.0), ValueError, "block_size must be an integer of at least 1, got 8.0"),
+        (dict(length="80", first=None), ValueError, "length must be an integer of at least 2, got '80'"),
+        (dict(first=1.5), ValueError, "first must lie between 1 and 79 for windows of 80, got 1.5"),
+        (dict(steps=1.5), ValueError, "steps must be a whole number, got 1.5"),
+        (dict(steps=True), ValueError, "steps must be a whole number, got True"),
+        (dict(windows_per_step="2"), ValueError, "windows_per_step must be a whole number, got '2'"),
+        (dict(local_steps=0.5), ValueError, "local_steps must be an integer of at least 0, got 0.5"),
+        (dict(learning_rate="fast"), ValueError, "learning_rate must be positive, got 'fast'"),
+        (dict(learning_rate=float("inf")), ValueError, "learning_rate must be positive, got inf"),
+        (dict(objective=["distill"]), ValueError, "objective must be one of"),
+        (dict(local=3, local_steps=None), TypeError, "local must be a LocalConfig or None, got 3"),
+        (dict(config={}), TypeError, "config must be a LoCoCoConfig, got {}"),
+        (dict(dtype="bfloat16"), TypeError, "dtype must be torch.bfloat16, .* got 'bfloat16'"),
+        (dict(dtype=torch.int8), TypeError, "dtype must be torch.bfloat16, .* got torch.int8"),
+        (dict(resume="no"), TypeError, "resume must be True or False, got 'no'"),
+        (dict(time_limit="1h"), ValueError, "a time limit must be more than 0 seconds, got '1h'"),
+        (dict(on_progress="print"), TypeError, "on_progress must be a function of a row, got 'print'"),
+        (dict(training_arguments=[1]), TypeError, r"training_arguments must be a dict, got \[1\]"),
+        (dict(training_arguments={"nope": 1}), ValueError, "transformers.TrainingArguments has no nope"),
+        (dict(training_arguments={"max_steps": 1}), ValueError, "must leave out max_steps: it follows from steps"),
+        (dict(training_arguments={"seed": 1}), ValueError, "must leave out seed: it follows from seed"),
+        (dict(training_arguments={"push_to_hub": True}), ValueError, "push_to_hub=True is not supported by HeadTr"),
     ],
 )
 def test_bad_options_of_the_function_are_refused(options, error, message, texts, tmp_path):
-    dataset = options.pop("dataset", texts)
+    given = [options.pop(name, value) for name, value in dict(dataset=texts, output=tmp_path / "heads").items()]
     with pytest.raises(error, match=message):
-        calibrate_in_python(None, dataset, tmp_path / "heads", tmp_path / "cache", **options)
+        calibrate_in_python(None, *given, options.pop("cache_dir", tmp_path / "cache"), **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "error", "message"),
+    [
+        (lambda: "org/model", word_tokenizer, TypeError, r"model must be a loaded model .* got 'org/model'; load it"),
+        (lambda: None, word_tokenizer, TypeError, "model must be a loaded model .* got None"),
+        (tiny_llama, lambda: "org/model", TypeError, "tokenizer must be a Transformers tokenizer, got 'org/model'"),
+        (lambda: lococo.patch_model(tiny_llama()), word_tokenizer, ValueError, "patched: call lococo.unpatch_model"),
+        (lambda: torch.nn.Linear(1, 1), word_tokenizer, ValueError, "Linear"),
+    ],
+)
+def test_other_models_are_refused_before_data_are_read(model, tokenizer, error, message, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "prepare", lambda *arguments: pytest.fail("data were read"))
+    with pytest.raises(error, match=message):
+        calibrate(model(), tokenizer(), texts, output=tmp_path / "heads", num_slots=SLOTS, length=LENGTH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_that_the_trainer_does_not_take_leaves_nothing_that_is_in_the_way(texts, cache, tmp_path):
+    for value in ("sideways", None):
+        more = dict(training_arguments={"lr_scheduler_type": value}) if value else {}
+        try:
+            calibrate_in_python(tiny_llama(), texts, tmp_path / "heads", cache, **more)
+        except ValueError as error:
+            assert "sideways" in str(error)
+            assert not list(tmp_path.iterdir())
+    assert (tmp_path / "heads").is_dir()
+
+
+def test_random_numbers_are_drawn_as_if_nothing_had_been(texts, cache, tmp_path):
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    model = tiny_llama()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = drawn()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    calibrate_in_python(model, texts, tmp_path / "heads", cache)
+    assert drawn() == expected
 
 
 def test_the_model_is_as_it_was(texts, cache, tmp_path):
@@ -504,9 +577,9 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
         (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
         (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
-        (["--backprop-tokens", "-1"], "backprop_tokens must be a whole number of at least 1"),
+        (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
         (["--budget-texts", "-1"], "budget_texts must be at least 0, got -1"),
-        (["--local-steps", "-1"], "local steps must be at least 1, got -1"),
+        (["--local-steps", "-1"], "local_steps must be an integer of at least 0, got -1"),
         (["--local-steps", "3", "--local-texts", "2"], "local_texts must be more than the 2"),
         (["--measure-every", "0"], "measure_every must be at least 1, got 0"),
         (["--windows", "0"], "num_windows must be a whole number of at least 1, got 0"),
@@ -520,6 +593,10 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--device", "gpu"], "--device must be cpu, cuda, cuda:1, ..., got 'gpu'"),
         (["--deepspeed", "missing.json"], "missing.json: no such DeepSpeed config file"),
         (["--output", "."], "has no lococo_config.json and is not empty"),
+        (["--output", "words.jsonl/heads"], "words.jsonl/heads cannot be written: .*words.jsonl is a file"),
+        (["--work-dir", "words.jsonl"], "words.jsonl/run.json cannot be written"),
+        (["--cache-dir", "words.jsonl"], "words.jsonl/tokens cannot be written"),
+        (["--dataset", ""], "Option '--dataset' requires an argument"),
     ],
 )
 def test_bad_arguments_are_one_line_before_a_model_is_loaded(options, message, tmp_path, monkeypatch, capsys):
