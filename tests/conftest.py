@@ -4,6 +4,8 @@ import os
 import pytest
 import torch
 import transformers
+from tiny import tiny_llama
+from words import word_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 collect_ignore = (
@@ -27,3 +29,12 @@ def no_precision_left_over():
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny model and its tokenizer, which nothing writes to."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,4 +1,6 @@
-"""A tokenizer whose words are numbers."""
+"""A tokenizer whose words are numbers, and files of them."""
+
+import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -16,3 +18,14 @@ def word_tokenizer(bos=False, eos_token="</s>", words=WORDS):
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token=eos_token, unk_token="<unk>", model_max_length=8
     )
+
+
+def text_of(numbers):
+    return " ".join(f"w{number}" for number in numbers)
+
+
+def write_lines(path, texts, **fields):
+    """A file of documents, with the same fields beside each text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps({"text": text, **fields}) for text in texts))
+    return path

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from test_families import build, gap, pad_left, patch, read
+from families import build, gap, pad_left, patch, read
 from tiny import tiny_ids, tiny_llama
 
 import lococo

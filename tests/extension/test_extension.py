@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from extended import command
 from extension_worker import CONFIGS, SCALING, recipe
+from families import build
 from peft import PeftModel
-from test_families import build
 from tiny import tiny_ids, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
-from lococo.cli.main import main
 from lococo.data.windows import DataConfig
 from lococo.extension.extend import ExtensionRun
 from lococo.extension.folder import Extension, read_extension
@@ -23,31 +23,6 @@ from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.results.deadline import Deadline, OutOfTime
 
 IDS = tiny_ids(2, 64, seed=1)
-WORDS = ["<pad>", "w1", "</s>", *(f"w{index}" for index in range(3, 64))]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Words are the ids 0 to 63."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=WORDS[0]))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=WORDS[2], pad_token=WORDS[0])
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "words.jsonl"
-    return write_documents(path, tiny_ids(12, 70, seed=2).tolist())
-
-
-def write_documents(path, rows):
-    """A file of documents with these ids."""
-    documents = ({"text": " ".join(WORDS[index] for index in row)} for row in rows)
-    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    return path
 
 
 def extend(model, tokenizer, text, folder, method="lococo", **options):
@@ -196,12 +171,12 @@ KILLED = """
 import sys
 sys.path[:0] = {path!r}
 import os, torch, test_extension as here
+from extended import id_tokenizer
 from pathlib import Path
 from lococo.training.window_trainer import StopInTime
 torch.set_num_threads(1)
 StopInTime.on_step_end = lambda self, args, state, control, **kwargs: os._exit(9) if state.global_step == 3 else None
-tokenizer = here.tokenizer.__wrapped__()
-here.extend(here.tiny_llama(), tokenizer, Path({text!r}), Path({folder!r}))
+here.extend(here.tiny_llama(), id_tokenizer(), Path({text!r}), Path({folder!r}))
 """
 
 
@@ -350,19 +325,6 @@ def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
 
 
 # The command
-
-
-@pytest.fixture
-def checkpoint(tokenizer, tmp_path):
-    tiny_llama(max_position_embeddings=16).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def command(checkpoint, text, folder, *more):
-    given = ["extend", "--model", checkpoint, "--dataset", text, "--output", folder / "out", "--cache-dir", folder]
-    quick = ["--num-slots", 16, "--block-size", 8, "--steps", 2, "--windows-per-step", 1]
-    return main([str(word) for word in [*given, *quick, *more]])
 
 
 @pytest.mark.parametrize("method", CONFIGS)

@@ -4,11 +4,10 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from reference import naive_lococo, rope_rotate
-from test_attention import naive_head
-from test_cli import TEXT, checkpoint, word_tokenizer  # noqa: F401
-from test_families import build
+from families import build
+from reference import naive_head, naive_lococo, rope_rotate
 from tiny import tiny_ids, tiny_llama
+from words import TEXT
 
 import lococo
 import lococo.attention
@@ -197,7 +196,7 @@ def test_page_holds_its_data_and_asks_for_nothing_else():
     assert head["kept"] == pytest.approx((1000 * traces[3].weights.sum(0)).tolist(), abs=0.51)
 
 
-def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["inspect", "--model", str(checkpoint), "--data", str(tmp_path / "text.txt")]
     output = tmp_path / "slots.html"

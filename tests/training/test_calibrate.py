@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import WORDS, checkpoint, word_tokenizer  # noqa: F401
 from tiny import tiny_llama
 from torch import distributed
+from words import WORDS, word_tokenizer, write_texts
 
 import lococo
 from lococo.cli.main import main
@@ -44,13 +44,6 @@ CHANGES += ["budget_texts", "local_texts", "measure_every"]
 NOTHING = ["--objective", "none", "--budget-texts", "0"]
 
 
-def write_texts(path, count=240):
-    words = random.Random(3)  # the held-out ones are texts that H2O loses on
-    texts = [{"text": " ".join(words.choices(WORDS, k=LENGTH + 10)), "domain": f"d{i % 2}"} for i in range(count)]
-    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    return path
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("texts") / "words.jsonl")
@@ -62,7 +55,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(checkpoint, texts, cache):  # noqa: F811
+def run(checkpoint, texts, cache):
     """Calibrate by the command line; returns its status."""
 
     def call(output, *options, num_slots=SLOTS):
@@ -602,7 +595,7 @@ def worker(rank, folder):
 # The example
 
 
-def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[2] / "examples" / "calibrate.py"
     arguments = ["--model", checkpoint, "--data", texts, "--output", tmp_path / "heads"]
     arguments += ["--num-slots", SLOTS, "--length", LENGTH, "--steps", 2]
