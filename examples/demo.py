@@ -12,8 +12,7 @@ from fetch_smollm2 import GGUF_FILE, fetch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
-from lococo.cli.main import prompt_ids
-from lococo.generation import read_and_answer
+from lococo.generation import prompt_ids, read_and_answer
 from lococo.heads import read_heads_config
 from lococo.methods import Run, as_method, method_config
 

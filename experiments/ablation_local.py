@@ -25,7 +25,7 @@ from lococo.models import base_shape
 from lococo.results.journal import Journal
 from lococo.results.tables import write_result
 from lococo.training.local import LocalConfig, Recordings, train_layer
-from lococo.training.record import fisher_error, read_record
+from lococo.training.record import compressed_output, fisher_error
 
 SETTINGS = LocalConfig(steps=40, num_checked=4)
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def variants(num_slots: int) -> dict[str, dict]:
 def errors(recordings: Recordings, config: LoCoCoConfig, layer: int, head: FusionHead | None = None) -> list[float]:
     """Error of a layer on each of the texts that are not learned from."""
     entries = (recordings.layer(layer, text, CPU) for text in range(len(recordings.paths))[-SETTINGS.num_checked :])
-    return [fisher_error(read_record(entry, config, layer, head), entry).sum().item() for entry in entries]
+    return [fisher_error(compressed_output(entry, config, layer, head), entry).sum().item() for entry in entries]
 
 
 def measure(

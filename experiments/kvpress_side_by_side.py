@@ -36,7 +36,7 @@ from experiments.kvpress_presses import (
 )
 from experiments.kvpress_table import FULL, REFERENCE, Nlls, join, plot
 from lococo.data.texts import Cut, Window, read_windows
-from lococo.methods import Run, as_method, plan_runs
+from lococo.methods import Run, plan_runs
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, token_nlls
 from lococo.results.journal import Journal
 from lococo.results.tables import beside, markdown_table, write_result
@@ -67,7 +67,7 @@ def sums(nlls: torch.Tensor, block_size: int) -> dict[str, float]:
 def losses(model: Any, run: Run, ids: torch.Tensor) -> dict[str, float]:
     """Loss of a method of ours on one window."""
     torch.manual_seed(0)
-    with as_method(model, run.config, run.heads):
+    with run.applied(model):
         return sums(token_nlls(model, ids), BLOCK_SIZE)
 
 

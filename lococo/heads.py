@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from lococo.card import HUB_ID, model_card
 from lococo.config import CONFIG_NAME, LoCoCoConfig
 from lococo.files import check_replaceable, replace_folder, write_files
 from lococo.models import base_config, base_shape
-from lococo.state import is_patched, patch_of
+from lococo.state import Patch, find_patch
 from lococo.version import __version__
 
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
 HEADS_NAME = "lococo_heads.safetensors"
 CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
@@ -131,9 +131,10 @@ def load_heads(
     OSError
         If there is no such folder, or the Hub could not deliver it.
     """
-    parameters = _head_parameters(model)
+    patch = _patch_of(model)
+    parameters = _head_parameters(patch)
     folder = _local_folder(folder_or_id, revision, token)
-    _check_config(LoCoCoConfig.from_pretrained(folder), patch_of(model).config, folder)
+    _check_config(LoCoCoConfig.from_pretrained(folder), patch.config, folder)
     _check_base_shape(folder / CONFIG_NAME, base_shape(model))
     tensors = _read_tensors(folder / HEADS_NAME)
     _check_tensors(tensors, parameters, folder / HEADS_NAME)
@@ -222,16 +223,22 @@ def push_heads(
     return str(repository)
 
 
-def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every head parameter by its name in the file, ``layers.{index}.{parameter}``."""
-    if not is_patched(model):
+def _patch_of(model: nn.Module) -> Patch:
+    """The handle of a model whose heads are asked for."""
+    patch = find_patch(model)
+    if patch is None:
         raise ValueError(
             f"{type(model).__name__} is not patched, so it has no heads; "
             "call lococo.patch_model(model) first, or lococo.patch_model(model, heads=...) to patch and load at once"
         )
+    return patch
+
+
+def _head_parameters(patch: Patch) -> dict[str, nn.Parameter]:
+    """Every head parameter by its name in the file, ``layers.{index}.{parameter}``."""
     parameters = {
         f"layers.{index}.{name}": parameter
-        for index, head in patch_of(model).heads.items()
+        for index, head in patch.heads.items()
         for name, parameter in _active_head(head).named_parameters()
     }
     for name, parameter in parameters.items():
@@ -255,29 +262,19 @@ def _heads_files(
     """Contents of a heads folder by file name; ``source`` is where its card says the heads are."""
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16, got {dtype}")
+    patch = _patch_of(model)
     tensors = {
         name: parameter.detach().to("cpu", dtype, copy=True).contiguous()
-        for name, parameter in _head_parameters(model).items()
+        for name, parameter in _head_parameters(patch).items()
     }
     for name, tensor in tensors.items():
         _check_finite(name, tensor)
     _check_json("training", training)
     _check_json("metrics", metrics)
-    content = _config_content(model, training, metrics)
-    return {
-        CONFIG_NAME: (json.dumps(content, indent=2) + "\n").encode(),
-        HEADS_NAME: safetensors_bytes(tensors, metadata={"format": "pt"}),
-        CARD_NAME: model_card(content, source).encode(),
-    }
-
-
-def _config_content(
-    model: nn.Module, training: dict[str, Any] | None, metrics: dict[str, Any] | None
-) -> dict[str, Any]:
     base = base_config(model)
-    return {
+    content = {
         "format_version": FORMAT_VERSION,
-        "config": patch_of(model).config.to_dict(),
+        "config": patch.config.to_dict(),
         "base_model": {
             "name_or_path": _public_name(base.name_or_path or ""),
             "model_type": base.model_type,
@@ -290,6 +287,11 @@ def _config_content(
         },
         "training": training,
         "metrics": metrics,
+    }
+    return {
+        CONFIG_NAME: (json.dumps(content, indent=2) + "\n").encode(),
+        HEADS_NAME: safetensors_bytes(tensors, metadata={"format": "pt"}),
+        CARD_NAME: model_card(content, source).encode(),
     }
 
 
@@ -380,3 +382,44 @@ def _check_tensors(tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Pa
                 f"but shape {tuple(parameter.shape)} in the model"
             )
         _check_finite(name, tensors[name].to(parameter.dtype))
+
+
+def model_card(content: dict[str, Any], source: str) -> str:
+    """README.md of a heads folder: ``content`` is its JSON, ``source`` where the card says the heads are."""
+    name = content["base_model"]["name_or_path"]
+    base = name or content["base_model"]["model_type"]
+    slots = content["config"]["num_slots"]
+    average = " on average" if content["config"].get("slots_per_head") else ""
+    # The Hub takes nothing but an id here.
+    base_model = f'base_model: "{name}"\n' if HUB_ID.fullmatch(name) else ""
+    card = f"""---
+library_name: lococo
+{base_model}tags:
+- lococo
+- kv-cache-compression
+---
+
+# LoCoCo heads for {base}
+
+Trained heads that keep the key-value cache of {base} at {slots} slots per layer and KV head{average}, whatever the
+length of the text. The base model itself is unchanged and not in this folder.
+
+```python
+import lococo
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+lococo.patch_model(model, heads={json.dumps(source)})
+```
+
+## Config
+
+{_table("field", content["config"])}"""
+    if content["metrics"]:
+        card += f"\n## Metrics\n\n{_table('metric', content['metrics'])}"
+    return card
+
+
+def _table(header: str, values: dict[str, Any]) -> str:
+    rows = [(header, "value"), ("---", "---"), *((name, json.dumps(value)) for name, value in values.items())]
+    return "".join("| {} | {} |\n".format(*(str(cell).replace("|", r"\|") for cell in row)) for row in rows)

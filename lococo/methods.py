@@ -68,11 +68,21 @@ class Run:
         """Slots per layer and KV head, on average; None: every token is kept."""
         return None if self.config is None else self.config.num_slots
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a row of a result says of it."""
+        block_size = None if self.config is None else self.config.block_size
+        return {"method": self.name, "num_slots": self.num_slots, "block_size": block_size}
+
     def identity(self) -> dict[str, Any] | None:
         """What the outcome depends on, as plain JSON values: the config, and the trained weights by their digest."""
         if self.config is None:
             return None
         return {**self.config.to_dict(), **({"heads": heads_digest(self.heads)} if self.heads else {})}
+
+    def applied(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model with the method in force inside a ``with`` block."""
+        return as_method(model, self.config, self.heads)
 
 
 def plan_runs(

@@ -23,10 +23,10 @@ from experiments.long.sets import LONGBENCH, SCROLLS, SETS
 from lococo.data.documents import documents
 from lococo.evaluation.needles import Filler
 from lococo.files import write_whole
-from lococo.methods import Run, as_method, plan_runs
+from lococo.methods import Run, plan_runs
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Bars, HeatMap, Series, picture
-from lococo.results.tables import beside, markdown_table, write_result
+from lococo.results.tables import beside, label_of, markdown_table, write_result
 
 GROUPS = {"scrolls": tuple(SCROLLS), "longbench": tuple(LONGBENCH), "ruler": tuple(RULER), "babilong": BABILONG}
 
@@ -172,7 +172,7 @@ def run(
     journal = Journal(beside(output, ".partial.jsonl"))
     rows, needles = [], []
     for each in tqdm(runs, desc="methods", disable=None):
-        with as_method(model, each.config, each.heads):
+        with each.applied(model):
             for task, by_cache in texts:
                 items = by_cache[each.config is None]
                 found = answers(model, prompts, task, items, each, journal)
@@ -195,9 +195,7 @@ def _row(
     return {
         "task": task.name,
         "source": task.source,
-        "method": each.name,
-        "num_slots": each.num_slots,
-        "block_size": None if each.config is None else each.config.block_size,
+        **each.columns,
         "length": task.length or max(len(prompts.ids(item)) for item in items),
         "items": len(items),
         "metric": task.metric,
@@ -220,8 +218,8 @@ def _by_depth(row: dict[str, Any], items: Sequence[Item], figures: Sequence[Sequ
 
 def scores_picture(rows: Sequence[dict[str, Any]]) -> bytes:
     """A bar per task and method, with its standard error."""
-    found = {(_task(row), _method(row)): row for row in rows}
-    tasks, methods = (list(dict.fromkeys(names)) for names in (map(_task, rows), map(_method, rows)))
+    found = {(_task(row), label_of(row)): row for row in rows}
+    tasks, methods = (list(dict.fromkeys(names)) for names in (map(_task, rows), map(label_of, rows)))
     series = []
     for method in methods:
         shown = [found.get((task, method), {"score": GAP, "stderr": None}) for task in tasks]
@@ -233,9 +231,9 @@ def scores_picture(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def needles_picture(needles: Sequence[dict[str, Any]]) -> bytes:
     """A heat map per task and method: what was found, by depth of the needle and length of the text."""
-    found = {(row["task"], _method(row), row["depth"], row["length"]): row["score"] for row in needles}
+    found = {(row["task"], label_of(row), row["depth"], row["length"]): row["score"] for row in needles}
     tasks = list(dict.fromkeys(row["task"] for row in needles))
-    methods = list(dict.fromkeys(map(_method, needles)))
+    methods = list(dict.fromkeys(map(label_of, needles)))
     lengths, depths = (sorted({row[name] for row in needles}) for name in ("length", "depth"))
 
     def panel(task: str, method: str) -> HeatMap:
@@ -250,10 +248,6 @@ def needles_picture(needles: Sequence[dict[str, Any]]) -> bytes:
 
 def _task(row: dict[str, Any]) -> str:
     return f"{row['task']} {row['length']}"
-
-
-def _method(row: dict[str, Any]) -> str:
-    return f"{row['method']} {row['num_slots']}" if row["num_slots"] else row["method"]
 
 
 if __name__ == "__main__":

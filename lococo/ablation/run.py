@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,26 +258,30 @@ def _row(measured: Row, varied: str, method: str, config: Any, combination: str 
     }
 
 
-TRAINED, UNTRAINED = "#4c72b0", "#333333"
-GAP_RATIO = "gap ratio (1 is H2O, 0 the full cache)"
+OURS, TRAINED = "lococo", "#4c72b0"
 
 
 def plot_rows(rows: Sequence[Row], path: Path) -> None:
-    """A panel per thing that was varied: perplexity by number of slots, gap ratio by kernel and by kinds of slots.
+    """A panel per thing that was varied: perplexity by number of slots, else the gap ratio by variant.
 
     Error bars are those of the difference to the centre; the band is what other seeds make of the centre.
     """
     varied = {row["varied"] for row in rows}
-    makers: dict[str, Callable[[Sequence[Row]], Panel]] = {
-        "num_slots": _by_slots,
-        "kernel_size": _by_kernel,
-        "combine": _by_combination,
-        "product": _all_cells,
-    }
-    shown = [name for name in makers if name in varied] or ["product"]
-    lines = max(len(_of(rows, name)) for name in shown)
-    size = (4.6 * len(shown) + 0.4, max(3.6, 0.25 * lines + 1.4))
-    write_whole(path, picture([[makers[name](rows) for name in shown]], size, legend="panel"))
+    panels = [_by_slots(rows)] if "num_slots" in varied else []
+    if "kernel_size" in varied:
+        cells = sorted(_of(rows, "kernel_size"), key=lambda row: row["kernel_size"])
+        panels.append(_by_variant(rows, cells, [str(row["kernel_size"]) for row in cells], "kernel size"))
+    if "combine" in varied:
+        cells = sorted(_of(rows, "combine"), key=lambda row: row["num_fused"], reverse=True)
+        labels = [row["combination"].replace("+", " + ") for row in cells]
+        panels.append(_by_variant(rows, cells, labels, "kinds of slots"))
+    if not panels:
+        cells = [row for row in rows if row["varied"] != BASELINE]
+        names = [f"{row['combination']}, M {row['num_slots']}, kernel {row['kernel_size']}" for row in cells]
+        panels.append(_by_variant(rows, cells, names, ""))
+    most = max(len(panel.labels) if isinstance(panel, Bars) else 0 for panel in panels)
+    size = (4.6 * len(panels) + 0.4, max(3.6, 0.25 * most + 1.4))
+    write_whole(path, picture([panels], size))
 
 
 def _of(rows: Sequence[Row], varied: str) -> list[Row]:
@@ -287,62 +291,28 @@ def _of(rows: Sequence[Row], varied: str) -> list[Row]:
 
 def _by_slots(rows: Sequence[Row]) -> Panel:
     cells = _of(rows, "num_slots")
-    slots = sorted({row["num_slots"] for row in cells})
-    series = [
-        Series(row["method"], [row["ppl"]], style={"color": UNTRAINED}) for row in rows if row["num_slots"] is None
-    ]
-    names = dict.fromkeys(row["method"] for row in rows if row["varied"] == BASELINE and row["num_slots"])
-    for index, name in enumerate([*names, "lococo"]):
-        points = [row for row in (cells if name == "lococo" else rows) if row["method"] == name]
-        points = sorted((row for row in points if row["num_slots"] in slots), key=lambda row: row["num_slots"])
-        style = {"color": TRAINED, "linewidth": 2} if name == "lococo" else {"color": f"C{index + 1}", "linewidth": 1}
+    ticks = {slots: str(slots) for slots in sorted({row["num_slots"] for row in cells})}
+    full = [row for row in rows if row["num_slots"] is None]
+    series = [Series(row["method"], [row["ppl"]], style={"color": "#333333"}) for row in full]
+    for name in dict.fromkeys(row["method"] for row in rows if row["num_slots"] in ticks):
+        points = [row for row in (cells if name == OURS else rows) if row["method"] == name]
+        points = sorted((row for row in points if row["num_slots"] in ticks), key=lambda row: row["num_slots"])
+        style = {"color": TRAINED, "linewidth": 2} if name == OURS else {"color": f"C{len(series)}", "linewidth": 1}
         series.append(Series(name, [row["ppl"] for row in points], [row["num_slots"] for row in points], style=style))
-    ticks = {each: str(each) for each in slots}
     return Lines(series, "memory size", "slots per layer and KV head (M)", "perplexity", "x", ticks)
 
 
-def _by_kernel(rows: Sequence[Row]) -> Panel:
-    cells = sorted(_of(rows, "kernel_size"), key=lambda row: row["kernel_size"])
-    sizes = [row["kernel_size"] for row in cells]
-    dash = {"color": UNTRAINED, "marker": "_", "markersize": 9, "linestyle": ""}
-    series = [_gaps(cells, sizes), Series("not trained", _values(cells, "untrained_gap_ratio"), sizes, style=dash)]
-    ticks = {each: str(each) for each in sizes}
-    return Lines(series, "kernel size", "kernel size", GAP_RATIO, "x", ticks, is_barred=True, band=_chance(rows))
-
-
-def _by_combination(rows: Sequence[Row]) -> Panel:
-    cells = sorted(_of(rows, "combine"), key=lambda row: row["num_fused"], reverse=True)
-    return _bars(rows, cells, [row["combination"].replace("+", " + ") for row in cells], "kinds of slots")
-
-
-def _all_cells(rows: Sequence[Row]) -> Panel:
-    cells = [row for row in rows if row["varied"] != BASELINE]
-    return _bars(
-        rows, cells, [f"{row['combination']}, M {row['num_slots']}, kernel {row['kernel_size']}" for row in cells]
+def _by_variant(rows: Sequence[Row], cells: Sequence[Row], labels: Sequence[str], title: str) -> Panel:
+    trained, untrained = (
+        [GAP if row[name] is None else row[name] for row in cells] for name in ("gap_ratio", "untrained_gap_ratio")
     )
-
-
-def _bars(rows: Sequence[Row], cells: Sequence[Row], labels: Sequence[str], title: str = "") -> Panel:
-    marks = Series("not trained", _values(cells, "untrained_gap_ratio"))
-    return Bars(labels, [_gaps(cells)], title, GAP_RATIO, marks=marks, band=_chance(rows))
-
-
-def _values(cells: Sequence[Row], name: str) -> list[float]:
-    return [GAP if row[name] is None else row[name] for row in cells]
-
-
-def _gaps(cells: Sequence[Row], x: Sequence[float] | None = None) -> Series:
-    """Gap ratios of trained cells; ends are those of the difference to the centre."""
-    values = _values(cells, "gap_ratio")
-    pairs = list(zip(values, cells, strict=True))
+    pairs = list(zip(trained, cells, strict=True))
     low, high = (
         [value if row[end] is None else value + row[end] - row["change"] for value, row in pairs]
         for end in ("change_low", "change_high")
     )
-    return Series("trained", values, x, low, high, {"color": TRAINED})
-
-
-def _chance(rows: Sequence[Row]) -> Band | None:
-    """What chance does: the centre with every seed."""
+    bars = Series("trained", trained, low=low, high=high, style={"color": TRAINED})
     found = [row["gap_ratio"] for row in _of(rows, "seed") if row["gap_ratio"] is not None]
-    return Band(f"centre, {len(found)} seeds", min(found), max(found)) if len(found) > 1 else None
+    chance = Band(f"centre, {len(found)} seeds", min(found), max(found)) if len(found) > 1 else None
+    label = "gap ratio (1 is H2O, 0 the full cache)"
+    return Bars(labels, [bars], title, label, marks=Series("not trained", untrained), band=chance)

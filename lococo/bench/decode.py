@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lococo.bench.meter import HeldBytes, Meter, Operations, release_memory
-from lococo.bench.roofline import Sizes, Work, decode_memory, decode_work, open_block
+from lococo.bench.roofline import Least, Sizes, decode_memory, decode_work, open_block
 from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.compat import cache_of, with_cache
 from lococo.config import LoCoCoConfig
@@ -53,17 +53,10 @@ class Decode(Topic):
         if cell.length < block_size:
             raise ValueError(f"lengths must be at least one block of {block_size} tokens, got {cell.length}")
 
-    def tokens(self, cell: Cell) -> int:
-        """One for every row."""
-        return cell.batch
-
-    def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """One token, on average over an open block."""
-        return decode_work(sizes, cell.run.config, cell.length, cell.batch)
-
-    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """Weights and cache; a full one is copied layer by layer to grow."""
-        return decode_memory(sizes, cell.run.config, cell.length, cell.batch)
+    def least(self, sizes: Sizes, cell: Cell) -> Least:
+        """A token for every row, on average over an open block; a full cache is copied layer by layer to grow."""
+        of_cell = sizes, cell.run.config, cell.length, cell.batch
+        return Least(cell.batch, decode_work(*of_cell), decode_memory(*of_cell))
 
     @torch.no_grad()
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lococo.bench.meter import Meter, freed_blocks_returned
-from lococo.bench.roofline import Sizes, Work, train_memory, train_work
+from lococo.bench.roofline import Least, Sizes, train_memory, train_work
 from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.bench.train import Train
 from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
@@ -48,17 +48,15 @@ class Extend(Train):
         """The depth."""
         return {"depth": self.depth}
 
-    def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """A token's share of a step; what adapters take is not counted."""
-        tokens = cell.length - 1
-        step = train_work(sizes, cell.run.config, tokens, cell.batch)
-        return Work(step.flops / (cell.batch * tokens), step.bytes / (cell.batch * tokens))
-
-    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """Weights and what a part keeps; of the full cache, which keeps little of each layer, the logits alone."""
-        if cell.run.config is None:
-            return sizes.model_bytes + cell.batch * (cell.length - 1) * (sizes.element_size + 4) * sizes.vocab_size
-        return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, self._objective(cell).backprop_tokens)
+    def least(self, sizes: Sizes, cell: Cell) -> Least:
+        """As in ``Train``, without what adapters take; of the full cache, which keeps little, the logits alone."""
+        config, tokens = cell.run.config, cell.length - 1
+        work = train_work(sizes, config, tokens, cell.batch).over(cell.batch * tokens)
+        if config is None:
+            logits = cell.batch * tokens * (sizes.element_size + 4) * sizes.vocab_size
+            return Least(1, work, sizes.model_bytes + logits)
+        backprop_tokens = self._objective(cell).backprop_tokens
+        return Least(1, work, train_memory(sizes, config, tokens, cell.batch, backprop_tokens))
 
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
         """Take one step; ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched.

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lococo.bench.meter import Meter
-from lococo.bench.roofline import Sizes, Work, read_memory, read_work
+from lococo.bench.roofline import Least, Sizes, read_memory, read_work
 from lococo.bench.runner import Cell, Row, Topic, random_ids
 from lococo.compat import cache_of
 from lococo.generation import cache_bytes
@@ -22,17 +22,10 @@ class Prefill(Topic):
     unit = "text"
     axes = ("tokens in the text", "tokens read per second")
 
-    def tokens(self, cell: Cell) -> int:
-        """All of the text."""
-        return cell.batch * cell.length
-
-    def work(self, sizes: Sizes, cell: Cell) -> Work:
+    def least(self, sizes: Sizes, cell: Cell) -> Least:
         """All of the text, and the last token's logits."""
-        return read_work(sizes, cell.run.config, cell.length, cell.batch)
-
-    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """Weights, cache, and the widest activations of one layer."""
-        return read_memory(sizes, cell.run.config, cell.length, cell.batch)
+        of_cell = sizes, cell.run.config, cell.length, cell.batch
+        return Least(cell.batch * cell.length, read_work(*of_cell), read_memory(*of_cell))
 
     @torch.no_grad()
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:

@@ -34,6 +34,27 @@ class Work(NamedTuple):
         """Least time on a device: arithmetic and traffic go on side by side."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
+    def over(self, parts: int) -> Work:
+        """The share of one of so many parts."""
+        return Work(self.flops / parts, self.bytes / parts)
+
+
+class Least(NamedTuple):
+    """What something takes at the least.
+
+    Attributes
+    ----------
+    tokens : int, optional
+        That it is for, of all rows. None where it is no number of tokens.
+    work : Work
+    memory : int
+        Bytes in use at once.
+    """
+
+    tokens: int | None
+    work: Work
+    memory: int
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:

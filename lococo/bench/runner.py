@@ -8,7 +8,7 @@ import importlib.util
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
-from lococo.bench.roofline import Limits, Sizes, Work, device_memory, measure_limits
+from lococo.bench.roofline import Least, Limits, Sizes, device_memory, measure_limits
 from lococo.files import write_whole
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Lines, Panel, Series, picture, thousands
@@ -94,16 +94,8 @@ class Topic(abc.ABC):
         return [[Cell(run, length, batch) for run in runs] for batch in batches for length in lengths]
 
     @abc.abstractmethod
-    def tokens(self, cell: Cell) -> int | None:
-        """Tokens of all rows in a unit. None where the unit is no number of tokens."""
-
-    @abc.abstractmethod
-    def work(self, sizes: Sizes, cell: Cell) -> Work:
+    def least(self, sizes: Sizes, cell: Cell) -> Least:
         """What a unit takes at the least."""
-
-    @abc.abstractmethod
-    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """Bytes that are in use at once, at the least."""
 
     @abc.abstractmethod
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
@@ -192,6 +184,7 @@ class Subject:
         return [self.name, list(sizes), str(self.model.dtype), device_name(self.model.device), *software]
 
 
+@dataclasses.dataclass
 class Grid:
     """Cells of a topic, measured so often that medians can be trusted.
 
@@ -208,32 +201,28 @@ class Grid:
         In order of importance.
     repeats : int
         Measurements of each cell.
-    journal : Journal
     time_limit : float, optional
         Seconds after which no measurement begins.
     counts : bool
         Whether topics count what they count apart from any time. It takes as long as several measurements.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        topic: Topic,
-        groups: Sequence[Sequence[Cell]],
-        repeats: int,
-        journal: Journal,
-        time_limit: float | None = None,
-        counts: bool = True,
-    ) -> None:
-        if repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {repeats}")
-        self.subject, self.topic, self.groups = subject, topic, groups
-        self.repeats, self.journal, self.counts = repeats, journal, counts
+    subject: Subject
+    topic: Topic
+    groups: Sequence[Sequence[Cell]]
+    repeats: int
+    journal: Journal
+    time_limit: float | None = None
+    counts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         self._failed: dict[Cell, str] = {}
-        self.sizes = Sizes.of(subject.model)
-        self._identity = subject.identity
+        self.sizes = Sizes.of(self.subject.model)
+        self._identity = self.subject.identity
         self._runs = {cell.run: cell.run.identity() for cell in self.cells}
-        self._deadline = Deadline(time_limit)
+        self._deadline = Deadline(self.time_limit)
 
     @property
     def cells(self) -> list[Cell]:
@@ -312,7 +301,7 @@ class Grid:
                 yield cell
 
     def _warm_up(self, cell: Cell) -> None:
-        needed, there = self.topic.least_memory(self.sizes, cell), device_memory(self.device)
+        needed, there = self.topic.least(self.sizes, cell).memory, device_memory(self.device)
         if there is not None and needed > there:
             self._skip(cell, f"needs at least {needed / GIB:.1f} GiB, the device has {there / GIB:.1f}", needed)
             return
@@ -338,7 +327,7 @@ class Grid:
         self._deadline.check()
         run = cell.run
         try:
-            with as_method(self.subject.model, run.config, run.heads):
+            with run.applied(self.subject.model):
                 return action(self.subject.model)
         except Exception as error:
             reason, is_too_large = str(error).partition("\n")[0], is_out_of_memory(error)
@@ -347,7 +336,7 @@ class Grid:
                 self._failed[cell] = f"{type(error).__name__}: {reason}"
         # Here the error, and what its traceback held, is gone.
         if is_too_large:
-            needed = max(self.topic.least_memory(self.sizes, cell), meter.peak() or 0)
+            needed = max(self.topic.least(self.sizes, cell).memory, meter.peak() or 0)
             self._skip(cell, f"out of memory: {reason}", needed)
         release_memory(self.device)
         return None
@@ -389,64 +378,46 @@ def rows_of(grid: Grid) -> list[Row]:
     if not done:
         return []
     limits = grid.limits()
-    rows = [{**_place(grid, cell), **_time(grid, cell, limits), **_memory(grid, cell)} for cell in done]
-    rows = [{**row, **_extras(grid, cell, row)} for row, cell in zip(rows, done, strict=True)]
+    rows = [_row(grid, cell, limits) for cell in done]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
 
-def _place(grid: Grid, cell: Cell) -> Row:
-    config = cell.run.config
-    return {
+def _row(grid: Grid, cell: Cell, limits: Limits) -> Row:
+    turns, skipped, least = _turns(grid, cell), grid.skipped(cell), grid.topic.least(grid.sizes, cell)
+    seconds = [turn["seconds"] for turn in turns]
+    median = statistics.median(seconds) if seconds else None
+    full, streaming = (_median_beside(grid, cell, name) for name in ("full", "streaming"))
+    least_seconds = least.work.seconds(limits.flops_per_second, limits.bytes_per_second)
+    row = {
         "shape": grid.subject.name,
-        "method": cell.run.name,
-        "num_slots": cell.run.num_slots,
-        "block_size": None if config is None else config.block_size,
+        **cell.run.columns,
         "length": cell.length,
         "batch": cell.batch,
         "objective": cell.objective,
         "dtype": str(grid.subject.model.dtype).removeprefix("torch."),
         "unit": grid.topic.unit,
-    }
-
-
-def _time(grid: Grid, cell: Cell, limits: Limits) -> Row:
-    seconds = [turn["seconds"] for turn in _turns(grid, cell)]
-    median, tokens = statistics.median(seconds) if seconds else None, grid.topic.tokens(cell)
-    full, streaming = (_median_beside(grid, cell, name) for name in ("full", "streaming"))
-    least = grid.topic.work(grid.sizes, cell).seconds(limits.flops_per_second, limits.bytes_per_second)
-    return {
         "repeats": len(seconds),
         "median": median,
         "min": min(seconds, default=None),
         "max": max(seconds, default=None),
-        "tokens_per_second": tokens / median if tokens and median else None,
+        "tokens_per_second": least.tokens / median if least.tokens and median else None,
         "speedup_over_full": full / median if full and median else None,
         "time_over_streaming": median / streaming if streaming and median else None,
-        "limit_seconds": least,
-        "limit_share": least / median if median else None,
-    }
-
-
-def _memory(grid: Grid, cell: Cell) -> Row:
-    skipped = grid.skipped(cell)
-    return {
-        **{"peak_bytes": None, "cache_bytes": None},
+        "limit_seconds": least_seconds,
+        "limit_share": least_seconds / median if median else None,
+        "peak_bytes": None,
+        "cache_bytes": None,
         **({} if skipped else grid.memory(cell)),
-        **{"needed_bytes": grid.topic.least_memory(grid.sizes, cell), "skipped": None},
+        "needed_bytes": least.memory,
+        "skipped": None,
         **(skipped or {}),
     }
-
-
-def _extras(grid: Grid, cell: Cell, row: Mapping[str, Any]) -> Row:
-    """Medians of what else a topic tells."""
-    turns = _turns(grid, cell)
-    values = {
-        name: [turn[name] for turn in turns if turn[name] is not None]
-        for name in (turns[0] if turns else ())
-        if name != "seconds" and name not in row
-    }
-    return {name: statistics.median(found) if found else None for name, found in values.items()}
+    for name in turns[0] if turns else ():  # what else a topic tells
+        if name != "seconds" and name not in row:
+            found = [turn[name] for turn in turns if turn[name] is not None]
+            row[name] = statistics.median(found) if found else None
+    return row
 
 
 def _turns(grid: Grid, cell: Cell) -> list[Row]:

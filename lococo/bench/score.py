@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lococo.bench.decode import compressed_cache, random_full_cache
 from lococo.bench.meter import HeldBytes, Meter
-from lococo.bench.roofline import Sizes, Work, decode_memory, segment_work
+from lococo.bench.roofline import Least, Sizes, decode_memory, segment_work
 from lococo.bench.runner import Cell, Row, Topic, line_name, random_ids
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.layer import KVBuffer
@@ -61,17 +61,11 @@ class Score(Topic):
             for slots in budgets
         ]
 
-    def tokens(self, cell: Cell) -> None:
-        """None: one layer is not a model."""
-
-    def work(self, sizes: Sizes, cell: Cell) -> Work:
+    def least(self, sizes: Sizes, cell: Cell) -> Least:
         """A layer's share of reading the block."""
         past = cell.length - self.block_size
-        return segment_work(sizes, cell.run.config, self.block_size, past, cell.batch)
-
-    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """Weights and cache."""
-        return decode_memory(sizes, cell.run.config, cell.length, cell.batch)
+        work = segment_work(sizes, cell.run.config, self.block_size, past, cell.batch)
+        return Least(None, work, decode_memory(sizes, cell.run.config, cell.length, cell.batch))
 
     @torch.no_grad()
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:

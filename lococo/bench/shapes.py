@@ -7,88 +7,39 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, PreTrainedModel
 
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_LLAMA_3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+def _sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, positions: int) -> dict:
+    return dict(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-5,
+    )
+
 
 SHAPES: dict[str, tuple[type, dict[str, Any]]] = {
-    "llama-2-7b": (
-        LlamaConfig,
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
-        ),
-    ),
+    "llama-2-7b": (LlamaConfig, _sizes(32000, 4096, 11008, 32, 32, 32, 4096)),
     "llama-3.1-8b": (
         LlamaConfig,
-        dict(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=131072,
-            rms_norm_eps=1e-5,
-            rope_theta=500000.0,
-            rope_scaling=LLAMA_3_ROPE,
-        ),
+        _sizes(128256, 4096, 14336, 32, 32, 8, 131072)
+        | dict(rope_theta=500000.0, rope_scaling={**_LLAMA_3, "original_max_position_embeddings": 8192}),
     ),
     "chatglm3-6b": (
         GlmConfig,
-        dict(
-            vocab_size=65024,
-            hidden_size=4096,
-            intermediate_size=13696,
-            num_hidden_layers=28,
-            num_attention_heads=32,
-            num_key_value_heads=2,
-            head_dim=128,
-            partial_rotary_factor=0.5,
-            attention_bias=True,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            pad_token_id=0,
-            eos_token_id=2,
-        ),
+        _sizes(65024, 4096, 13696, 28, 32, 2, 8192)
+        | dict(head_dim=128, partial_rotary_factor=0.5, attention_bias=True, pad_token_id=0, eos_token_id=2),
     ),
     "smollm2-135m": (
         LlamaConfig,
-        dict(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            rope_theta=100000.0,
-            tie_word_embeddings=True,
-        ),
+        _sizes(49152, 576, 1536, 30, 9, 3, 8192) | dict(rope_theta=100000.0, tie_word_embeddings=True),
     ),
-    "tiny": (
-        LlamaConfig,
-        dict(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=8192,
-        ),
-    ),
+    "tiny": (LlamaConfig, _sizes(256, 64, 128, 2, 4, 2, 8192)),
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lococo.bench.meter import Meter
-from lococo.bench.roofline import Sizes, Work, train_memory, train_work
+from lococo.bench.roofline import Least, Sizes, train_memory, train_work
 from lococo.bench.runner import Cell, Topic, random_ids
 from lococo.config import LoCoCoConfig
 from lococo.methods import Run
@@ -58,21 +58,12 @@ class Train(Topic):
         if cell.length < 2:
             raise ValueError(f"lengths must be at least 2, one token to read and one to predict, got {cell.length}")
 
-    def tokens(self, cell: Cell) -> int:
-        """One."""
-        return 1
-
-    def work(self, sizes: Sizes, cell: Cell) -> Work:
-        """A token's share of a step."""
-        distills = cell.objective == "distill"
-        step = train_work(sizes, cell.run.config, cell.length - 1, cell.batch, distills)
-        tokens = cell.batch * (cell.length - 1)
-        return Work(step.flops / tokens, step.bytes / tokens)
-
-    def least_memory(self, sizes: Sizes, cell: Cell) -> int:
-        """Weights, and what a chunk keeps for the backward."""
-        chunk = None if cell.run.config is None else objective_of(cell).backprop_tokens
-        return train_memory(sizes, cell.run.config, cell.length - 1, cell.batch, chunk)
+    def least(self, sizes: Sizes, cell: Cell) -> Least:
+        """A token's share of a step, and the memory of all of it: weights, and what a chunk keeps for the backward."""
+        config, tokens = cell.run.config, cell.length - 1
+        chunk = None if config is None else objective_of(cell).backprop_tokens
+        step = train_work(sizes, config, tokens, cell.batch, distills=cell.objective == "distill")
+        return Least(1, step.over(cell.batch * tokens), train_memory(sizes, config, tokens, cell.batch, chunk))
 
     def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
         """Take one step of size zero."""

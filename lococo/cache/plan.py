@@ -120,8 +120,8 @@ class RaggedSegment:
 
     rows: torch.Tensor  # (tokens,), row of each token
     columns: torch.Tensor  # (tokens,), its column in the call
-    places: torch.Tensor  # (tokens,), its place among its row's queries
-    entries: torch.Tensor  # (tokens,), the entry it goes to
+    query_index: torch.Tensor  # (tokens,), its number among its row's queries
+    cache_positions: torch.Tensor  # (tokens,), the entry it goes to
     starts: torch.Tensor  # (batch, 1), first entry of each row's segment
     counts: torch.Tensor  # (batch, 1), tokens of each row
     block_end: torch.Tensor  # (batch, 1, 1), length of the block that is closed in a row, else 0
@@ -138,7 +138,7 @@ class RaggedSegment:
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """The rows' parts of (batch, heads, tokens, d), left-aligned and zero-padded to ``width``."""
         part = tokens.new_zeros(self.batch, self.width, tokens.shape[1], tokens.shape[3])
-        part = part.index_put((self.rows, self.places), tokens.transpose(1, 2)[self.rows, self.columns])
+        part = part.index_put((self.rows, self.query_index), tokens.transpose(1, 2)[self.rows, self.columns])
         return part.transpose(1, 2)
 
     def write(self, buffer: torch.Tensor, tokens: torch.Tensor, in_place: bool) -> torch.Tensor:
@@ -146,13 +146,13 @@ class RaggedSegment:
         part = tokens.transpose(1, 2)[self.rows, self.columns].to(buffer.dtype)
         by_entry = buffer.transpose(1, 2)
         if in_place:
-            by_entry[self.rows, self.entries] = part
+            by_entry[self.rows, self.cache_positions] = part
             return buffer
-        return by_entry.index_put((self.rows, self.entries), part).transpose(1, 2)
+        return by_entry.index_put((self.rows, self.cache_positions), part).transpose(1, 2)
 
     def put(self, output: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """(batch, heads, tokens, d) with the rows' results (batch, heads, width, d) at their columns."""
-        results = part.transpose(1, 2)[self.rows, self.places]
+        results = part.transpose(1, 2)[self.rows, self.query_index]
         return output.transpose(1, 2).index_put((self.rows, self.columns), results).transpose(1, 2)
 
     def queries(self) -> torch.Tensor:
@@ -293,10 +293,10 @@ def _plan_ragged(
             block_end, full, row = _closed(state[index], num_slots) if columns else (0, 0, state[index])
             start = row.num_entries(num_slots)
             count = min(max(limit - row.pending, 1), len(columns))
-            for place, column in enumerate(columns[:count]):
-                tokens.append((index, column, place, start + place))
-                cache_positions[index, column] = start + place
-                positions[index, column] = row.seen + place
+            for number, column in enumerate(columns[:count]):
+                tokens.append((index, column, number, start + number))
+                cache_positions[index, column] = start + number
+                positions[index, column] = row.seen + number
             waiting[index] = columns[count:]
             block_ends.append(block_end)
             overfull.append((full, row.seen))
@@ -315,12 +315,12 @@ def _ragged_segment(
 ) -> RaggedSegment:
     table = torch.tensor(tokens).T
     counts = torch.bincount(table[0], minlength=len(starts))
-    row_of, column, place, entry = upload(table, device)
+    row_of, column, query_index, entry = upload(table, device)
     return RaggedSegment(
         rows=row_of,
         columns=column,
-        places=place,
-        entries=entry,
+        query_index=query_index,
+        cache_positions=entry,
         starts=upload(torch.tensor(starts)[:, None], device),
         counts=upload(counts[:, None], device),
         block_end=upload(torch.tensor(block_ends), device)[:, None, None],

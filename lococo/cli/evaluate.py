@@ -101,11 +101,10 @@ def extended(
     from lococo.extension import evaluate
     from lococo.methods import plan_runs
 
-    readers = [evaluate.Reader(run) for run in plan_runs(names_of(methods), [num_slots], block_size)]
-    readers += evaluate.Reader.of_all(extensions)
+    runs = [*plan_runs(names_of(methods), [num_slots], block_size), *evaluate.ExtendedRun.of_all(extensions)]
     windows = evaluate.read_alike(data, source.load_tokenizer(), lengths, first, documents, text_column)
     model, _ = source.load()
-    rows = evaluate.run(model, windows, readers, first, output, context.obj)
+    rows = evaluate.evaluate_extended(model, windows, runs, first, output, context.obj)
     print_table([row for row in evaluate.by_length(rows) if row["domain"] == ALL_DOMAINS])
     print_written(output)
 

@@ -105,3 +105,5 @@ def extend(
         process.print(f"out of time: the same command with --resume goes on from {plan.work}")
         return
     process.print(f"{run.output}: loss {rows[0]['loss']:.3f} at step 1, {rows[-1]['loss']:.3f} at the end")
+    if merge:
+        process.print(f"{merge}: the plain checkpoint, and its heads")

@@ -5,29 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from lococo.cli.options import (
-    NUM_SLOTS,
-    RUN,
-    TEXT,
-    Heads,
-    MethodName,
-    ModelOptions,
-    NumSlots,
-    OwnBlockSize,
-    block_of,
-    option,
-)
+from lococo.cli.options import RUN, TEXT, MethodOptions, ModelOptions, option
 
 
 def inspect(
     source: ModelOptions,
+    method: MethodOptions,
     *,
     data: Annotated[Path, option(TEXT, "Text file to read.")],
     max_tokens: Annotated[int, option(TEXT, "Read at most so many tokens of the text.", min=1)] = 4096,
-    method: MethodName = "lococo-uncalibrated",
-    heads: Heads = None,
-    num_slots: NumSlots = NUM_SLOTS,
-    block_size: OwnBlockSize = None,
     threshold: Annotated[float, option(RUN, "Smallest weight listed.", min=0.001, max=1)] = 0.01,
     output: Annotated[Path, option(RUN, "File to write.")] = Path("slots.html"),
 ) -> None:
@@ -35,21 +21,19 @@ def inspect(
 
     Example: lococo inspect --model MODEL --data book.txt --heads heads/
     """
-    from lococo.heads import read_heads_config
     from lococo.inspection.page import write_page
-    from lococo.methods import method_config
 
     text = data.read_text(encoding="utf-8")
     if not text:
         raise ValueError(f"{data}: the text is empty")
-    config = read_heads_config(heads) if heads else method_config(method, num_slots, block_of(num_slots, block_size))
+    config = method.config()
     if config is None:
         raise ValueError("--method full keeps every token: it has no slots to look into")
-    title = f"{data.name} in {config.num_slots} slots, {Path(heads).name if heads else method}"
+    title = f"{data.name} in {config.num_slots} slots, {method.name}"
     model, tokenizer = source.load()
     ids = tokenizer(text, return_tensors="pt").input_ids
     read = ids[:, :max_tokens]
-    shown = write_page(model, tokenizer, read, output, config, heads=heads, title=title, threshold=threshold)
+    shown = write_page(model, tokenizer, read, output, config, heads=method.heads, title=title, threshold=threshold)
     left = "" if read.shape == ids.shape else f" of {ids.shape[1]:,} (--max-tokens reads more)"
     size = output.stat().st_size / 2**20
     print(f"{output}: {read.shape[1]:,} tokens{left}, {len(shown['heads'])} KV heads, {size:.1f} MiB")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(_app())
     try:
-        with command.make_context("lococo", words, obj=shlex.join(["lococo", *words])) as context:
+        with _plain_warnings(), command.make_context("lococo", words, obj=shlex.join(["lococo", *words])) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
@@ -41,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lococo: error: {_usage_error(error) if is_usage else error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings in a line, without the code that gave them."""
+    as_ever = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"lococo: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = as_ever
 
 
 def _usage_error(error: Any) -> str:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lococo.config import LoCoCoConfig
 
 MODEL, METHOD, TEXT, TRAINING, RUN, MEASURED = "Model", "Method", "Text", "Training", "Run", "What is measured"
 
@@ -57,9 +60,6 @@ BlockSize = Annotated[int, option(METHOD, "Tokens read between two compressions 
 OwnBlockSize = Annotated[
     int | None, option(METHOD, "Tokens read between two compressions (B).", show_default="M, at most 512")
 ]
-Heads = Annotated[
-    str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block.", metavar="HEADS")
-]
 ComparedHeads = Annotated[
     list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)
 ]
@@ -85,6 +85,33 @@ WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="
 Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.")]
 Seed = Annotated[int, option(TEXT, "Of what is drawn by chance.")]
 Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.", "--chat")]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """How a model reads: by a method, or with trained heads."""
+
+    method: MethodName = "lococo-uncalibrated"
+    heads: Annotated[
+        str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block.")
+    ] = None
+    num_slots: NumSlots = NUM_SLOTS
+    block_size: OwnBlockSize = None
+
+    @property
+    def name(self) -> str:
+        """What the method is called."""
+        return Path(self.heads).name if self.heads else self.method
+
+    def config(self) -> LoCoCoConfig | None:
+        """The config that a model is patched with; None for the full cache."""
+        from lococo.heads import read_heads_config
+        from lococo.methods import method_config
+
+        if self.heads:
+            return read_heads_config(self.heads)
+        block_size = min(self.num_slots, 512) if self.block_size is None else self.block_size
+        return method_config(self.method, self.num_slots, block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +192,3 @@ class TrainingRunOptions:
 def names_of(joined: str) -> list[str]:
     """Names that are joined by commas."""
     return [name for name in joined.split(",") if name]
-
-
-def block_of(num_slots: int, block_size: int | None) -> int:
-    """Tokens between two compressions: as many as slots, at most 512, unless told."""
-    return min(num_slots, 512) if block_size is None else block_size

@@ -56,7 +56,7 @@ class Compressor(nn.Module, abc.ABC):
         """
 
     def blend(self, entries: Entries, choice: Choice) -> Entries:
-        """The fused slots, with the same weights for keys, values, scores and places.
+        """The fused slots, with the same weights for keys, values, scores and positions.
 
         Returns
         -------

@@ -73,11 +73,11 @@ class FusionHead(Compressor):
         return self._closed[2]
 
     def weights(self, entries: Entries, choice: Choice) -> torch.Tensor:
-        """See ``Compressor.weights``; those of ``forward``."""
+        """Mixing weights of every fused slot over the entries, those of ``forward``."""
         return self(entries.keys, entries.values, *choice.blendable(len(entries)))
 
     def blend(self, entries: Entries, choice: Choice) -> Entries:
-        """See ``Compressor.blend``; in one kernel on GPUs, without gradients."""
+        """The fused slots; in one kernel on GPUs, without gradients."""
         if self.normalization == "sum" and not torch.is_grad_enabled() and triton_takes(entries.keys):
             blend = blend_in_triton(entries, *choice.blendable(len(entries)), self)
             if blend is not None:

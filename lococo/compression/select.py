@@ -14,7 +14,7 @@ from lococo.config import LoCoCoConfig
 
 
 class Budget(NamedTuple):
-    """How a layer's slots are shared out. See ``LoCoCoConfig``."""
+    """Slots of each kind, as in ``LoCoCoConfig``; together ``num_slots``."""
 
     sinks: int
     heavy: int
@@ -70,9 +70,9 @@ def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like:
         best = index[..., : heavy + fused]
     else:
         best = ranking[..., sinks : num_entries - recent].sort(dim=-1, descending=True, stable=True).indices
-    in_time, place_by_rank = best[..., : heavy + fused].sort(dim=-1)
+    in_time, rank_in_time = best[..., : heavy + fused].sort(dim=-1)
     anchors = torch.cat([index[..., :sinks], sinks + in_time, index[..., num_entries - recent :]], dim=-1)
-    is_fused = (place_by_rank >= heavy).to(torch.uint8)
+    is_fused = (rank_in_time >= heavy).to(torch.uint8)
     fused_slots = sinks + is_fused.sort(dim=-1, descending=True, stable=True).indices[..., :fused]
     return Choice(anchors, fused_slots)
 
@@ -87,7 +87,7 @@ def compress(
     """M slots from more than M entries (Algorithm 2's compressor).
 
     Sinks, heavy hitters and recents are copies; every fused slot is a blend of the entries nobody copied, with the
-    same weights for keys, values, scores and places.
+    same weights for keys, values, scores and positions.
 
     Parameters
     ----------
@@ -136,6 +136,7 @@ def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor.gather(2, index)
 
 
-def _scatter(places: torch.Tensor, slots: torch.Tensor, blend: torch.Tensor) -> torch.Tensor:
-    index = places if slots.dim() == 3 else places[..., None].expand(*places.shape, slots.shape[-1])
+def _scatter(index: torch.Tensor, slots: torch.Tensor, blend: torch.Tensor) -> torch.Tensor:
+    if slots.dim() == 4:
+        index = index[..., None].expand(*index.shape, slots.shape[-1])
     return slots.scatter(2, index, blend.to(slots.dtype))

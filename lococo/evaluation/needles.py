@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lococo.evaluation.perplexity import digest
 from lococo.files import write_whole
 from lococo.generation import read_and_answer
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.results.journal import Journal
 from lococo.results.plots import HeatMap, picture
 from lococo.results.tables import beside, write_result
@@ -218,16 +218,14 @@ def evaluate_needles(
     rows = []
     for run in tqdm(runs, desc="methods", disable=None):
         found: dict[tuple[int, float], list[bool]] = defaultdict(list)
-        with as_method(model, run.config, run.heads):
+        with run.applied(model):
             for needle in tqdm(needles, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None):
                 key = (model.name_or_path, run.name, run.identity(), digest(needle.ids))
                 answer = journal.measure(key, functools.partial(_answer, model, tokenizer, needle))
                 found[needle.length, needle.depth].append(needle.answer in answer)
         rows += [
             {
-                "method": run.name,
-                "num_slots": run.num_slots,
-                "block_size": None if run.config is None else run.config.block_size,
+                **run.columns,
                 "length": length,
                 "depth": depth,
                 "items": len(answers),

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lococo.files import write_whole
-from lococo.methods import Run, as_method
+from lococo.methods import Run
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Bars, Series, picture
-from lococo.results.tables import beside, write_result
+from lococo.results.tables import beside, label_of, write_result
 
 if TYPE_CHECKING:
     from lococo.evaluation.harness import PrefixLM
@@ -274,7 +274,7 @@ def evaluate_tasks(
     journal = Journal(beside(output, ".partial.jsonl"))
     outcomes: dict[tuple[int, int], list[Outcome]] = {}
     for column, run in enumerate(tqdm(runs, desc="methods", disable=None)):
-        with as_method(model, run.config, run.heads):
+        with run.applied(model):
             lm.forget()
             for line, task in enumerate(tasks):
                 how = (lm.max_length, truncate, task.chat, task.name, task.shots)
@@ -300,9 +300,7 @@ def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, 
     return {
         "task": task.name,
         "shots": task.shots,
-        "method": run.name,
-        "num_slots": run.num_slots,
-        "block_size": None if run.config is None else run.config.block_size,
+        **run.columns,
         "items": len(outcomes),
         "metric": task.metric,
         "score": score,
@@ -316,8 +314,7 @@ def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
     """Score by task and method, with a standard error to both sides."""
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        label = row["method"] if row["num_slots"] is None else f"{row['method']} {row['num_slots']}"
-        by_method.setdefault(label, {})[f"{row['task']}\n{row['shots']} shots"] = row
+        by_method.setdefault(label_of(row), {})[f"{row['task']}\n{row['shots']} shots"] = row
     tasks = list(dict.fromkeys(name for by_task in by_method.values() for name in by_task))
     series = []
     for label, by_task in by_method.items():

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.data.documents import single_files
 from lococo.data.texts import Cut, Text, Window, read_texts, sliding_windows
-from lococo.evaluation.perplexity import ALL_DOMAINS, DocumentLosses, digest, plot_by_length
+from lococo.evaluation.perplexity import Losses, loss_row, measure_losses, plot_by_length
 from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
-from lococo.methods import Run, as_method
-from lococo.metrics import mean_nll
+from lococo.methods import Run
 from lococo.results.journal import Journal
 from lococo.results.tables import beside, write_result
 
@@ -32,58 +27,47 @@ HOW = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """The base model with a method, or extended: a row of the table.
+class ExtendedRun(Run):
+    """An extended model: a row of the table.
 
     Attributes
     ----------
-    run : Run
-        Without a config where an extension says how it reads.
-    folder : Path, optional
-        Of an extension.
-    trained : int, optional
+    folder : Path
+        Of the extension.
+    trained : int
         Tokens of the windows that it was trained on.
     """
 
-    run: Run
-    folder: Path | None = None
-    trained: int | None = None
+    folder: Path = Path()
+    trained: int = 0
 
     @classmethod
-    def of(cls, folder: Path) -> Reader:
-        """The reader of an extension's folder, called after it."""
-        extension, _ = read_extension(folder)
-        return cls(Run(folder.resolve().name, extension.config), folder, extension.length)
-
-    @classmethod
-    def of_all(cls, folders: Sequence[Path]) -> list[Reader]:
-        """The readers of several extensions.
+    def of_all(cls, folders: Sequence[Path]) -> list[ExtendedRun]:
+        """The runs of extensions, called after their folders.
 
         Raises
         ------
         ValueError
             If two have the same name, which would be that of both rows.
         """
-        readers = [cls.of(folder) for folder in folders]
-        names = [reader.run.name for reader in readers]
+        extensions = [read_extension(folder)[0] for folder in folders]
+        names = [folder.resolve().name for folder in folders]
         if len(set(names)) < len(names):
             raise ValueError(f"--extensions must have different names, got {', '.join(names)}")
-        return readers
+        return [
+            cls(name, extension.config, folder=folder, trained=extension.length)
+            for name, extension, folder in zip(names, extensions, folders, strict=True)
+        ]
 
-    def identity(self) -> list[Any]:
-        """What its losses depend on besides the model, as plain JSON values."""
-        weights = None if self.folder is None else extension_digest(self.folder)
-        return [self.run.name, self.run.identity(), weights]
+    def identity(self) -> dict[str, Any]:
+        """The config, and the weights by their digest."""
+        return {**(super().identity() or {}), "extension": extension_digest(self.folder)}
 
     @contextmanager
-    def reading(self, model: PreTrainedModel) -> Iterator[Any]:
-        """The model as this reader inside a ``with`` block; afterwards it is as it was."""
-        if self.folder is None:
-            with as_method(model, self.run.config, self.run.heads):
-                yield model
-        else:
-            with restored(model):
-                yield load_extended(model, self.folder)
+    def applied(self, model: Any) -> Iterator[Any]:
+        """The model, extended, inside a ``with`` block; afterwards it is as it was."""
+        with restored(model):
+            yield load_extended(model, self.folder)
 
 
 def read_alike(
@@ -125,41 +109,16 @@ def cut_alike(texts: Sequence[Text], lengths: Sequence[int], first: int, limit: 
     return [window for length in lengths for window in sliding_windows(cut, length, first)]
 
 
-def extended_rows(
-    model: PreTrainedModel, windows: Sequence[Window], readers: Sequence[Reader], first: int, journal: Journal
-) -> list[dict[str, Any]]:
-    """One row per reader, length and domain (and one for all domains)."""
+def extended_rows(losses: Losses) -> list[dict[str, Any]]:
+    """One row per run, length and domain (and one for all domains)."""
     rows = []
-    for reader in tqdm(readers, desc="models", disable=None):
-        losses: dict[tuple[str, int], DocumentLosses] = defaultdict(DocumentLosses)
-        keys = [
-            (model.name_or_path, str(model.dtype), *reader.identity(), digest(each.ids), first) for each in windows
-        ]
-        unread = any(journal.recall(key) is None for key in keys)
-        reading: Any
-        with reader.reading(model) if unread else nullcontext(model) as reading:
-            for key, window in zip(keys, tqdm(windows, desc=reader.run.name, leave=False, disable=None), strict=True):
-                nll = journal.measure(key, functools.partial(mean_nll, reading, window.ids, first))
-                for domain in (ALL_DOMAINS, window.domain):
-                    losses[domain, window.length].add(nll, window, first)
-        rows += [_row(reader, *group, measured) for group, measured in losses.items()]
+    for run, groups in losses.items():
+        trained = run.trained if isinstance(run, ExtendedRun) else None
+        for group in groups:
+            row = loss_row(losses, run, group)
+            row = {"domain": row.pop("domain"), "trained": trained, **row, "length": group[0]}
+            rows.append({name: value for name, value in row.items() if not name.startswith("gap_")})
     return rows
-
-
-def _row(reader: Reader, domain: str, length: int, losses: DocumentLosses) -> dict[str, Any]:
-    config = reader.run.config
-    return {
-        "domain": domain,
-        "trained": reader.trained,
-        "method": reader.run.name,
-        "num_slots": reader.run.num_slots,
-        "block_size": None if config is None else config.block_size,
-        "length": length,
-        "nll": losses.mean,
-        "ppl": math.exp(losses.mean),
-        "documents": len(losses.by_document),
-        "tokens": int(losses.table[1].sum()),
-    }
 
 
 def by_length(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -172,17 +131,27 @@ def by_length(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def run(
+def evaluate_extended(
     model: PreTrainedModel,
     windows: Sequence[Window],
-    readers: Sequence[Reader],
+    runs: Sequence[Run],
     first: int,
     output: Path,
     command: str,
 ) -> list[dict[str, Any]]:
-    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes."""
+    """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        As it came, neither patched nor extended.
+    runs : sequence of Run
+        Methods, and extensions as ``ExtendedRun``.
+    first : int
+        First token of a window that counts.
+    """
     journal = Journal(beside(output, ".partial.jsonl"))
-    rows = extended_rows(model, windows, readers, first, journal)
+    rows = extended_rows(measure_losses(model, windows, runs, first, journal))
     how = HOW.format(longest=max(window.length for window in windows), first=first)
     write_result(output, command, model.device, rows, table=by_length(rows), how=how, dtype=str(model.dtype))
     plot_by_length([{**row, "method": _label(row)} for row in rows], beside(output, ".png"), cut=1.25)

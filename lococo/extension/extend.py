@@ -7,14 +7,15 @@ import copy
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
+from lococo.config import LoCoCoConfig
+from lococo.data.windows import prepare
 from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.extension.folder import RECORD_NAMES, check_extension_folder, merge_extended, save_extended
 from lococo.extension.longlora import shifted_sparse
@@ -25,12 +26,20 @@ from lococo.extension.trainer import ExtensionTrainer, load_parts
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import base_config
 from lococo.patch import patched
-from lococo.results.deadline import Deadline
 from lococo.results.plots import picture
 from lococo.state import is_patched
-from lococo.training.calibrate import Dataset
 from lococo.training.report import loss_panel, record, source_names
-from lococo.training.runs import RUN_NAME, Result, TrainingRun, check_same_run, plain, weights_identity
+from lococo.training.runs import (
+    RUN_NAME,
+    Dataset,
+    Result,
+    TrainingRun,
+    check_same_run,
+    plain,
+    plan_run,
+    split_options,
+    weights_identity,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,67 +137,37 @@ def plan_extension(
     block_size: int | None = None,
     positions: str = "absolute",
     heads: str | os.PathLike | None = None,
+    config: LoCoCoConfig | None = None,
     length: int | None = None,
     num_windows: int | None = None,
-    boundaries: Literal["reset", "none"] = "reset",
-    text_column: str = "text",
-    split: str = "train",
-    seed: int = 0,
     merge_into: str | os.PathLike | None = None,
     shard: bool = False,
-    work_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike = DEFAULT_CACHE,
-    resume: bool = False,
-    time_limit: float | None = None,
-    training_arguments: Mapping[str, Any] | None = None,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
-    command: str = "lococo.extend_context(...)",
-    **recipe: Any,
+    **options: Any,
 ) -> ExtensionRun:
-    """An extension that is checked before a model is there. Arguments and errors as of ``extend_context``.
-
-    Parameters
-    ----------
-    command : str
-        What is written down as having made it.
-    **recipe
-        Other fields of ``ExtensionRecipe``.
-    """
+    """An extension, checked before a model is there. Arguments and errors as of ``extend_context``."""
+    of_run, fields = split_options({"command": "lococo.extend_context(...)", **options})
     if heads is not None and method != "lococo":
         raise ValueError(f'heads are for method="lococo", got method={method!r}')
-    if "config" not in recipe and heads is not None:
-        recipe["config"] = read_heads_config(heads)
-    block_size = min(num_slots, 512) if block_size is None else block_size
-    recipe.setdefault("config", extension_config(method, num_slots, block_size, positions))
-    scaling, cache = RopeScaling(factor, original_length, rope_type), Path(cache_dir).expanduser()
-    chosen = ExtensionRecipe(method=method, rope_scaling=scaling, **recipe)
-    data = DataConfig(
-        sources=as_sources(dataset, cache, text_column),
+    if config is None and heads is not None:
+        config = read_heads_config(heads)
+    elif config is None:
+        block_size = min(num_slots, 512) if block_size is None else block_size
+        config = extension_config(method, num_slots, block_size, positions)
+    scaling = RopeScaling(factor, original_length, rope_type)
+    recipe = ExtensionRecipe(method=method, rope_scaling=scaling, config=config, **fields)
+    return plan_run(
+        ExtensionRun,
+        dataset,
+        output,
+        of_run,
+        recipe=recipe,
         length=length or scaling.length,
-        num_windows=chosen.windows_needed if num_windows is None else num_windows,
+        num_windows=recipe.windows_needed if num_windows is None else num_windows,
         num_heldout=0,
-        boundaries=boundaries,
-        text_column=text_column,
-        split=split,
-        seed=seed,
-    )
-    extension = ExtensionRun(
-        data=data,
-        recipe=chosen,
-        output=Path(output),
         heads=None if heads is None else os.fspath(heads),
         merge_into=None if merge_into is None else Path(merge_into),
         shard=shard,
-        work_dir=None if work_dir is None else Path(work_dir),
-        cache_dir=cache,
-        resume=resume,
-        training_arguments=training_arguments,
-        command=command,
-        deadline=Deadline(time_limit),
-        on_progress=on_progress,
     )
-    extension.check()
-    return extension
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +211,7 @@ class ExtensionRun(TrainingRun):
                 "shard=True needs several processes, this is the only one: start it with accelerate launch"
             )
         with processes.main_process_first():
-            windows, _ = prepare(self.data, tokenizer, self.cache / "tokens")
+            windows, _ = prepare(self.data, tokenizer, self.cache_dir / "tokens")
             named = {"data": self.data, "recipe": self.recipe, "heads": self.heads, "shard": self.shard}
             description = plain({"model": weights_identity(model), **named})
             check_same_run(self.work / RUN_NAME, description)

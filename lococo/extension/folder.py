@@ -56,16 +56,9 @@ class Extension:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Extension:
         """An extension from ``to_dict`` output."""
-        scaling, config = (
-            values.get("rope_scaling", values.get("stretch")),
-            values["config"],
-        )  # "stretch" in old folders
-        return cls(
-            values["method"],
-            values["length"],
-            scaling and RopeScaling(**scaling),
-            config and LoCoCoConfig.from_dict(config),
-        )
+        scaling = values.get("rope_scaling", values.get("stretch"))  # as older folders call it
+        config = values["config"] and LoCoCoConfig.from_dict(values["config"])
+        return cls(values["method"], values["length"], scaling and RopeScaling(**scaling), config)
 
 
 def read_extension(folder: str | os.PathLike) -> tuple[Extension, dict[str, Any]]:

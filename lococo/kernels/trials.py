@@ -29,7 +29,7 @@ class Trial(abc.ABC):
     Attributes
     ----------
     kernel : str
-        Module and function in ``lococo``.
+        Module and function in ``lococo.kernels``.
     device, dtype, head_dim
         Of the keys.
     """
@@ -104,8 +104,8 @@ class MassTrial(_AttentionTrial):
         query, key, _, scale, bias = self._samples()
         logits = self._logits(query, key, scale, bias)
         lse = logits.logsumexp(-1).flatten(1, 2).float()
-        shares = logits.softmax(-1) * _lower_right(DELAY, query.device)
-        expected = (shares.square() if self.squared else shares).sum(dim=(2, 3))
+        probs = logits.softmax(-1) * _lower_right(DELAY, query.device)
+        expected = (probs.square() if self.squared else probs).sum(dim=(2, 3))
         yield kernel(query, key, scale, lse, bias, DELAY, self.squared), expected
 
 

@@ -48,11 +48,11 @@ def _attend_tiles(
         if IS_MASKED:
             logits = tl.where(entry[None] <= last_seen[:, None], logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
-        shares = tl.exp2(logits - higher[:, None])
+        probs = tl.exp2(logits - higher[:, None])
         fade = tl.exp2(peak - higher)
         value = tl.load(value_base + offsets * value_stride + channel[None], mask=is_there, other=0.0)
-        total = tl.dot(shares.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
-        norm = norm * fade + tl.sum(shares, 1)
+        total = tl.dot(probs.to(value.dtype), value, total * fade[:, None], input_precision="ieee")
+        norm = norm * fade + tl.sum(probs, 1)
         peak = higher
     return total, norm, peak
 
@@ -187,11 +187,11 @@ def _mass_kernel(
         query = tl.load(query_row[:, None] + channel[None], mask=is_row[:, None] & is_channel[None], other=0.0)
         lse = tl.load(lse_base + head * lse_head + index * lse_stride, mask=is_row, other=float("inf"))
         logits = tl.dot(key, tl.trans(query), input_precision="ieee") * (scale * LOG2_E) + bias[:, None]
-        shares = tl.exp2(logits - lse.to(tl.float32)[None] * LOG2_E)
+        probs = tl.exp2(logits - lse.to(tl.float32)[None] * LOG2_E)
         if SQUARED:
-            shares = shares * shares
+            probs = probs * probs
         is_counted = entry[:, None] + delay <= (index + (entries - queries))[None]
-        mass += tl.sum(tl.where(is_counted, shares, 0.0), 1)
+        mass += tl.sum(tl.where(is_counted, probs, 0.0), 1)
     tl.store(mass_base + (batch * kv_heads + kv_head) * entries + entry, mass, mask=is_entry)
 
 

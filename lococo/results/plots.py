@@ -225,10 +225,9 @@ def picture(
     title: str = "",
     xlabel: str = "",
     ylabel: str = "",
-    legend: str = "figure",
     share: bool = False,
 ) -> bytes:
-    """Panels in rows and columns as a PNG file.
+    """Panels in rows and columns as a PNG file, with one legend for all of them.
 
     Parameters
     ----------
@@ -238,8 +237,6 @@ def picture(
         Width and height in inches.
     title, xlabel, ylabel : str
         Of all panels together.
-    legend : "figure", "panel" or ""
-        One for all panels, which name the same series; one in each panel; none.
     share : bool
         Columns have one axis x, rows one axis y.
 
@@ -266,9 +263,7 @@ def picture(
                 continue
             panel.draw(figure, axes)
             named |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-            if legend == "panel" and axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, fontsize=8)
-    if legend == "figure" and named:
+    if named:
         columns = max(1, min(len(named), int(size[0] / (0.075 * max(map(len, named)) + 0.5))))
         figure.legend(
             list(named.values()),

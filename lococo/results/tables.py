@@ -112,6 +112,11 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def label_of(row: dict[str, Any]) -> str:
+    """A row's method as pictures name it: ``h2o 128``."""
+    return f"{row['method']} {row['num_slots'] or ''}".strip()
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""

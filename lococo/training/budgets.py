@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
-from lococo.training.record import LayerRecord, fisher_error, read_record, record
+from lococo.training.record import LayerRecord, compressed_output, fisher_error, record
 
 STACKED_LAYERS = 10
 STEPS_BETWEEN = 3  # levels put between two measured ones
@@ -37,7 +37,7 @@ def slot_levels(num_slots: int) -> tuple[int, ...]:
 def eviction_errors(
     model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, levels: Sequence[int], measure: Measure
 ) -> torch.Tensor:
-    """What the loss feels when one KV head at a time keeps only so many slots.
+    """What it costs the loss that one KV head at a time keeps only so many slots.
 
     For every text, layer and KV head the attention output with evicted tokens is compared with the full cache's. Its
     difference, projected on the gradient of the next-token loss, is squared and summed over tokens and query heads:
@@ -66,11 +66,11 @@ def eviction_errors(
     total = torch.zeros(len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
     for ids in tqdm(windows, desc="slots per head", unit="text", disable=None):
         records = functools.cache(functools.partial(record, model, ids[None].long(), gradients=True))
-        for place, slots in enumerate(levels):
+        for index, slots in enumerate(levels):
             head_config = config.with_slots(slots)
             key = ("eviction_errors", {name: getattr(head_config, name) for name in SELECTION_FIELDS}, ids.tolist())
             errors = measure(key, functools.partial(_errors, records, head_config))
-            total[place] += torch.tensor(errors, dtype=torch.float64)
+            total[index] += torch.tensor(errors, dtype=torch.float64)
     return total / len(windows)
 
 
@@ -97,8 +97,8 @@ def _stack_errors(stack: Sequence[LayerRecord], config: LoCoCoConfig) -> list[li
         for name in ("query", "key", "value", "output", "gradient")
     }
     entry = dataclasses.replace(stack[0], **tensors)  # (layers, heads or kv_heads, tokens, head_dim)
-    felt = fisher_error(read_record(entry, config), entry)  # (layers, heads, tokens)
-    return felt.double().sum(dim=2).unflatten(1, (entry.key.shape[1], -1)).sum(dim=2).tolist()
+    error = fisher_error(compressed_output(entry, config), entry)  # (layers, heads, tokens)
+    return error.double().sum(dim=2).unflatten(1, (entry.key.shape[1], -1)).sum(dim=2).tolist()
 
 
 def allocate(errors: torch.Tensor, levels: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:
@@ -130,19 +130,19 @@ def allocate(errors: torch.Tensor, levels: Sequence[int], num_slots: int) -> tup
     layers, kv_heads = errors.shape[1:]
     levels, errors = _refined(levels, errors)
     by_head = errors.flatten(1).T.tolist()
-    places = [0] * len(by_head)
+    chosen = [0] * len(by_head)  # index of each head's level
     left = (num_slots - levels[0]) * len(by_head)
     queue = [step for head in range(len(by_head)) for step in _best_step(by_head[head], levels, 0, head, left)]
     heapq.heapify(queue)
     while queue:
-        _, place, head = heapq.heappop(queue)
-        cost = levels[place] - levels[places[head]]
+        _, level, head = heapq.heappop(queue)
+        cost = levels[level] - levels[chosen[head]]
         if cost <= left:
             left -= cost
-            places[head] = place
-        for step in _best_step(by_head[head], levels, places[head], head, left):
+            chosen[head] = level
+        for step in _best_step(by_head[head], levels, chosen[head], head, left):
             heapq.heappush(queue, step)
-    slots = [levels[place] for place in places]
+    slots = [levels[level] for level in chosen]
     return tuple(tuple(slots[layer * kv_heads : (layer + 1) * kv_heads]) for layer in range(layers))
 
 
@@ -151,26 +151,26 @@ def _refined(levels: Sequence[int], errors: torch.Tensor) -> tuple[list[int], to
     # More slots are never worse but for noise; an error of 0 has no logarithm.
     logs = errors.cummin(dim=0).values.clamp_min(1e-30).log()
     fine: dict[int, torch.Tensor] = {}
-    for place in range(len(levels) - 1):
-        low, high = levels[place], levels[place + 1]
+    for index in range(len(levels) - 1):
+        low, high = levels[index], levels[index + 1]
         # Where the higher level loses nothing (a window, a short text) a power tells nothing of the way there.
-        reached = torch.maximum(logs[place + 1], logs[place] - STEEPEST * math.log(high / low))
+        reached = torch.maximum(logs[index + 1], logs[index] - STEEPEST * math.log(high / low))
         for step in range(STEPS_BETWEEN + 1):
             slots = round(low * (high / low) ** (step / (STEPS_BETWEEN + 1)))
-            share = math.log(slots / low) / math.log(high / low)
+            fraction = math.log(slots / low) / math.log(high / low)
             if slots < high:
-                fine.setdefault(slots, torch.lerp(logs[place], reached, share).exp())
+                fine.setdefault(slots, torch.lerp(logs[index], reached, fraction).exp())
     fine[levels[-1]] = logs[-1].exp()
     return list(fine), torch.stack(list(fine.values()))
 
 
 def _best_step(
-    errors: Sequence[float], levels: Sequence[int], place: int, head: int, left: int
+    errors: Sequence[float], levels: Sequence[int], level: int, head: int, left: int
 ) -> list[tuple[float, int, int]]:
-    """The step up from a level with the steepest fall that can be paid, as (slope, place, head): one or none."""
+    """The step up from a level with the steepest fall that can be paid, as (slope, level, head): one or none."""
     steps = [
-        ((errors[higher] - errors[place]) / (levels[higher] - levels[place]), higher, head)
-        for higher in range(place + 1, len(levels))
-        if levels[higher] - levels[place] <= left
+        ((errors[higher] - errors[level]) / (levels[higher] - levels[level]), higher, head)
+        for higher in range(level + 1, len(levels))
+        if levels[higher] - levels[level] <= left
     ]
     return [min(steps)] if steps else []

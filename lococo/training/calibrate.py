@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.config import LoCoCoConfig
-from lococo.data.windows import DEFAULT_CACHE, DataConfig, Windows, as_sources, prepare
+from lococo.data.windows import Windows, prepare
 from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
 from lococo.patch import patched
-from lococo.results.deadline import Deadline
 from lococo.results.journal import Journal
 from lococo.state import patch_of
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
@@ -23,10 +22,19 @@ from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipes import RECIPES, Recipe, adjusted
 from lococo.training.report import calibration_picture, record, source_names, without_folders
-from lococo.training.runs import RUN_NAME, Result, TrainingRun, check_same_run, plain, weights_identity
+from lococo.training.runs import (
+    RUN_NAME,
+    Dataset,
+    Result,
+    TrainingRun,
+    check_same_run,
+    plain,
+    plan_run,
+    split_options,
+    weights_identity,
+)
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
-Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
 Rows = list[dict[str, Any]]
 
 
@@ -91,6 +99,7 @@ def calibrate(
           run in it. ``cache_dir="~/.cache/lococo"``: token windows and figures, which other runs use too.
         - ``time_limit=None``: seconds after which the run stops, to be resumed.
         - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
+          ``command``: what is written down as having made the heads.
         - ``on_progress=None``: called with every row of the record as soon as it is there, the gap ratio among them.
 
     Returns
@@ -121,68 +130,32 @@ def plan_calibration(
     recipe: str | Recipe = "default",
     config: LoCoCoConfig | None = None,
     length: int = 4096,
-    first: int = 512,
     num_windows: int | None = None,
     num_heldout: int = 8,
-    heldout_share: float | None = None,
-    boundaries: Literal["reset", "none"] = "reset",
-    text_column: str = "text",
-    split: str = "train",
-    seed: int = 0,
+    first: int = 512,
     dtype: torch.dtype | None = torch.bfloat16,
-    work_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike = DEFAULT_CACHE,
-    resume: bool = False,
-    time_limit: float | None = None,
-    training_arguments: Mapping[str, Any] | None = None,
-    on_progress: Callable[[dict[str, Any]], None] | None = None,
-    command: str = "lococo.calibrate(...)",
-    **changes: Any,
+    **options: Any,
 ) -> Calibration:
-    """A calibration that is checked before a model is there. Arguments and errors as of ``calibrate``.
-
-    Parameters
-    ----------
-    command : str
-        What is written down as having made the heads.
-    **changes
-        For ``lococo.training.recipes.adjusted``.
-    """
+    """A calibration, checked before a model is there. Arguments and errors as of ``calibrate``."""
+    of_run, changes = split_options({"command": "lococo.calibrate(...)", **options})
     name = "default" if isinstance(recipe, Recipe) else recipe
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, or a Recipe, got {recipe!r}")
-    block_size = min(num_slots, 512) if block_size is None else block_size
-    recipe_config, named = RECIPES[name](num_slots, block_size)
+    recipe_config, named = RECIPES[name](num_slots, min(num_slots, 512) if block_size is None else block_size)
     chosen = adjusted(recipe if isinstance(recipe, Recipe) else named, **changes)
-    cache = Path(cache_dir).expanduser()
-    data = DataConfig(
-        sources=as_sources(dataset, cache, text_column),
+    return plan_run(
+        Calibration,
+        dataset,
+        output,
+        of_run,
+        config=config or recipe_config,
+        recipe=chosen,
         length=length,
         num_windows=chosen.windows_needed if num_windows is None else num_windows,
         num_heldout=num_heldout,
-        boundaries=boundaries,
-        text_column=text_column,
-        split=split,
-        seed=seed,
-        heldout_share=heldout_share,
-    )
-    calibration = Calibration(
-        config=config or recipe_config,
-        data=data,
-        recipe=chosen,
-        output=Path(output),
         first=first,
         dtype=dtype,
-        work_dir=None if work_dir is None else Path(work_dir),
-        cache_dir=cache,
-        resume=resume,
-        training_arguments=training_arguments,
-        command=command,
-        deadline=Deadline(time_limit),
-        on_progress=on_progress,
     )
-    calibration.check()
-    return calibration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,14 +203,19 @@ class Calibration(TrainingRun):
         self.check()
         usage = self.meter()
         processes = self.processes(on_cpu=model.device.type == "cpu", has_steps=self.recipe.objective is not None)
-        rows = _Rows(self.on_progress if processes.is_main_process else None)
+        rows: Rows = []
+
+        def add(stage: str, **row: Any) -> None:
+            rows.append({"stage": stage, **row})
+            self.tell(rows[-1])
+
         with processes.main_process_first():
-            train, heldout = prepare(self.data, tokenizer, self.cache / "tokens")
+            train, heldout = prepare(self.data, tokenizer, self.cache_dir / "tokens")
             description = self._description(weights_identity(model))
             check_same_run(self.work / RUN_NAME, description)
-            journal = Journal(self.cache / f"measured-{description['model']}.jsonl", self.deadline)
+            journal = Journal(self.cache_dir / f"measured-{description['model']}.jsonl", self.deadline)
             gap = baselines(model, heldout.ids, self.config, self.first, journal)
-            config = self._with_budgets(model, train, journal, rows)
+            config = self._with_budgets(model, train, journal, add)
             if processes.is_main_process:
                 self.begin(description)
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
@@ -245,23 +223,23 @@ class Calibration(TrainingRun):
                 recordings.add(model, train.evenly(self.recipe.local_texts))
         torch.manual_seed(self.data.seed)  # the heads' initial weights
         with patched(model, config):
-            rows.add("start", step=0, **gap.measure(model))
+            add("start", step=0, **gap.measure(model))
             if local := self.recipe.local:
                 with processes.main_process_first():
                     for row in train_locally(model, recordings, local, self.work / "local", self.deadline):
-                        rows.add("local", **row)
-                rows.add("local", step=local.steps, **gap.measure(model))
+                        add("local", **row)
+                add("local", step=local.steps, **gap.measure(model))
             if self.recipe.objective:
-                rows.rows += self._train_end_to_end(model, train, gap, rows.tell)
+                rows += self._train_end_to_end(model, train, gap)
             processes.wait_for_everyone()  # none still writes into the work folder
             if processes.is_main_process:
                 if self.dtype is not None:
                     _round_heads(model, self.dtype)
                     steps = self.recipe.steps if self.recipe.objective else 0
-                    rows.add("saved", step=steps, **gap.measure(model))
-                self._save(model, config, gap, rows.rows, usage(model.device))
+                    add("saved", step=steps, **gap.measure(model))
+                self._save(model, config, gap, rows, usage(model.device))
                 self.remove_work()
-        return Calibrated(self.output, rows.rows)
+        return Calibrated(self.output, rows)
 
     def _description(self, model: str) -> dict[str, Any]:
         """What makes one run another, as plain JSON values."""
@@ -270,7 +248,9 @@ class Calibration(TrainingRun):
             {"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, "first": self.first}
         )
 
-    def _with_budgets(self, model: PreTrainedModel, train: Windows, journal: Journal, rows: _Rows) -> LoCoCoConfig:
+    def _with_budgets(
+        self, model: PreTrainedModel, train: Windows, journal: Journal, add: Callable[..., None]
+    ) -> LoCoCoConfig:
         """The config with as many slots for each KV head as it needs, if the recipe says so."""
         config = self.config
         if not self.recipe.budget_texts or config.slots_per_head is not None:
@@ -280,15 +260,13 @@ class Calibration(TrainingRun):
         slots = allocate(eviction_errors(model, windows, config, levels, journal.measure), levels, config.num_slots)
         for layer, counts in enumerate(slots):
             for head, count in enumerate(counts):
-                rows.add("budgets", layer=layer, kv_head=head, slots=count)
+                add("budgets", layer=layer, kv_head=head, slots=count)
         return dataclasses.replace(config, slots_per_head=slots)
 
-    def _train_end_to_end(
-        self, model: PreTrainedModel, train: Windows, gap: GapRatio, tell: Callable[[dict[str, Any]], Any]
-    ) -> Rows:
+    def _train_end_to_end(self, model: PreTrainedModel, train: Windows, gap: GapRatio) -> Rows:
         recipe, stage = self.recipe, "end-to-end"
         assert recipe.objective is not None
-        measuring = MeasureGap(model, gap, recipe.measure_every, lambda row: tell({"stage": stage, **row}))
+        measuring = MeasureGap(model, gap, recipe.measure_every, lambda row: self.tell({"stage": stage, **row}))
         trainer = HeadTrainer(
             model,
             self.trainer_arguments(save_every=recipe.measure_every),
@@ -315,26 +293,13 @@ class Calibration(TrainingRun):
         }
         training = {
             "command": without_folders(self.command),
-            "recipe": plain({"recipe": self.recipe})["recipe"],
+            "recipe": plain(self.recipe),
             "objective": self.recipe.objective_name,
             "sources": source_names(self.data.sources),
         }
         contents = (record(self.command, model.device, rows, usage=usage), calibration_picture(rows, config))
         attachments = dict(zip(ATTACHMENTS, contents, strict=True))
         save_heads(model, self.output, training=training, metrics=metrics, dtype=self.dtype, attachments=attachments)
-
-
-class _Rows:
-    """Rows of a record, told to a caller as they come."""
-
-    def __init__(self, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
-        self.rows: Rows = []
-        self.tell = on_progress or (lambda row: None)
-
-    def add(self, stage: str, **row: Any) -> None:
-        """Add a row."""
-        self.rows.append({"stage": stage, **row})
-        self.tell(self.rows[-1])
 
 
 @torch.no_grad()

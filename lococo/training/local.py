@@ -19,7 +19,7 @@ from lococo.results.deadline import Deadline
 from lococo.state import patch_of
 from lococo.training.frozen import only_heads_learn
 from lococo.training.recipes import LocalConfig
-from lococo.training.record import LayerRecord, fisher_error, read_record, record
+from lococo.training.record import LayerRecord, compressed_output, fisher_error, record
 
 TENSORS = ("query", "key", "value", "output", "gradient")
 FACTS = ("scale", "window", "softcap")
@@ -80,8 +80,8 @@ def train_locally(
 ) -> list[dict[str, float]]:
     """Train the head of every layer on recordings, layer after layer; no pass through the model.
 
-    The loss is the error of the attention output over the unrolled segments as the next-token loss feels it
-    (``fisher_error``), relative to that of plain token selection, so that every text counts alike.
+    The loss is the ``fisher_error`` of the attention output over the unrolled segments, relative to that of plain
+    token selection, so that every text counts alike.
 
     Parameters
     ----------
@@ -169,4 +169,4 @@ def train_layer(
 def _summed_error(
     entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: Compressor | None = None
 ) -> torch.Tensor:
-    return fisher_error(read_record(entry, config, layer_idx, head), entry).sum()
+    return fisher_error(compressed_output(entry, config, layer_idx, head), entry).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,11 @@ class Objective(abc.ABC):
         before the next chunk's forward, so that memory does not grow with the window. What is compressed where two
         chunks meet trains the heads with the later one. None: it goes through the whole window.
 
+    Attributes
+    ----------
+    needs_full_cache : bool
+        Whether ``losses`` wants to know what the full model predicts.
+
     Raises
     ------
     ValueError
@@ -39,16 +44,12 @@ class Objective(abc.ABC):
     """
 
     backprop_tokens: int | None = None
+    needs_full_cache: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         tokens = self.backprop_tokens
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             raise ValueError(f"backprop_tokens must be a whole number of at least 1, or None, got {tokens!r}")
-
-    @property
-    def needs_full_cache(self) -> bool:
-        """Whether ``losses`` wants to know what the full model predicts."""
-        return False
 
     @abc.abstractmethod
     def losses(self, logits: torch.Tensor, targets: torch.Tensor, full_logits: torch.Tensor | None) -> torch.Tensor:
@@ -82,7 +83,7 @@ class NextToken(Objective):
     def losses(
         self, logits: torch.Tensor, targets: torch.Tensor, full_logits: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See ``Objective.losses``."""
+        """Cross-entropy; the full model is not asked."""
         return F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -98,11 +99,12 @@ class Distill(Objective):
     next_token_weight : float
         Share of ``NextToken`` in the loss, from 0 to below 1.
     backprop_tokens : int, optional
-        See ``Objective``.
+        As of ``Objective``.
     """
 
     temperature: float = 1.0
     next_token_weight: float = 0.0
+    needs_full_cache: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,13 +115,8 @@ class Distill(Objective):
                 f"next_token_weight must lie from 0 to below 1 (for 1 use NextToken), got {self.next_token_weight!r}"
             )
 
-    @property
-    def needs_full_cache(self) -> bool:
-        """True."""
-        return True
-
     def losses(self, logits: torch.Tensor, targets: torch.Tensor, full_logits: torch.Tensor | None) -> torch.Tensor:
-        """See ``Objective.losses``."""
+        """Divergence from the full model, with its share of cross-entropy."""
         full = (_wide(cast(torch.Tensor, full_logits)) / self.temperature).log_softmax(dim=-1)
         compressed = (_wide(logits) / self.temperature).log_softmax(dim=-1)
         divergence = self.temperature**2 * F.kl_div(compressed, full, reduction="none", log_target=True).sum(dim=-1)

@@ -89,8 +89,8 @@ def record(model: PreTrainedModel, input_ids: torch.Tensor, *, gradients: bool =
         logits = model(input_ids, use_cache=False).logits
         if gradients:
             outputs = [entry.output for entry in records.values()]
-            felt = torch.autograd.grad(logits, outputs, _cross_entropy_gradient(logits, input_ids))
-            for entry, gradient in zip(records.values(), felt, strict=True):
+            gradients_of = torch.autograd.grad(logits, outputs, _cross_entropy_gradient(logits, input_ids))
+            for entry, gradient in zip(records.values(), gradients_of, strict=True):
                 entry.gradient = gradient
     return {index: _detached(entry) for index, entry in records.items()}
 
@@ -162,8 +162,8 @@ def full_attention(
     """Causal attention over all tokens, of a window of them where there is one. Shapes as in ``LayerRecord``."""
     tokens, mask = query.shape[2], None
     if window is not None and tokens > window:
-        place = torch.arange(tokens, device=query.device)
-        distance = place[:, None] - place
+        position = torch.arange(tokens, device=query.device)
+        distance = position[:, None] - position
         mask = ((distance >= 0) & (distance < window))[None, None]
     elif softcap is None:
         # The kernel that knows causality by itself: with a mask, a CPU holds all probabilities for the backward.
@@ -171,7 +171,7 @@ def full_attention(
     return kernels.attend(query, key, value, scale, kernels.LogitBias(mask, None, softcap))
 
 
-def read_record(
+def compressed_output(
     entry: LayerRecord, config: LoCoCoConfig, layer_idx: int = 0, head: Compressor | None = None
 ) -> torch.Tensor:
     """Output of the recorded layer over a compressed cache, shaped like ``LayerRecord.output``; differentiable."""
@@ -188,7 +188,7 @@ def read_record(
 
 
 def fisher_error(output: torch.Tensor, entry: LayerRecord) -> torch.Tensor:
-    """Error of an attention output as the loss feels it: its part along the loss' gradient, squared.
+    """Error of an attention output in the metric of the loss' Fisher information: along the loss' gradient, squared.
 
     The sum over tokens and heads is twice the rise of the loss to second order, with the empirical Fisher information
     for the curvature and every head and token by itself.

@@ -6,12 +6,13 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -21,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.data.documents import check_sources
-from lococo.data.windows import DEFAULT_CACHE, DataConfig, prepare
+from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
 from lococo.files import write_whole
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.tables import peak_memory
@@ -31,6 +32,9 @@ from lococo.training.window_trainer import StopInTime, WindowTrainer
 
 RUN_NAME, TRAINER_FOLDER = "run.json", "trainer"
 FIGURES = ("loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")  # of a step
+
+Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
+R = TypeVar("R", bound="TrainingRun")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ class TrainingRun:
     recipe: TrainingRecipe
     output: Path
     work_dir: Path | None = None
-    cache_dir: Path = DEFAULT_CACHE
+    cache_dir: Path = DEFAULT_CACHE.expanduser()
     resume: bool = False
     training_arguments: Mapping[str, Any] | None = None
     command: str = "lococo"
@@ -95,11 +99,6 @@ class TrainingRun:
         """The work folder."""
         output = self.output.absolute()  # "." has no name
         return self.work_dir or output.with_name(f"{output.name}.work")
-
-    @property
-    def cache(self) -> Path:
-        """The folder of what runs share."""
-        return self.cache_dir.expanduser()
 
     def check(self) -> None:
         """Refuse what cannot be run, before a model is there.
@@ -130,7 +129,7 @@ class TrainingRun:
         """
         with warnings.catch_warnings(), PartialState().main_process_first():
             warnings.simplefilter("ignore", UserWarning)  # the run itself says that there are few
-            prepare(self.data, tokenizer, self.cache / "tokens")
+            prepare(self.data, tokenizer, self.cache_dir / "tokens")
 
     def processes(self, *, on_cpu: bool, has_steps: bool = True) -> PartialState:
         """The processes of the run, once all of them have seen the work folder as it was.
@@ -179,10 +178,14 @@ class TrainingRun:
         }
         return TrainingArguments(**{**given, **changes, **(self.training_arguments or {})})
 
+    def tell(self, row: dict[str, Any]) -> None:
+        """Tell of a row of the record, in the main process."""
+        if self.on_progress and PartialState().is_main_process:
+            self.on_progress(row)
+
     def callbacks(self, stage: str | None = None) -> list[TrainerCallback]:
         """What ends training in time, and tells of its progress."""
-        telling = [Progress(self.on_progress, stage)] if self.on_progress else []
-        return [*telling, StopInTime(self.deadline)]
+        return [Progress(self.tell, stage), StopInTime(self.deadline)]
 
     def train(
         self, trainer: WindowTrainer, load: Callable[[Path], Any], stage: str | None = None
@@ -218,6 +221,39 @@ class TrainingRun:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
+DATA_OPTIONS = {field.name for field in dataclasses.fields(DataConfig)} - {"sources"}
+RUN_OPTIONS = {field.name for field in dataclasses.fields(TrainingRun)} - {"data", "recipe", "output", "deadline"}
+RUN_OPTIONS |= DATA_OPTIONS | {"time_limit"}
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a run and its data, and the others, which are those of a recipe."""
+    of_run = {name: value for name, value in options.items() if name in RUN_OPTIONS}
+    return of_run, {name: value for name, value in options.items() if name not in RUN_OPTIONS}
+
+
+def plan_run(kind: type[R], dataset: Dataset, output: str | os.PathLike, options: dict[str, Any], **fields: Any) -> R:
+    """A run of a kind, checked before a model is there.
+
+    Parameters
+    ----------
+    options : dict
+        Of the run and its data; ``time_limit`` in seconds.
+    **fields
+        Other fields of the run, or of ``DataConfig``.
+    """
+    given = {"cache_dir": DEFAULT_CACHE, "text_column": "text", **options, **fields}
+    cache = given["cache_dir"] = Path(given["cache_dir"]).expanduser()
+    if given.get("work_dir") is not None:
+        given["work_dir"] = Path(given["work_dir"])
+    deadline = Deadline(given.pop("time_limit", None))
+    about_data = {name: given.pop(name) for name in DATA_OPTIONS.intersection(given)}
+    data = DataConfig(sources=as_sources(dataset, cache, about_data["text_column"]), **about_data)
+    run = kind(data=data, output=Path(output), deadline=deadline, **given)
+    run.check()
+    return run
+
+
 def figures(entry: Mapping[str, Any], stage: str | None = None) -> dict[str, Any]:
     """The row that an entry of the Trainer's history gives; empty where it is of something else."""
     if "loss" not in entry and "gap_ratio" not in entry:
@@ -227,7 +263,7 @@ def figures(entry: Mapping[str, Any], stage: str | None = None) -> dict[str, Any
 
 
 class Progress(TrainerCallback):
-    """Tells a caller of every row as soon as it is there."""
+    """Tells of every row as soon as it is there."""
 
     def __init__(self, tell: Callable[[dict[str, Any]], None], stage: str | None) -> None:
         self.tell, self.stage = tell, stage
@@ -235,7 +271,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Called by the Trainer with what it logs."""
         row = figures({**(logs or {}), "step": state.global_step}, self.stage)
-        if row and state.is_world_process_zero:
+        if row:
             self.tell(row)
 
 
@@ -252,8 +288,8 @@ def weights_identity(model: PreTrainedModel | nn.Module) -> str:
     return f"{total:016x}"
 
 
-def plain(content: dict[str, Any]) -> dict[str, Any]:
-    """Content as JSON would give it back; dataclasses as dicts."""
+def plain(content: Any) -> dict[str, Any]:
+    """Content as JSON would give it back; dataclasses, on their own or inside, are dicts."""
     return json.loads(json.dumps(content, default=dataclasses.asdict))
 
 

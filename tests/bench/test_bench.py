@@ -14,7 +14,7 @@ from lococo.bench import runner
 from lococo.bench.decode import Decode
 from lococo.bench.extend import Extend
 from lococo.bench.prefill import Prefill
-from lococo.bench.roofline import Limits, Work
+from lococo.bench.roofline import Least, Limits, Work
 from lococo.bench.runner import Cell, Grid, Subject, Topic, plot, rows_of
 from lococo.cli.main import main
 from lococo.methods import plan_runs
@@ -46,14 +46,8 @@ class Scripted(Topic):
     def __init__(self, seconds=None, needs=lambda cell: 0):
         self.measured, self.counted, self.seconds, self.needs = [], [], seconds or {}, needs
 
-    def tokens(self, cell):
-        return cell.batch * cell.length
-
-    def work(self, sizes, cell):
-        return Work(flops=1e6 * cell.length, bytes=0)
-
-    def least_memory(self, sizes, cell):
-        return self.needs(cell)
+    def least(self, sizes, cell):
+        return Least(cell.batch * cell.length, Work(flops=1e6 * cell.length, bytes=0), self.needs(cell))
 
     def take(self, model, cell, meter):
         assert lococo.is_patched(model) == (cell.run.config is not None)

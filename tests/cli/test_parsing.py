@@ -1,8 +1,11 @@
 """Help, lists, groups of options, and tables."""
 
 import dataclasses
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 import lococo
 from lococo.cli import options
-from lococo.cli.main import main
+from lococo.cli.main import _app, main
 from lococo.cli.parsing import Group, add_command, spread
 from lococo.cli.terminal import print_table
 
@@ -34,6 +37,7 @@ COMMANDS = [
     ["bench", "score"],
     ["convert-chatglm"],
 ]
+README = Path(__file__).parents[2] / "README.md"
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
 
 
@@ -44,6 +48,22 @@ def test_every_command_has_help_with_an_example(words, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert f"Usage: lococo {' '.join(words)}" in said
     assert f"Example: lococo {' '.join(words)} " in " ".join(said.split())
+
+
+def parsed(words):
+    """Options of the command that is named, without running it."""
+    command, name = typer.main.get_command(_app()), "lococo"
+    while hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(typer.Context(command), words)
+    return command.make_context(name, words).params
+
+
+def test_the_commands_of_the_readme_are_understood():
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("lococo ")]
+    assert len(lines) > 12
+    given = {line: parsed(shlex.split(line, comments=True)[1:]) for line in lines}
+    assert any(options.get("kernel_size") == [3, 7, 41] for options in given.values())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from experiments.kvpress_presses import BLOCK, DENSE, READING, PressRow
 from lococo import LoCoCoConfig
 from lococo.compat import OUTPUT_CACHE
 from lococo.data.texts import Window
-from lococo.methods import Run
+from lococo.methods import Run, as_method
 from lococo.metrics import token_nlls
 from lococo.results.journal import Journal
 
@@ -127,7 +127,7 @@ def test_enough_entries_are_the_full_cache(model, ids):
 
 def test_reading_in_blocks_is_our_own_reading_with_the_same_choice(model, ids):
     config = LoCoCoConfig.streaming_llm(SLOTS, num_sinks=2, block_size=BLOCK_TOKENS, positions="absolute")
-    with side_by_side.as_method(model, config):
+    with as_method(model, config):
         ours = token_nlls(model, ids)
     row = PressRow("ends", READING, WhileReading())
     theirs = kvpress_presses.nlls_while_reading(model, row, ids, BLOCK_TOKENS, SLOTS)

@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
     assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
     given = ["--extensions", tmp_path / "out", "--methods", "full"]
     assert evaluate(checkpoint, heldout, tmp_path / "whole", *given) == 0
-    from lococo.extension import evaluate as extended
+    from lococo.evaluation import perplexity as extended
 
     counted, real = [], extended.mean_nll
 
