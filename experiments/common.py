@@ -50,6 +50,6 @@ def plot_before_and_after(
     longest = 1.2 * sorted(after)[len(after) * 9 // 10]
     marks = Series("not trained", before)
     bars = Bars(
-        labels, [Series("trained", after)], label=f"{label}; what is longer is cut", marks=marks, limits=(0, longest)
+        labels, [Series("trained", after)], xlabel=f"{label}; what is longer is cut", marks=marks, limits=(0, longest)
     )
     write_whole(path, picture([[bars]], (8, 0.22 * len(labels) + 1.2)))

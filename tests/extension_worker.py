@@ -14,8 +14,7 @@ from transformers import TrainingArguments
 
 import lococo
 from lococo.data.windows import Windows
-from lococo.extension.extend import extended_for_training
-from lococo.extension.recipe import ExtensionRecipe
+from lococo.extension.extend import ExtensionRecipe, extended_for_training
 from lococo.extension.rope_scaling import RopeScaling
 from lococo.extension.trainer import ExtensionTrainer
 

@@ -22,10 +22,11 @@ from experiments.long.prompts import Prompts
 from experiments.long.sets import LONGBENCH, SCROLLS, SETS
 from lococo.data.documents import documents
 from lococo.evaluation.needles import Filler
+from lococo.evaluation.tasks import picture_of
 from lococo.files import write_whole
 from lococo.methods import Run, plan_runs
 from lococo.results.journal import Journal
-from lococo.results.plots import GAP, Bars, HeatMap, Series, picture
+from lococo.results.plots import GAP, HeatMap, picture
 from lococo.results.tables import beside, label_of, markdown_table, write_result
 
 GROUPS = {"scrolls": tuple(SCROLLS), "longbench": tuple(LONGBENCH), "ruler": tuple(RULER), "babilong": BABILONG}
@@ -181,7 +182,7 @@ def run(
                 rows.append(_row(prompts, task, items, each, figures))
                 needles += _by_depth(rows[-1], items, figures)
     write_result(output, command, model.device, rows, needles=needles)
-    write_whole(beside(output, ".png"), scores_picture(rows))
+    write_whole(beside(output, ".png"), picture_of(rows, ("task", "length")))
     if needles:
         write_whole(beside(output, "_needles.png"), needles_picture(needles))
     journal.finish()
@@ -216,19 +217,6 @@ def _by_depth(row: dict[str, Any], items: Sequence[Item], figures: Sequence[Sequ
     ]
 
 
-def scores_picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """A bar per task and method, with its standard error."""
-    found = {(_task(row), label_of(row)): row for row in rows}
-    tasks, methods = (list(dict.fromkeys(names)) for names in (map(_task, rows), map(label_of, rows)))
-    series = []
-    for method in methods:
-        shown = [found.get((task, method), {"score": GAP, "stderr": None}) for task in tasks]
-        low, high = ([row["score"] + sign * (row["stderr"] or 0) for row in shown] for sign in (-1, 1))
-        series.append(Series(method, [row["score"] for row in shown], low=low, high=high))
-    panel = Bars(tasks, series, label="score, with its standard error", limits=(0, 1))
-    return picture([[panel]], (8, 1.5 + 0.18 * len(tasks) * (len(methods) + 1)))
-
-
 def needles_picture(needles: Sequence[dict[str, Any]]) -> bytes:
     """A heat map per task and method: what was found, by depth of the needle and length of the text."""
     found = {(row["task"], label_of(row), row["depth"], row["length"]): row["score"] for row in needles}
@@ -244,10 +232,6 @@ def needles_picture(needles: Sequence[dict[str, Any]]) -> bytes:
     grid = [[panel(task, method) for method in methods] for task in tasks]
     size = (1.5 + 2.4 * len(methods), 0.6 + 2.4 * len(tasks))
     return picture(grid, size, xlabel="tokens", ylabel="depth of the needle")
-
-
-def _task(row: dict[str, Any]) -> str:
-    return f"{row['task']} {row['length']}"
 
 
 if __name__ == "__main__":

@@ -279,8 +279,7 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
         cells = [row for row in rows if row["varied"] != BASELINE]
         names = [f"{row['combination']}, M {row['num_slots']}, kernel {row['kernel_size']}" for row in cells]
         panels.append(_by_variant(rows, cells, names, ""))
-    most = max(len(panel.labels) if isinstance(panel, Bars) else 0 for panel in panels)
-    size = (4.6 * len(panels) + 0.4, max(3.6, 0.25 * most + 1.4))
+    size = (4.6 * len(panels) + 0.4, max(panel.height if isinstance(panel, Bars) else 3.6 for panel in panels))
     write_whole(path, picture([panels], size))
 
 

@@ -91,7 +91,7 @@ class Score(Topic):
         names = [f"{line_name(row)}, batch {row['batch']}" for row in scored]
         shares = Series("", [100 * row["score_share"] for row in scored])
         label = f"time of scoring (% of a layer reading a block of {self.block_size} tokens)"
-        return [[Bars(names, [shares], label=label)]]
+        return [[Bars(names, [shares], xlabel=label)]]
 
 
 def _scoring_figures(

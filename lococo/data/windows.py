@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,20 +304,15 @@ def _limit_for_both(lengths: Mapping[int, int], config: DataConfig, limit: float
 
 def _too_little(kind: str, lengths: list[int], config: DataConfig) -> str:
     """What to say if not one window of a kind was found in documents of these lengths."""
-    found = f"not one {kind} window of {config.length} tokens: "
-    found += f"{len(lengths)} {'document was' if len(lengths) == 1 else 'documents were'} read"
-    if config.num_heldout and len(lengths) < 2:
-        return f"{found}, and 2 are needed: one to learn from, another to measure on"
-    needed = 2 if config.num_heldout else 1
-    found += f", the longest of {max(lengths)} tokens"
-    if config.boundaries == "reset" and len(lengths) >= needed:
-        found += f" and {sum(length >= config.length for length in lengths)} of {config.length} or more, "
-        found += f"{needed} needed; choose a length of at most {sorted(lengths)[-needed]}"
-    else:
-        found += f", {sum(lengths)} in all; choose a smaller length"
+    count, needed = len(lengths), 2 if config.num_heldout else 1
+    read = f"{count} {'document was' if count == 1 else 'documents were'} read"
+    if count < needed:
+        return f"{read}, and {needed} are needed: one to learn from, another to measure on"
+    most = sorted(lengths)[-needed] if config.boundaries == "reset" else sum(lengths) // needed
     return (
-        f"{found}, more data, another heldout_share (now {config.share}) or another boundaries than "
-        f'"{config.boundaries}"'
+        f"not one {kind} window of {config.length} tokens: {read}, the longest of {max(lengths)} tokens; choose a "
+        f"length of at most {most}, more data, another heldout_share (now {config.share}) or another boundaries "
+        f'(now "{config.boundaries}")'
     )
 
 
@@ -325,40 +320,23 @@ def _read(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, limit: float
 ) -> tuple[list[list[tuple[torch.Tensor, str]]], dict[int, int]]:
     """Training and held-out windows, documents ranked below the limit held out; and tokens of documents by rank."""
-    count = len(config.sources)
-    numbers = (config.num_windows, config.num_heldout)
-    wanted = [math.ceil(number / count) for number in numbers]
+    numbers, lengths = (config.num_windows, config.num_heldout), dict[int, int]()
+    wanted = [math.ceil(number / len(config.sources)) for number in numbers]
     streams = [documents([source], config.text_column, config.split) for source in config.sources]
-    lengths: dict[int, int] = {}
-    with tqdm(total=sum(wanted) * count, desc="windows", disable=None) as bar:
-        parts = [_read_source(stream, config, tokenizer, limit, wanted, lengths, bar) for stream in streams]
+    parts = [[_Side(config, number, tokenizer.eos_token_id) for number in wanted] for _ in streams]
+    with tqdm(total=sum(wanted) * len(streams), desc="windows", disable=None) as bar:
+        for sides, stream in zip(parts, streams, strict=True):
+            while not all(side.full for side in sides) and (batch := list(itertools.islice(stream, BATCH))):
+                # As long as a side has nothing, any document may yet be wanted there.
+                is_open = [not side.full or any(each.wanted and not each.rows for each in sides) for side in sides]
+                ranked = [(_rank(document["text"], config.seed), document) for document in batch]
+                needed = [(rank, document) for rank, document in ranked if is_open[rank < limit]]
+                encoded = tokenizer([each["text"] for _, each in needed], verbose=False).input_ids if needed else []
+                for (rank, document), ids in zip(needed, encoded, strict=True):
+                    lengths[rank] = len(ids)
+                    sides[rank < limit].add(ids, document["domain"])
+                bar.update(sum(min(len(side.rows), side.wanted) for part in parts for side in part) - bar.n)
     return [_merge(sides)[:number] for sides, number in zip(zip(*parts, strict=True), numbers, strict=True)], lengths
-
-
-def _read_source(
-    stream: Iterator[dict[str, str]],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    limit: float,
-    wanted: Sequence[int],
-    lengths: dict[int, int],
-    bar: tqdm,
-) -> list[_Side]:
-    """Training and held-out side of one source."""
-    sides = [_Side(config, number, tokenizer.eos_token_id) for number in wanted]
-    found = 0
-    while not all(side.full for side in sides) and (batch := list(itertools.islice(stream, BATCH))):
-        ranked = [(_rank(document["text"], config.seed), document) for document in batch]
-        # As long as a side has nothing, any document may yet be wanted there.
-        is_open = [not side.full or any(each.wanted and not each.rows for each in sides) for side in sides]
-        needed = [(rank, document) for rank, document in ranked if is_open[rank < limit]]
-        encoded = tokenizer([document["text"] for _, document in needed], verbose=False).input_ids if needed else []
-        for (rank, document), ids in zip(needed, encoded, strict=True):
-            lengths[rank] = len(ids)
-            sides[rank < limit].add(ids, document["domain"])
-        before, found = found, sum(min(len(side.rows), side.wanted) for side in sides)
-        bar.update(found - before)
-    return sides
 
 
 def _merge(sides: Sequence[_Side]) -> list[tuple[torch.Tensor, str]]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import random
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lococo.generation import read_and_answer
 from lococo.methods import Run
 from lococo.results.journal import Journal
 from lococo.results.plots import HeatMap, picture
-from lococo.results.tables import beside, write_result
+from lococo.results.tables import beside, label_of, write_result
 
 T = TypeVar("T")
 MAX_NEW_TOKENS = 32
@@ -246,37 +247,35 @@ def _answer(model: Any, tokenizer: Any, needle: Needle) -> str:
 
 
 def by_length(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line per method and length, over all depths."""
+    """A line per method and length, over all depths, which have as many items each."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    names = ("method", "num_slots", "block_size", "length")
     for row in rows:
-        groups[tuple(row[name] for name in ("method", "num_slots", "block_size", "length"))].append(row)
+        groups[tuple(row[name] for name in names)].append(row)
     return [
         {
-            "method": method,
-            "num_slots": num_slots,
-            "block_size": block_size,
-            "length": length,
+            **dict(zip(names, values, strict=True)),
             "items": sum(row["items"] for row in group),
-            "found": sum(row["found"] for row in group) / len(group),
+            "found": statistics.fmean(row["found"] for row in group),
         }
-        for (method, num_slots, block_size, length), group in groups.items()
+        for values, group in groups.items()
     ]
 
 
 def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
     """A map per method: what was found, by depth and length."""
-    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
-    found = {(row["method"], row["num_slots"], row["depth"], row["length"]): row["found"] for row in rows}
+    found = {(label_of(row), row["depth"], row["length"]): row["found"] for row in rows}
+    methods, depths, lengths = (list(dict.fromkeys(key[place] for key in found)) for place in range(3))
     maps = [
         HeatMap(
-            [[found[method, slots, depth, length] for length in lengths] for depth in depths],
-            f"{method} {slots}" if slots else method,
+            [[found[method, depth, length] for length in lengths] for depth in depths],
+            method,
             xticks=list(map(str, lengths)),
             yticks=[f"{depth:.0%}" for depth in depths],
             limits=(0, 1),
             colors="RdYlGn",
         )
-        for method, slots in dict.fromkeys((row["method"], row["num_slots"]) for row in rows)
+        for method in methods
     ]
     size = (1 + 2.6 * len(maps), 3.2)
     return picture([maps], size, title="share of needles found", xlabel="tokens", ylabel="depth of the needle")

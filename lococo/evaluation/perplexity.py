@@ -202,8 +202,8 @@ def plot_by_domain(rows: Sequence[Row], path: Path) -> None:
     title = (
         f"{slots} slots, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
     )
-    panel = Bars(domains, lost, title, "loss over the full cache (nats per token)", upright=True)
-    write_whole(path, picture([[panel]], (10, 4.4)))
+    panel = Bars(domains, lost, title, "loss over the full cache (nats per token)")
+    write_whole(path, picture([[panel]], (8, panel.height)))
 
 
 def plot_by_slots(rows: Sequence[Row], path: Path) -> None:

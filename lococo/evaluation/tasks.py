@@ -285,7 +285,7 @@ def evaluate_tasks(
                 ]
     rows = [_row(tasks[line], runs[column], outcomes[line, column]) for line, column in sorted(outcomes)]
     write_result(output, command, model.device, rows, **facts, max_length=lm.max_length)
-    write_whole(beside(output, ".png"), _picture(rows))
+    write_whole(beside(output, ".png"), picture_of(rows, ("task", "shots")))
     journal.finish()
     return rows
 
@@ -310,16 +310,14 @@ def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, 
     }
 
 
-def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Score by task and method, with a standard error to both sides."""
-    by_method: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        by_method.setdefault(label_of(row), {})[f"{row['task']}\n{row['shots']} shots"] = row
-    tasks = list(dict.fromkeys(name for by_task in by_method.values() for name in by_task))
+def picture_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
+    """Scores by task, named by some columns, and method, with a standard error to both sides."""
+    found = {(" ".join(str(row[name]) for name in names), label_of(row)): row for row in rows}
+    tasks, methods = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
     series = []
-    for label, by_task in by_method.items():
-        scores = [by_task[name]["score"] if name in by_task else GAP for name in tasks]
-        errors = [(by_task[name]["stderr"] or 0) if name in by_task else 0 for name in tasks]
-        ends = [[score + sign * error for score, error in zip(scores, errors, strict=True)] for sign in (-1, 1)]
-        series.append(Series(label, scores, low=ends[0], high=ends[1]))
-    return picture([[Bars(tasks, series, label="score", upright=True)]], (max(5, 1.7 * len(tasks)), 4))
+    for method in methods:
+        shown = [found.get((task, method), {"score": GAP, "stderr": None}) for task in tasks]
+        low, high = ([row["score"] + sign * (row["stderr"] or 0) for row in shown] for sign in (-1, 1))
+        series.append(Series(method, [row["score"] for row in shown], low=low, high=high))
+    panel = Bars(tasks, series, xlabel="score, with its standard error")
+    return picture([[panel]], (8, panel.height))

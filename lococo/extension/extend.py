@@ -17,9 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.config import LoCoCoConfig
 from lococo.data.windows import prepare
 from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
-from lococo.extension.folder import RECORD_NAMES, check_extension_folder, merge_extended, save_extended
+from lococo.extension.folder import (
+    METHODS,
+    RECORD_NAMES,
+    Extension,
+    check_extension_folder,
+    merge_extended,
+    save_extended,
+)
 from lococo.extension.longlora import shifted_sparse
-from lococo.extension.recipe import ExtensionRecipe, extension_config
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.extension.sharding import gathered, sharded_arguments
 from lococo.extension.trainer import ExtensionTrainer, load_parts
@@ -28,31 +34,98 @@ from lococo.models import base_config
 from lococo.patch import patched
 from lococo.results.plots import picture
 from lococo.state import is_patched
-from lococo.training.report import loss_panel, record, source_names
+from lococo.training.objectives import NextToken
+from lococo.training.recipes import TrainingRecipe, check_ranges
 from lococo.training.runs import (
     RUN_NAME,
     Dataset,
     Result,
     TrainingRun,
     check_same_run,
+    loss_panel,
     plain,
     plan_run,
+    record_file,
+    source_names,
     split_options,
     weights_identity,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Extended(Result):
-    """What ``extend_context`` has made: a folder for ``lococo.load_extended(base, folder)``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionRecipe(TrainingRecipe):
+    """What a run of ``extend_context`` does.
 
-    Attributes
+    Parameters
     ----------
-    folder : Path
-        Adapters for PEFT, heads, what it was made from, and ``training.json`` and ``.png``: the losses.
-    rows : list of dict
-        ``step``, ``loss``, ``grad_norm`` and ``learning_rate`` of every step.
+    method : {"lococo", "h2o", "streaming", "full", "longlora"}
+        The cache that the model learns to read with. "longlora" trains on shifted sparse attention and reads, as
+        "full", with the full cache.
+    rope_scaling : RopeScaling
+        Positions of the longer texts. A cache with positions of its own ("streaming", ``positions="slot"``) leaves
+        them as they are.
+    config : LoCoCoConfig, optional
+        The compressed cache. None for "full" and "longlora".
+    rank, alpha : int
+        LoRA's r and alpha.
+    learning_rate : float
+        Of adapters, embeddings and norms.
+    heads_learning_rate : float
+        Of the heads' convolutions.
+    depth : int, optional
+        Compressions that back-propagation goes through at most: memory does not grow with the window. None: all.
+    save_every : int
+        Steps between two checkpoints.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range, or method and config do not fit.
     """
+
+    method: str
+    rope_scaling: RopeScaling
+    config: LoCoCoConfig | None
+    rank: int = 8
+    alpha: int = 16
+    steps: int = 1000
+    windows_per_step: int = 8
+    learning_rate: float = 5e-5
+    heads_learning_rate: float = 1e-3
+    depth: int | None = 2
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        reads_all = self.method in ("full", "longlora")
+        if reads_all != (self.config is None):
+            raise ValueError(f"method={self.method!r} needs {'no config' if reads_all else 'a config'}")
+        super().__post_init__()
+        least = dict.fromkeys(("rank", "alpha", "steps", "save_every", "depth"), 1)
+        check_ranges(self, least, ("heads_learning_rate",))
+
+    @property
+    def extension(self) -> Extension:
+        """What such a run makes."""
+        keeps_positions = self.config is not None and self.config.positions == "slot"
+        scaling = None if keeps_positions else self.rope_scaling
+        return Extension(self.method, self.rope_scaling.length, scaling, self.config)
+
+    @property
+    def objective(self) -> NextToken:
+        """The next token, back-propagation cut after ``depth`` compressions."""
+        if self.config is None or self.depth is None:
+            return NextToken()
+        return NextToken(backprop_tokens=self.depth * self.config.block_size)
+
+
+def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> LoCoCoConfig | None:
+    """The compressed cache of a method: ours with low-rank heads whose gates start a little open; None for others."""
+    if method == "lococo":
+        return LoCoCoConfig(num_slots, block_size, head_rank=16, gate_init=0.05, positions=positions)  # type: ignore
+    presets = {"h2o": LoCoCoConfig.h2o, "streaming": LoCoCoConfig.streaming_llm}
+    return presets[method](num_slots, block_size=block_size) if method in presets else None
 
 
 def extend_context(
@@ -64,7 +137,7 @@ def extend_context(
     factor: float = 8.0,
     original_length: int | None = None,
     **options: Any,
-) -> Extended:
+) -> Result:
     """Train a model to read longer texts, and write what was trained into a folder for ``load_extended``.
 
     ``lococo.extend_context(model, tokenizer, ["my_texts"], factor=4, output="extended")``
@@ -103,8 +176,9 @@ def extend_context(
 
     Returns
     -------
-    Extended
-        ``folder`` and ``rows``.
+    Result
+        ``folder``, for ``lococo.load_extended(base, folder)``, and ``rows``: ``step``, ``loss``, ``grad_norm`` and
+        ``learning_rate`` of every step.
 
     Raises
     ------
@@ -200,7 +274,7 @@ class ExtensionRun(TrainingRun):
         if not importlib.util.find_spec("peft"):
             raise ImportError("extension needs the package peft: pip install lococo[train]")
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Extended:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         """Train and save. Errors as of ``extend_context``."""
         self.check()
         _check_model(model, self.recipe)
@@ -240,18 +314,18 @@ class ExtensionRun(TrainingRun):
             with gathered(learner):
                 if processes.is_main_process:
                     files = self._record(rows, usage(processes.device), processes.device)
-                    save_extended(learner, self.output, self.recipe.extension, files=files)
+                    save_extended(learner, self.output, self.recipe.extension, files)
                     if self.merge_into is not None:  # a copy: the model itself is to be as it was
                         merge_extended(copy.deepcopy(learner), self.merge_into, tokenizer)
                     self.remove_work()
-        return Extended(self.output, rows)
+        return Result(self.output, rows)
 
     def _record(self, rows: list[dict[str, Any]], usage: dict[str, Any], device: torch.device) -> dict[str, bytes]:
         """``training.json`` and ``training.png`` by name."""
         facts = {"recipe": self.recipe, "length": self.data.length, "sources": source_names(self.data.sources)}
         title = f"training loss, {self.recipe.method}, {self.recipe.rope_scaling.length}"
         contents = (
-            record(self.command, device, rows, **plain(facts), usage=usage),
+            record_file(self.command, device, rows, **plain(facts), usage=usage),
             picture([[loss_panel(rows, title)]], (6, 3.6)),
         )
         return dict(zip(RECORD_NAMES, contents, strict=True))

@@ -49,13 +49,9 @@ class Extension:
     rope_scaling: RopeScaling | None
     config: LoCoCoConfig | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Extension:
-        """An extension from ``to_dict`` output."""
+        """An extension from the plain JSON values of its fields."""
         scaling = values.get("rope_scaling", values.get("stretch"))  # as older folders call it
         config = values["config"] and LoCoCoConfig.from_dict(values["config"])
         return cls(values["method"], values["length"], scaling and RopeScaling(**scaling), config)
@@ -100,19 +96,15 @@ def check_extension_folder(folder: Path) -> None:
     check_replaceable(folder, EXTENSION_NAME, (EXTENSION_NAME, ADAPTER_FOLDER, HEADS_FOLDER, *RECORD_NAMES))
 
 
-def save_extended(
-    model: Any, folder: Path, extension: Extension, *, files: Mapping[str, bytes] | None = None, **facts: Any
-) -> None:
+def save_extended(model: Any, folder: Path, extension: Extension, files: Mapping[str, bytes]) -> None:
     """Write adapters and heads of an extended model into a folder, whole or not at all.
 
     Parameters
     ----------
     model : peft.PeftModel
         Patched if the extension has a config.
-    files : mapping of str to bytes, optional
-        More files: the record of the training and its picture.
-    **facts
-        What else ``extension.json`` says, as plain JSON values.
+    files : mapping of str to bytes
+        More files by name: the record of the training and its picture.
 
     Raises
     ------
@@ -122,10 +114,10 @@ def save_extended(
     check_extension_folder(folder)
     with new_folder(folder.resolve()) as new:
         save_parts(model, new)
-        for name, attached in (files or {}).items():
+        for name, attached in files.items():
             write_whole(new / name, attached)
         base = {"name": Path(base_config(model)._name_or_path).name, "shape": _shape(model)}
-        content = {"extension": extension.to_dict(), "base": base, "lococo": __version__, **facts}
+        content = {"extension": dataclasses.asdict(extension), "base": base, "lococo": __version__}
         write_whole(new / EXTENSION_NAME, json.dumps(content, indent=1) + "\n")
 
 

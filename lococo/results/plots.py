@@ -62,7 +62,7 @@ class Panel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """Lines over x, with bands between their ends or with error bars.
+    """Lines over x, with bands between their ends.
 
     Attributes
     ----------
@@ -72,8 +72,6 @@ class Lines:
         Where x is named, and how.
     bottom, top : float, optional
         Ends of y.
-    is_barred : bool
-        Ends are those of error bars.
     """
 
     series: Sequence[Series]
@@ -84,21 +82,15 @@ class Lines:
     ticks: Mapping[float, str] | None = None
     bottom: float | None = None
     top: float | None = None
-    is_barred: bool = False
-    band: Band | None = None
 
     def draw(self, figure: Any, axes: Any) -> None:
         """Draw into matplotlib's axes."""
         from matplotlib.ticker import NullLocator
 
-        if self.band is not None:
-            axes.axhspan(self.band.low, self.band.high, label=self.band.label, **_BAND)
         for index, each in enumerate(self.series):
             style = {"color": f"C{index}", "marker": "o", "markersize": 4, **each.style, "label": each.label or None}
             if each.x is None:
                 axes.axhline(each.y[0], **{"linestyle": "--", **style, "marker": None})
-            elif self.is_barred and each.errors is not None:
-                axes.errorbar(each.x, each.y, yerr=each.errors, capsize=3, **style)
             else:
                 axes.plot(each.x, each.y, **style)
                 if each.low is not None and each.high is not None:
@@ -118,14 +110,12 @@ class Lines:
 
 @dataclasses.dataclass(frozen=True)
 class Bars:
-    """A group of bars for every label, a bar of it for every series, from top to bottom or upright.
+    """From top to bottom a group of bars for every label, a bar of it for every series.
 
     Attributes
     ----------
     labels : sequence of str
         Of the groups; every series has as many values.
-    label : str
-        Of the axis of values.
     marks : Series, optional
         A value per label that is marked by a stroke across its bars.
     limits : tuple of float, optional
@@ -135,35 +125,31 @@ class Bars:
     labels: Sequence[str]
     series: Sequence[Series]
     title: str = ""
-    label: str = ""
-    upright: bool = False
+    xlabel: str = ""
     marks: Series | None = None
     limits: tuple[float, float] | None = None
     band: Band | None = None
 
+    @property
+    def height(self) -> float:
+        """Inches in which all labels can be read."""
+        return 1.2 + 0.18 * len(self.labels) * (len(self.series) + 1)
+
     def draw(self, figure: Any, axes: Any) -> None:
         """Draw into matplotlib's axes."""
-        places, width = range(len(self.labels)), 0.8 / len(self.series)
+        places, height = range(len(self.labels)), 0.8 / len(self.series)
         if self.band is not None:
-            span = axes.axhspan if self.upright else axes.axvspan
-            span(self.band.low, self.band.high, label=self.band.label, **_BAND)
+            axes.axvspan(
+                self.band.low, self.band.high, label=self.band.label, color="#dd8452", alpha=0.35, linewidth=0
+            )
         for index, each in enumerate(self.series):
-            shifted = [place + (index - (len(self.series) - 1) / 2) * width for place in places]
+            shifted = [place + (index - (len(self.series) - 1) / 2) * height for place in places]
             style = {"label": each.label or None, "capsize": 2, "error_kw": {"linewidth": 0.8}, **each.style}
-            if self.upright:
-                axes.bar(shifted, each.y, width, yerr=each.errors, **style)
-            else:
-                axes.barh(shifted, each.y, width, xerr=each.errors, **style)
+            axes.barh(shifted, each.y, height, xerr=each.errors, **style)
         if self.marks is not None:
-            points = (places, self.marks.y) if self.upright else (self.marks.y, places)
-            stroke = {"marker": "_" if self.upright else "|", "markersize": 12, "linestyle": "", "color": "#333333"}
-            axes.plot(*points, label=self.marks.label, **{**stroke, **self.marks.style})
-        (axes.set_ylabel if self.upright else axes.set_xlabel)(self.label)
-        (axes.set_xticks if self.upright else axes.set_yticks)(places, self.labels, fontsize=8)
-        if self.limits is not None:
-            (axes.set_ylim if self.upright else axes.set_xlim)(*self.limits)
-        if not self.upright:
-            axes.set_ylim(len(self.labels) - 0.4, -0.6)
+            axes.plot(self.marks.y, places, "|", color="#333333", markersize=12, label=self.marks.label)
+        axes.set_yticks(places, self.labels, fontsize=8)
+        axes.set(xlabel=self.xlabel, xlim=self.limits, ylim=(len(self.labels) - 0.4, -0.6))
         axes.set_title(self.title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -182,8 +168,6 @@ class HeatMap:
         Values of the first and the last colour.
     log : bool
         Colours by the logarithm.
-    has_bar : bool
-        A bar beside the map tells what its colours are.
     """
 
     values: Sequence[Sequence[float]]
@@ -195,7 +179,6 @@ class HeatMap:
     limits: tuple[float | None, float | None] = (None, None)
     colors: str = "viridis"
     log: bool = False
-    has_bar: bool = True
 
     def draw(self, figure: Any, axes: Any) -> None:
         """Draw into matplotlib's axes."""
@@ -207,15 +190,12 @@ class HeatMap:
             axis.get_major_locator().set_params(integer=True)
             if names is not None:
                 axis.set_ticks(range(len(names)), names, fontsize=7)
-        bar = figure.colorbar(image, ax=axes) if self.has_bar else None
-        if bar is not None and self.log:
+        bar = figure.colorbar(image, ax=axes)
+        if self.log:
             bar.ax.yaxis.set_major_formatter("{x:.0f}")
             bar.ax.yaxis.set_minor_formatter("{x:.0f}")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
         axes.set_title(self.title, fontsize=9)
-
-
-_BAND = {"color": "#dd8452", "alpha": 0.35, "linewidth": 0}
 
 
 def picture(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,26 @@ from lococo.data.windows import Windows, prepare
 from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
 from lococo.patch import patched
 from lococo.results.journal import Journal
+from lococo.results.plots import HeatMap, Lines, Series, picture
 from lococo.state import patch_of
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipes import RECIPES, Recipe, adjusted
-from lococo.training.report import calibration_picture, record, source_names, without_folders
 from lococo.training.runs import (
     RUN_NAME,
     Dataset,
     Result,
     TrainingRun,
     check_same_run,
+    loss_panel,
     plain,
     plan_run,
+    record_file,
+    source_names,
     split_options,
     weights_identity,
+    without_folders,
 )
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
@@ -297,7 +301,7 @@ class Calibration(TrainingRun):
             "objective": self.recipe.objective_name,
             "sources": source_names(self.data.sources),
         }
-        contents = (record(self.command, model.device, rows, usage=usage), calibration_picture(rows, config))
+        contents = (record_file(self.command, model.device, rows, usage=usage), _picture(rows, config))
         attachments = dict(zip(ATTACHMENTS, contents, strict=True))
         save_heads(model, self.output, training=training, metrics=metrics, dtype=self.dtype, attachments=attachments)
 
@@ -308,3 +312,21 @@ def _round_heads(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for head in patch_of(model).heads.values():
         for parameter in head.parameters():
             parameter.copy_(parameter.to(dtype))
+
+
+def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
+    """PNG: slots per KV head, loss and gap ratio over the steps."""
+    budgets = None
+    if config.slots_per_head:
+        by_head = list(zip(*config.slots_per_head, strict=True))
+        budgets = HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True)
+    measured = [row for row in rows if row.get("gap_ratio") is not None and row["stage"] != "local"]
+    ratios = [row["gap_ratio"] for row in measured]
+    gaps = Lines(
+        [Series("", ratios, [row["step"] for row in measured])],
+        "gap ratio on held-out text" if ratios else "no gap: H2O loses nothing",
+        "step",
+        bottom=1.1 * min([0.0, *ratios]),
+        top=1.1 * max([0.1, *ratios]),
+    )
+    return picture([[budgets, loss_panel(rows, "training loss"), gaps]], (11, 3.6))

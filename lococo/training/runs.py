@@ -7,25 +7,27 @@ import datetime
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lococo.data.documents import check_sources
+from lococo.data.documents import check_sources, local_files
 from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
 from lococo.files import write_whole
 from lococo.results.deadline import Deadline, OutOfTime
-from lococo.results.tables import peak_memory
+from lococo.results.plots import THIN, Lines, Panel, Series
+from lococo.results.tables import peak_memory, result_content
 from lococo.training.frozen import checksums
 from lococo.training.recipes import TrainingRecipe
 from lococo.training.window_trainer import StopInTime, WindowTrainer
@@ -275,12 +277,36 @@ class Progress(TrainerCallback):
             self.tell(row)
 
 
+def record_file(command: str, device: torch.device, rows: Sequence[dict[str, Any]], **facts: Any) -> bytes:
+    """A result file: the facts, what made the rows where, and the rows."""
+    content = {**facts, **result_content(without_folders(command), device, rows)}
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def without_folders(command: str) -> str:
+    """A command whose absolute paths are cut to their last part: the folder may be published."""
+    words = shlex.split(command)
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """Sources by name: a Hub id as it is, the last part of a path."""
+    return [Path(source).name if local_files(source) else source for source in sources]
+
+
+def loss_panel(rows: Sequence[dict[str, Any]], title: str) -> Panel:
+    """The training loss over the steps."""
+    trained = [row for row in rows if "loss" in row]
+    loss = Series("", [row["loss"] for row in trained], [row["step"] for row in trained], style=THIN)
+    return Lines([loss], title, "step", "nats per token")
+
+
 def this_process(*, on_cpu: bool) -> PartialState:
     """One process among those of a distributed run, with a GPU of its own; the others wait long for the first."""
     return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))
 
 
-def weights_identity(model: PreTrainedModel | nn.Module) -> str:
+def weights_identity(model: nn.Module) -> str:
     """Name of a model by its weights, for figures measured on it."""
     total = 0
     for value in checksums(model).values():

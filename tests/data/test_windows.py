@@ -1,24 +1,20 @@
 import dataclasses
-import gzip
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_words import WORDS, text_of, word_tokenizer, write_lines
 from tokenizers import processors
 from transformers import default_data_collator
 
-from lococo.data import documents as reading
 from lococo.data import windows as data
-from lococo.data.documents import SUFFIXES, check_sources, documents
-from lococo.data.windows import DEFAULT_DATASET, DataConfig, is_heldout, prepare
+from lococo.data.documents import documents
+from lococo.data.windows import DataConfig, is_heldout, prepare
 
 
 def many_texts(count=60, words=40, seed=0):
@@ -30,10 +26,6 @@ def config(*sources, **changes):
     return DataConfig(
         **{"sources": tuple(map(str, sources)), "length": 8, "num_windows": 10, "num_heldout": 3, **changes}
     )
-
-
-def read(*sources, **options):
-    return documents(list(map(str, sources)), **options)
 
 
 def rows(windows):
@@ -200,212 +192,6 @@ def test_killed_while_writing_leaves_nothing_that_counts_as_whole(tmp_path, monk
         assert torch.equal(one.ids, other.ids)
 
 
-def write_as(path, texts):
-    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode()
-    half = len(lines) // 2
-    if path.name.endswith(".txt"):
-        path.write_text(texts[0], encoding="utf-8")
-    elif path.name.endswith(".parquet"):
-        datasets.Dataset.from_list([{"text": text} for text in texts]).to_parquet(path)
-    elif path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
-    elif path.name.endswith(".zst"):
-        path.write_bytes(zstandard.compress(lines[:half]) + zstandard.compress(lines[half:]))
-    else:
-        path.write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\n"))
-    return path
-
-
-@pytest.mark.parametrize("name", [f"a{suffix}" for suffix in SUFFIXES])
-def test_every_kind_of_file_gives_its_texts(tmp_path, name):
-    texts = ["one\u2028two\x85three\nfour", "größer", "三"]
-    found = [document["text"] for document in read(write_as(tmp_path / name, texts))]
-    assert found == (texts[:1] if name == "a.txt" else texts)
-
-
-def test_a_long_text_file_is_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "TEXT_PART", 10)
-    (tmp_path / "a.txt").write_text("0123456789" * 3 + "rest")
-    assert [d["text"] for d in read(tmp_path / "a.txt")] == ["0123456789"] * 3 + ["rest"]
-
-
-def test_a_folder_means_all_its_files_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "STREAMS", 2)
-    for name in "abcde":
-        write_lines(tmp_path / name / "x.jsonl", [f"{name}{index}" for index in range(3)])
-    (tmp_path / "notes.md").write_text("not data")
-    found = list(read(tmp_path))
-    assert sorted(d["text"] for d in found) == [f"{name}{index}" for name in "abcde" for index in range(3)]
-    assert all(d["domain"] == d["text"][0] for d in found)
-    assert [d["text"] for d in found][:4] == ["a0", "c0", "a1", "c1"]
-
-
-def test_sources_take_turns_until_each_has_ended(tmp_path):
-    paths = [
-        write_lines(tmp_path / f"{n}.jsonl", [f"{n}{i}" for i in range(count)]) for n, count in (("a", 2), ("b", 4))
-    ]
-    assert [d["text"] for d in read(*paths)] == ["a0", "b0", "a1", "b1", "b2", "b3"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "domain"),
-    [
-        ({}, "folder"),
-        ({"domain": "news"}, "news"),
-        ({"meta": {"redpajama_set_name": "RedPajamaC4"}}, "RedPajamaC4"),
-        ({"meta": '{"redpajama_set_name": "RedPajamaC4"}'}, "RedPajamaC4"),
-        ({"meta": "{'url': 'x'}"}, "folder"),
-        ({"meta": "[1]", "domain": None}, "folder"),
-    ],
-)
-def test_domain_comes_from_the_document_or_its_place(tmp_path, fields, domain):
-    path = write_lines(tmp_path / "folder" / "a.jsonl", ["text"], **fields)
-    assert [document["domain"] for document in read(path)] == [domain]
-
-
-def test_documents_without_text_are_left_out_and_broken_surrogates_replaced(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": ""}\n{"text": null}\n{"text": " \\n"}\n{"text": "a\\ud800b"}\n')
-    assert [document["text"] for document in read(path)] == ["a?b"]
-
-
-def hub(monkeypatch, answers):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        answer = answers[len(calls) - 1]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
-def hub_rows(count):
-    table = datasets.Dataset.from_list([{"body": f"t{index}", "meta": "{}"} for index in range(count)])
-    return table.to_iterable_dataset(num_shards=3)
-
-
-def test_a_hub_dataset_is_streamed_from_all_its_shards(monkeypatch):
-    calls = hub(monkeypatch, [hub_rows(6)])
-    found = list(read(DEFAULT_DATASET, text_column="body", split="validation"))
-    assert calls == [((DEFAULT_DATASET,), {"split": "validation", "streaming": True})]
-    assert [document["text"] for document in found] == ["t0", "t2", "t4", "t1", "t3", "t5"]
-    assert {document["domain"] for document in found} == {"RedPajama-Data-1T-Sample"}
-
-
-def test_a_configuration_of_a_hub_dataset_is_named_behind_a_colon(monkeypatch):
-    calls = hub(monkeypatch, [hub_rows(3)])
-    (first, *_) = read("org/name:en.v2", text_column="body")
-    assert calls == [(("org/name", "en.v2"), {"split": "train", "streaming": True})]
-    assert first["domain"] == "name:en.v2"
-    hub(monkeypatch, [ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")])
-    with pytest.raises(ValueError, match="(?s)pick one among.*; name one as 'org/name:configuration'"):
-        read("org/name")
-
-
-def test_files_of_the_hub_are_read_where_they_are(monkeypatch):
-    address = "hf://datasets/org/name/books/*.jsonl.zst"
-    calls = hub(monkeypatch, [hub_rows(3)])
-    assert {document["domain"] for document in read(address, text_column="body")} == {"books"}
-    assert calls == [(("json",), {"data_files": address, "split": "train", "streaming": True})]
-
-
-def test_a_connection_that_breaks_is_named(monkeypatch):
-    def breaks():
-        yield {"text": "a"}
-        raise ConnectionError("reset")
-
-    hub(monkeypatch, [datasets.IterableDataset.from_generator(breaks)])
-    with pytest.raises(ValueError, match="org/name: cannot be read from the Hub: .*reset"):
-        list(read("org/name"))
-
-
-def test_in_order_means_file_after_file(tmp_path):
-    for name in "ab":
-        write_lines(tmp_path / f"{name}.jsonl", [f"{name}{index}" for index in range(3)])
-    found = list(read(tmp_path, in_order=True))
-    assert [document["text"] for document in found] == ["a0", "a1", "a2", "b0", "b1", "b2"]
-    assert len({document["id"] for document in found}) == 6
-
-
-def test_sources_are_checked_by_their_first_document(tmp_path):
-    check_sources([str(write_lines(tmp_path / "a.jsonl", ["one", "two"])), "org/name"])
-    with pytest.raises(ValueError, match="no column 'body'; it has 'text'"):
-        check_sources([str(tmp_path / "a.jsonl")], "body")
-    (tmp_path / "b.txt").write_text(" ")
-    with pytest.raises(ValueError, match="b.txt: empty; expected at least one document with text"):
-        check_sources([str(tmp_path / "b.txt")])
-    with pytest.raises(FileNotFoundError, match="missing.jsonl: no such file or folder"):
-        check_sources([str(tmp_path / "missing.jsonl")])
-
-
-def test_a_hub_dataset_with_a_script_is_read_from_its_parquet_copy(monkeypatch):
-    scripts = RuntimeError("Dataset scripts are no longer supported, but found x.py")
-    calls = hub(monkeypatch, [scripts, hub_rows(3)])
-    assert len(list(read("org/name", text_column="body"))) == 3
-    assert calls[1] == (("org/name",), {"split": "train", "streaming": True, "revision": "refs/convert/parquet"})
-
-
-@pytest.mark.parametrize("error", [ConnectionError("unreachable"), ValueError("bad split"), RuntimeError("other")])
-def test_a_hub_dataset_that_does_not_open_is_named(monkeypatch, error):
-    hub(monkeypatch, [error])
-    with pytest.raises(ValueError, match=f"org/name: .* Hub dataset: {error}"):
-        read("org/name")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b"", "a.jsonl: empty"),
-        ("a.txt", b" \n", "a.txt: empty"),
-        ("a.csv", b"text", "a.csv: unknown suffix; expected one of .jsonl, "),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: invalid JSON"),
-        ("a.jsonl", b"[1]", "a.jsonl: line 1: expected a JSON object, got list"),
-        ("a.jsonl", b'{"body": "a", "id": 1}', "a.jsonl: line 1: no column 'text'; it has 'body', 'id'"),
-        ("a.jsonl", b'{"text": 1}', "a.jsonl: line 1: column 'text' must hold text, got int"),
-        ("a.jsonl", b'{"text": "a\0"}', "a.jsonl: line 1: binary data"),
-        ("a.jsonl", b'{"text": "\xff"}', "a.jsonl: binary data or another encoding"),
-        ("a.txt", b"a\0b", "a.txt: binary data"),
-        ("a.txt", b"\xff\xfea\0", "a.txt: binary data or another encoding"),
-        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: "),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "a.jsonl.gz: "),
-        ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: "),
-        ("a.parquet", b"no parquet", "a.parquet: "),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        prepare(config(tmp_path / name), word_tokenizer(), tmp_path / "cache")
-    assert message in str(error.value)
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("source", ["nothing", "no/such/folder", "data/train.jsonl", "/data/x"])
-def test_a_source_that_is_nowhere_is_named(tmp_path, source):
-    with pytest.raises(FileNotFoundError, match=f"{source}: no such file or folder, and not a Hub dataset"):
-        prepare(config(source), word_tokenizer(), tmp_path)
-
-
-def test_a_folder_without_data_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no file in this folder ends in .jsonl"):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("source", "module"), [("a.parquet", "pyarrow.parquet"), ("a.jsonl.zst", "zstandard"), ("org/name", "datasets")]
-)
-def test_missing_packages_are_named(tmp_path, monkeypatch, source, module):
-    (tmp_path / source).parent.mkdir(exist_ok=True)
-    path = source if source == "org/name" else write_as(tmp_path / source, ["a"])
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"needs the package \w+: pip install lococo\[train\]"):
-        list(read(path))
-
-
 def test_joining_needs_an_eos_token(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", many_texts())
     with pytest.raises(ValueError, match="the tokenizer has none"):
@@ -461,7 +247,9 @@ def test_of_few_documents_the_share_is_held_out_where_it_can_be(tmp_path):
 def test_short_documents_are_joined_until_either_side_has_a_window(tmp_path):
     texts = many_texts(10, words=3)
     paths = write_lines(tmp_path / "a.jsonl", texts)
-    with pytest.raises(ValueError, match=r"10 documents were read, the longest of 3 tokens and 0 of 8 or more"):
+    with pytest.raises(
+        ValueError, match=r"10 documents were read, the longest of 3 tokens; choose a length of at most 3"
+    ):
         prepare(config(paths), word_tokenizer(), tmp_path)
     wish = config(paths, boundaries="none", num_windows=1, num_heldout=1)
     train, heldout = prepare(wish, word_tokenizer(), tmp_path)
@@ -506,7 +294,7 @@ def test_documents_are_kept_in_a_file_that_is_the_source(tmp_path, kind):
     given = [{"text": text, "domain": "news"} for text in texts] if kind in ("rows", "dataset") else texts
     given = datasets.Dataset.from_list(given) if kind == "dataset" else given
     (path,) = data.as_sources((each for each in given) if kind == "generator" else given, tmp_path)
-    found = list(read(path))
+    found = list(documents([str(path)]))
     assert [document["text"] for document in found] == texts
     assert {document["domain"] for document in found} == {"news" if kind in ("rows", "dataset") else "documents"}
     assert data.as_sources(list(given), tmp_path) == (path,)
@@ -531,8 +319,11 @@ def test_data_of_other_kinds_is_refused(tmp_path, dataset, error, message):
     ("changes", "message"),
     [
         ({"length": 50}, "not one training window of 50 tokens: 20 documents were read, the longest of 40 tokens"),
-        ({"length": 41}, r"of 40 tokens and 0 of 41 or more, 2 needed; choose a length of at most 40, .*\(now 0.05\)"),
-        ({"boundaries": "none", "length": 700}, "the longest of 40 tokens, 800 in all; choose a smaller length"),
+        (
+            {"length": 41},
+            r"of 40 tokens; choose a length of at most 40, .*heldout_share \(now 0.05\)",
+        ),
+        ({"boundaries": "none", "length": 700}, "the longest of 40 tokens; choose a length of at most 400"),
     ],
 )
 def test_no_window_says_what_was_read_and_what_to_change(tmp_path, changes, message):
