@@ -5,6 +5,8 @@ import json
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lococo.data.windows import DataConfig
+
 WORDS = 97
 
 
@@ -29,3 +31,10 @@ def write_lines(path, texts, **fields):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps({"text": text, **fields}) for text in texts))
     return path
+
+
+def config(*sources, **changes):
+    """Few windows of eight tokens."""
+    return DataConfig(
+        **{"sources": tuple(map(str, sources)), "length": 8, "num_windows": 10, "num_heldout": 3, **changes}
+    )

@@ -1,8 +1,9 @@
-"""A tokenizer of a few words for the tiny models, and text of them."""
+"""Tokenizers for the tiny models, of a few words and of characters, and text."""
 
 import json
 import random
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -25,3 +26,11 @@ def write_texts(path, count=240, words=90):
     texts = [{"text": " ".join(chosen.choices(WORDS, k=words)), "domain": f"d{i % 2}"} for i in range(count)]
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
     return path
+
+
+class Characters:
+    """A tokenizer: one token per character."""
+
+    def __call__(self, text, return_tensors=None):
+        ids = [ord(character) % 63 + 1 for character in text]
+        return type("Encoding", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})

@@ -8,24 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered_words import WORDS, text_of, word_tokenizer, write_lines
+from numbered_words import WORDS, config, text_of, word_tokenizer, write_lines
 from tokenizers import processors
 from transformers import default_data_collator
 
 from lococo.data import windows as data
 from lococo.data.documents import documents
-from lococo.data.windows import DataConfig, is_heldout, prepare
+from lococo.data.windows import is_heldout, prepare
 
 
 def many_texts(count=60, words=40, seed=0):
     numbers = torch.randint(WORDS, (count, words), generator=torch.Generator().manual_seed(seed))
     return [text_of(row) for row in numbers.tolist()]
-
-
-def config(*sources, **changes):
-    return DataConfig(
-        **{"sources": tuple(map(str, sources)), "length": 8, "num_windows": 10, "num_heldout": 3, **changes}
-    )
 
 
 def rows(windows):
