@@ -19,6 +19,7 @@ def graphs():
     return sizes, backend
 
 
+@pytest.mark.slow
 def test_compiled_models_read_train_and_generate_as_others(graphs):
     """Hooks and attention stay between the graphs: as many are made for a long text as for a short one."""
     sizes, backend = graphs
@@ -40,6 +41,7 @@ def test_compiled_models_read_train_and_generate_as_others(graphs):
         assert_equal(mine.grad, theirs)
 
 
+@pytest.mark.slow
 def test_compiled_models_read_in_several_calls(graphs):
     model, cache, parts = torch.compile(patched(tiny_llama()), backend=graphs[1]), None, []
     with torch.no_grad():
@@ -50,6 +52,7 @@ def test_compiled_models_read_in_several_calls(graphs):
     assert_equal(torch.cat(parts, dim=1), logits(patched(tiny_llama())))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # used by inductor itself
 def test_inductor_gives_the_same_logits():
     torch._dynamo.reset()

@@ -61,7 +61,7 @@ def padded():
 RECORDED = {name: dict(attn_logit_softcapping=None) if name == "Gemma2" else {} for name in FAMILIES}
 
 
-@pytest.mark.parametrize("name", ["default", "open-slot"])
+@pytest.mark.parametrize("name", [pytest.param("default", marks=pytest.mark.slow), "open-slot"])
 @pytest.mark.parametrize("family", RECORDED)
 def test_families(family, name):
     torch.manual_seed(1)
