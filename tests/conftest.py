@@ -4,8 +4,6 @@ import os
 import pytest
 import torch
 import transformers
-from tiny import tiny_llama
-from words import word_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 collect_ignore = (
@@ -34,6 +32,9 @@ def no_precision_left_over():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Folder of a tiny model and its tokenizer, which nothing writes to."""
+    from tiny import tiny_llama  # which imports the library, and it Triton
+    from words import word_tokenizer
+
     folder = tmp_path_factory.mktemp("model")
     tiny_llama().save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
