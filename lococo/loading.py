@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+CONFIG_NAMES = ("config.json", "adapter_config.json")  # of a model, and of adapters that name theirs
+
 
 def chosen_device(name: str) -> torch.device:
     """The device of a name; ``auto`` is CUDA where there is one.
@@ -72,7 +74,7 @@ def load_model(
     if kind is None and place.type == "cpu":
         kind = torch.float32
     tokenizer = load_tokenizer(name, gguf_file)
-    with _named(name):
+    with _named(name, gguf_file):
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind or "auto", **_file(gguf_file))
     return model.to(place).eval(), tokenizer
 
@@ -85,7 +87,7 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     OSError
         If there is no such model.
     """
-    with _named(name):
+    with _named(name, gguf_file):
         return AutoTokenizer.from_pretrained(name, **_file(gguf_file))
 
 
@@ -99,7 +101,7 @@ def longest_text(name: str, gguf_file: str | None = None) -> int:
     OSError
         If there is no such model.
     """
-    with _named(name):
+    with _named(name, gguf_file):
         config = AutoConfig.from_pretrained(name, **_file(gguf_file)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise ValueError(f"the config of {name} has no max_position_embeddings: say --max-length or --original-length")
@@ -107,9 +109,11 @@ def longest_text(name: str, gguf_file: str | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which folder is missing: Transformers calls what it does not find no valid identifier of the Hub."""
+def _named(name: str, gguf_file: str | None) -> Iterator[None]:
+    """Say what is missing where: Transformers calls what it does not find no valid identifier of the Hub."""
     if Path(name).is_dir():
+        if not gguf_file and not any(Path(name, file).is_file() for file in CONFIG_NAMES):
+            raise FileNotFoundError(f"{name}: no {CONFIG_NAMES[0]} in this folder, so it holds no model")
         yield
         return
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or Path(name).exists():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from lococo.config import LoCoCoConfig
 
@@ -80,80 +81,61 @@ class Cell:
         return f"m{self.config.num_slots}-k{self.config.kernel_size}-{kinds}-seed{self.seed}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Axes:
-    """What is varied, and the centre from which it is.
+def grid_cells(
+    base: LoCoCoConfig,
+    centre: tuple[int, int, str],
+    *,
+    slots: Sequence[int] = (),
+    kernels: Sequence[int] = (),
+    combinations: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    product: bool = False,
+) -> list[Cell]:
+    """The centre, then the cells that differ from it in one thing.
 
     Parameters
     ----------
     base : LoCoCoConfig
         What all cells share; its number of slots, kernel and kinds of slots do not count.
-    num_slots, kernel_size : int
-        The centre.
-    combination : str
-        The centre's; numbers of slots in any combination are for the centre's ``num_slots``, and are in proportion
-        elsewhere.
+    centre : tuple
+        Number of slots, kernel size and combination. Numbers of slots in any combination are for the centre's, and
+        are in proportion elsewhere.
     slots, kernels, combinations : sequences
         Values to try in the place of the centre's.
     seeds : sequence of int
         The first is every cell's; the centre is calibrated again with the others, which tells what is chance.
+    product : bool
+        After the centre every value with every other, and every seed.
 
     Raises
     ------
     ValueError
         If a value is out of range, or something is varied that has no effect.
     """
+    if not seeds:
+        raise ValueError("seeds must not be empty: the first is every cell's")
 
-    base: LoCoCoConfig
-    num_slots: int
-    kernel_size: int
-    combination: str
-    slots: Sequence[int] = ()
-    kernels: Sequence[int] = ()
-    combinations: Sequence[str] = ()
-    seeds: Sequence[int] = (0,)
-
-    def __post_init__(self) -> None:
-        if not self.seeds:
-            raise ValueError("seeds must not be empty: the first is every cell's")
-        learns = self.centre.config.num_fused
-        if not learns and (len(self.seeds) > 1 or self.kernels):
-            what = "kernel_size" if self.kernels else "seed"
-            raise ValueError(f"varying {what} changes nothing where {self.combination!r}, the centre, fuses nothing")
-
-    @property
-    def centre(self) -> Cell:
-        """The cell from which others differ in one thing."""
-        return self._cell(CENTRE, self.num_slots, self.kernel_size, self.combination, self.seeds[0])
-
-    def one_at_a_time(self) -> list[Cell]:
-        """The centre, then the cells that differ from it in one thing."""
-        slots, kernel, combination, seed = self.num_slots, self.kernel_size, self.combination, self.seeds[0]
-        return _distinct(
-            [
-                self.centre,
-                *(self._cell("num_slots", each, kernel, combination, seed) for each in self.slots),
-                *(self._cell("kernel_size", slots, each, combination, seed) for each in self.kernels),
-                *(self._cell("combine", slots, kernel, each, seed) for each in self.combinations),
-                *(self._cell("seed", slots, kernel, combination, each) for each in self.seeds[1:]),
-            ]
-        )
-
-    def product(self) -> list[Cell]:
-        """The centre, then every number of slots with every kernel, every combination and every seed."""
-        values: Iterator = itertools.product(
-            self.slots or [self.num_slots],
-            self.kernels or [self.kernel_size],
-            self.combinations or [self.combination],
-            self.seeds,
-        )
-        return _distinct([self.centre, *(self._cell("product", *each) for each in values)])
-
-    def _cell(self, varied: str, num_slots: int, kernel_size: int, combination: str, seed: int) -> Cell:
+    def cell(varied: str, num_slots: int, kernel_size: int, combination: str, seed: int) -> Cell:
         config = dataclasses.replace(
-            self.base, num_slots=self.num_slots, num_sinks=0, num_heavy=0, num_recent=0, kernel_size=kernel_size
+            base, num_slots=centre[0], num_sinks=0, num_heavy=0, num_recent=0, kernel_size=kernel_size
         )
         return Cell(varied, combined(combination, config).with_slots(num_slots), combination, seed)
+
+    start: dict[str, Any] = dict(zip(("num_slots", "kernel_size", "combination"), centre, strict=True), seed=seeds[0])
+    cells = [cell(CENTRE, **start)]
+    if not cells[0].config.num_fused and (len(seeds) > 1 or kernels):
+        what = "kernel_size" if kernels else "seed"
+        raise ValueError(f"varying {what} changes nothing where {centre[2]!r}, the centre, fuses nothing")
+    if product:
+        values = itertools.product(slots or centre[:1], kernels or centre[1:2], combinations or centre[2:], seeds)
+        return _distinct([*cells, *(cell("product", *each) for each in values)])
+    axes: dict[str, Sequence[Any]] = dict(
+        num_slots=slots, kernel_size=kernels, combination=combinations, seed=seeds[1:]
+    )
+    for name, given in axes.items():
+        varied = "combine" if name == "combination" else name
+        cells += [cell(varied, **{**start, name: value}) for value in given]
+    return _distinct(cells)
 
 
 def _distinct(cells: Sequence[Cell]) -> list[Cell]:

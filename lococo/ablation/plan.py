@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lococo.ablation.grid import Axes
+from lococo.ablation.grid import grid_cells
 from lococo.ablation.run import Plan
 from lococo.data.documents import local_files
 from lococo.data.windows import DEFAULT_DATASET, DataConfig
@@ -43,7 +43,7 @@ def plan_ablation(
     centre : tuple
         Slots, kernel size and kinds of slots that are not varied.
     num_slots, kernel_size, combine, seeds
-        What is varied, one thing at a time, as in ``Axes``; with ``product`` every value with every other.
+        What is varied, one thing at a time, as in ``grid_cells``; with ``product`` every value with every other.
     dataset, data : sequence of str, optional
         Sources of texts to calibrate on, and to measure on: no file may be in both.
     windows : int, optional
@@ -64,10 +64,15 @@ def plan_ablation(
     """
     _check_apart(data or (), dataset or ())
     base, recipe = default_recipe(1, block_size)
-    axes = Axes(
-        base, *centre, slots=num_slots, kernels=kernel_size, combinations=combine, seeds=list(dict.fromkeys(seeds))
+    cells = grid_cells(
+        base,
+        centre,
+        slots=num_slots,
+        kernels=kernel_size,
+        combinations=combine,
+        seeds=list(dict.fromkeys(seeds)),
+        product=product,
     )
-    cells = axes.product() if product else axes.one_at_a_time()
     if len(cells) < 2:
         raise ValueError("nothing is varied: give values for --num-slots, --kernel-size, --combine or --seeds")
     if missing := [name for name in NEEDED if name not in methods]:

@@ -57,7 +57,14 @@ def build(name: str, device: torch.device | str, dtype: torch.dtype | None = Non
     -------
     transformers.PreTrainedModel
         In evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If there is no such shape.
     """
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}: choose from {', '.join(SHAPES)}")
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

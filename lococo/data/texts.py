@@ -111,6 +111,8 @@ class Cut:
     sliding: bool = False
 
     def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"--documents must be at least 1, got {self.limit}")
         if not 1 <= self.first < min(self.lengths):
             raise ValueError(
                 f"--first must lie between 1 and {min(self.lengths) - 1} for windows of {min(self.lengths)} tokens, "

@@ -70,9 +70,9 @@ class PrefixReader:
         longest = max(map(len, continuations))
         # What pads a row comes after all of its tokens, which do not see it.
         rows = [[context[-1], *ids[:-1], *[0] * (longest - len(ids))] for ids in continuations]
-        places = torch.arange(start, start + longest, device=self.model.device).expand(len(rows), -1)
+        positions = torch.arange(start, start + longest, device=self.model.device).expand(len(rows), -1)
         inputs = torch.tensor(rows, device=self.model.device)
-        output = self.model(inputs, position_ids=places, **with_cache(self.model, cache), use_cache=True)
+        output = self.model(inputs, position_ids=positions, **with_cache(self.model, cache), use_cache=True)
         return [_score(logits[: len(ids)], ids) for logits, ids in zip(output.logits, continuations, strict=True)]
 
     def _go_on(self, ids: Sequence[int], start: int, cache: Any) -> Any:

@@ -122,8 +122,9 @@ def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[N
     """Undo at the end of a ``with`` block what an extension puts into a model.
 
     A patch is taken out; adapters and rotary embeddings leave for the modules that they took the place of; modes,
-    ``requires_grad``, hooks, what is noted on modules and the fields of configs are what they were. PEFT's own
-    ``unload`` would leave trained copies of embeddings and norms in the model. Weights must not have been written to.
+    ``requires_grad``, gradients, hooks, what is noted on modules and the fields of configs are what they were. PEFT's
+    own ``unload`` would leave trained copies of embeddings and norms in the model. Weights must not have been written
+    to.
 
     Parameters
     ----------
@@ -133,6 +134,7 @@ def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[N
     was_patched = is_patched(model)
     children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     notes = [(vars(module), name, vars(module).get(name)) for module in model.modules() for name in NOTES]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     fields = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
@@ -144,8 +146,10 @@ def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[N
             setattr(parent, name, child)
         for attributes, name, before in notes:
             if attributes.get(name) is not before:
-                attributes.pop(name)
+                attributes.pop(name, None)
                 attributes.update({} if before is None else {name: before})
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for current, kept in [*hooks, *fields]:
             current.clear()
             current.update(kept)

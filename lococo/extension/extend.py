@@ -157,7 +157,7 @@ def extend_context(
     original_length : int, optional
         Old length in tokens. None: the model's ``max_position_embeddings``.
     **options
-        What is said otherwise than it stands here:
+        All else, with its default:
 
         - ``method="lococo"``: or ``"h2o"``, ``"streaming"``, ``"full"``, ``"longlora"``; ``rope_type="linear"``, or
           ``"yarn"``, ``"dynamic"``.

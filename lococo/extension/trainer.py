@@ -33,10 +33,8 @@ class ExtensionTrainer(WindowTrainer):
         Gives the chunks of a patched model.
     heads_learning_rate : float
         Of heads' convolutions.
-    scalar_lr_factor : float
+    scalar_lr_factor, **kwargs
         As of ``WindowTrainer``.
-    **kwargs
-        For ``Trainer``.
 
     Raises
     ------

@@ -55,9 +55,9 @@ def page_data(traces: Sequence[Trace], tokens: Sequence[str], title: str, thresh
 
 
 def _slot(kind: str, row: Any, threshold: float) -> list[int]:
-    places = (row >= threshold).nonzero()[:, 0]
-    places = places[row[places].argsort(descending=True, stable=True)]
-    pairs = zip(places.tolist(), (SCALE * row[places]).round().int().tolist(), strict=True)
+    positions = (row >= threshold).nonzero()[:, 0]
+    positions = positions[row[positions].argsort(descending=True, stable=True)]
+    pairs = zip(positions.tolist(), (SCALE * row[positions]).round().int().tolist(), strict=True)
     return [KINDS.index(kind), *(number for pair in pairs for number in pair)]
 
 

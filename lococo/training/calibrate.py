@@ -42,25 +42,6 @@ from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 Rows = list[dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibrated(Result):
-    """What ``calibrate`` has made: a heads folder, for ``lococo.patch_model(model, heads=folder)``.
-
-    Attributes
-    ----------
-    folder : Path
-        Heads, config, model card, and ``calibration.json`` and ``.png``: how it went.
-    rows : list of dict
-        One per thing measured: ``stage``, ``step``, and what it is about. Stage ``saved`` is what stands in the
-        folder. Of several processes the main one has all rows.
-    """
-
-    @property
-    def gap_ratio(self) -> float | None:
-        """Of the heads in the folder: 0 is the full cache, 1 is H2O. None where H2O loses nothing."""
-        return [row for row in self.rows if "gap_ratio" in row][-1]["gap_ratio"]
-
-
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,7 +50,7 @@ def calibrate(
     output: str | os.PathLike,
     num_slots: int = 512,
     **options: Any,
-) -> Calibrated:
+) -> Result:
     """Train compression heads for a model, and write them with how they were made and what they measure.
 
     ``lococo.calibrate(model, tokenizer, ["my_texts"], num_slots=256, output="heads")``
@@ -88,14 +69,15 @@ def calibrate(
     num_slots : int
         KV slots per layer and KV head, on average.
     **options
-        What is said otherwise than it stands here:
+        All else, with its default:
 
         - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
         - ``recipe="default"``: or ``"paper"``, or a ``Recipe``; its fields are options, too: ``objective``
           (``"distill"``, ``"next-token"``, ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``,
           ``learning_rate``, ``scalar_lr_factor``, ``budget_texts``, ``local_steps``, ``local_texts``,
           ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the recipe's.
-        - ``length=4096``: tokens per window; ``first=512``: the first of them that counts for the gap ratio.
+        - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
+          half the length if that is less.
         - ``num_windows=None``: to learn from; as many as the recipe reads. ``num_heldout=8``: to measure on.
           ``heldout_share``, ``boundaries``, ``text_column``, ``split``, ``seed``: as in ``DataConfig``.
         - ``dtype=torch.bfloat16``: of the saved heads; None: as they were trained.
@@ -108,8 +90,11 @@ def calibrate(
 
     Returns
     -------
-    Calibrated
-        ``folder``, ``gap_ratio`` and ``rows``.
+    Result
+        ``folder``, for ``lococo.patch_model(model, heads=folder)``, which also tells how it went in
+        ``calibration.json`` and ``.png``; ``gap_ratio`` of the heads in it: 0 is the full cache, 1 is H2O; and
+        ``rows``: one per thing measured, with ``stage``, ``step`` and what it is about. Stage ``saved`` is what stands
+        in the folder.
 
     Raises
     ------
@@ -136,7 +121,7 @@ def plan_calibration(
     length: int = 4096,
     num_windows: int | None = None,
     num_heldout: int = 8,
-    first: int = 512,
+    first: int | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
     **options: Any,
 ) -> Calibration:
@@ -157,7 +142,7 @@ def plan_calibration(
         length=length,
         num_windows=chosen.windows_needed if num_windows is None else num_windows,
         num_heldout=num_heldout,
-        first=first,
+        first=min(512, length // 2) if first is None else first,
         dtype=dtype,
     )
 
@@ -199,10 +184,11 @@ class Calibration(TrainingRun):
         if length <= evicting + 1:
             raise ValueError(
                 f"windows of {length} tokens are too short for num_slots={config.num_slots} and "
-                f"block_size={config.block_size}: the first token is evicted after {evicting}"
+                f"block_size={config.block_size}: the first token is evicted after {evicting}; choose fewer slots, "
+                "smaller blocks or longer windows"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Calibrated:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         """Train and save. Errors as of ``calibrate``."""
         self.check()
         usage = self.meter()
@@ -243,7 +229,7 @@ class Calibration(TrainingRun):
                     add("saved", step=steps, **gap.measure(model))
                 self._save(model, config, gap, rows, usage(model.device))
                 self.remove_work()
-        return Calibrated(self.output, rows)
+        return Result(self.output, rows)
 
     def _description(self, model: str) -> dict[str, Any]:
         """What makes one run another, as plain JSON values."""

@@ -156,7 +156,7 @@ class Caches:
         stop = input_ids.shape[1] - 1 if stop is None else stop
         step = self.patch.prefill_chunk_size or LOSS_CHUNK
         losses = []
-        with reading_pieces(self.model, last_position=input_ids.shape[1] - 2):
+        with reading_pieces(self.patch.decoder, last_position=input_ids.shape[1] - 2):
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 ids, targets = input_ids[:, first:last], input_ids[:, first + 1 : last + 1]
@@ -176,7 +176,7 @@ class Caches:
         start, self.full_tokens = self.full_tokens, self.full_tokens + input_ids.shape[1]
         positions = torch.arange(start, self.full_tokens, device=input_ids.device)[None]
         cache = with_cache(self.model, self.full)
-        with suspended(self.model):
+        with suspended(self.patch.decoder):
             output = self.model(input_ids=input_ids, position_ids=positions, **cache, use_cache=True)
         self.full = cache_of(output)
         return output.logits

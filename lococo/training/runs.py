@@ -54,10 +54,16 @@ class Result:
     folder: Path
     rows: list[dict[str, Any]]
 
+    @property
+    def gap_ratio(self) -> float | None:
+        """The last one measured. None where H2O loses nothing, and for extensions, in which none is measured."""
+        measured = [row["gap_ratio"] for row in self.rows if "gap_ratio" in row]
+        return measured[-1] if measured else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A run of training, all but the model.
+    """A run of training, all but the model. What is not listed is an option of ``lococo.calibrate``.
 
     Parameters
     ----------
@@ -67,20 +73,8 @@ class TrainingRun:
         How it is learned from.
     output : Path
         Folder to write.
-    work_dir : Path, optional
-        State of the run, removed at the end. None: ``<output>.work``.
-    cache_dir : Path
-        Token windows and figures, which other runs use too.
-    resume : bool
-        Go on with the run in ``work_dir``, if there is one.
-    training_arguments : mapping, optional
-        For ``transformers.TrainingArguments``: DeepSpeed, logging, precision.
-    command : str
-        What is written down as having made the output.
     deadline : Deadline
         The run stops after it, between two steps, and can be resumed.
-    on_progress : callable, optional
-        Called in the main process with every row of the record as soon as it is there.
     """
 
     data: DataConfig

@@ -29,13 +29,10 @@ class HeadTrainer(WindowTrainer):
     ----------
     model : torch.nn.Module
         A patched causal language model; moved to ``args.device`` unless it has a device map.
-    args : transformers.TrainingArguments
     objective : Objective
         ``NextToken`` or ``Distill``.
-    scalar_lr_factor : float
+    args, scalar_lr_factor, **kwargs
         As of ``WindowTrainer``.
-    **kwargs
-        For ``Trainer``. Datasets give ``input_ids`` of one length, without padding (``lococo.data.windows.Windows``).
 
     Raises
     ------

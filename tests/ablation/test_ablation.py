@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from words import WORDS, word_tokenizer
 
 from lococo.ablation import run
-from lococo.ablation.grid import KINDS, Axes, combined
+from lococo.ablation.grid import KINDS, combined, grid_cells
 from lococo.ablation.run import plot_rows
 from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
@@ -77,13 +77,13 @@ def test_budgets_that_do_not_add_up_are_refused(name, message):
         combined(name, LoCoCoConfig(128))
 
 
-def axes(**changes):
+def cells_of(**changes):
     given = dict(slots=[8, 16, 32], kernels=[3, 5], combinations=["fused", ALL, "sinks+recent"], seeds=[0, 7])
-    return Axes(BASE, SLOTS, 5, ALL, **{**given, **changes})
+    return grid_cells(BASE, (SLOTS, 5, ALL), **{**given, **changes})
 
 
 def test_a_cell_differs_from_the_centre_in_what_it_says():
-    centre, *cells = axes().one_at_a_time()
+    centre, *cells = cells_of()
     assert (centre.varied, centre.seed, centre.config.kernel_size, centre.config.num_slots) == ("centre", 0, 5, SLOTS)
     assert [cell.varied for cell in cells] == ["num_slots"] * 2 + ["kernel_size"] + ["combine"] * 2 + ["seed"]
     for cell in cells:
@@ -96,7 +96,7 @@ def test_a_cell_differs_from_the_centre_in_what_it_says():
 
 
 def test_a_full_grid_has_every_value_with_every_other_once():
-    cells = axes(seeds=[0, 1]).product()
+    cells = cells_of(seeds=[0, 1], product=True)
     fusing = [cell for cell in cells if cell.config.num_fused]
     values = {(cell.config.num_slots, cell.config.kernel_size, cell.combination, cell.seed) for cell in fusing}
     assert len(values) == len(fusing) == 3 * 2 * 2 * 2
@@ -105,14 +105,14 @@ def test_a_full_grid_has_every_value_with_every_other_once():
 
 
 def test_counts_at_the_centre_are_shares_elsewhere():
-    cells = Axes(BASE, 128, 5, "sinks:4+heavy:32+fused", slots=[64, 256]).one_at_a_time()
+    cells = grid_cells(BASE, (128, 5, "sinks:4+heavy:32+fused"), slots=[64, 256])
     assert [budget(cell.config) for cell in cells] == [[4, 32, 0, 92], [4, 14, 0, 46], [4, 68, 0, 184]]
 
 
 def test_what_has_no_effect_is_not_varied():
     for changes, named in ((dict(kernels=[3], seeds=[0]), "kernel_size"), (dict(kernels=[], seeds=[0, 1]), "seed")):
         with pytest.raises(ValueError, match=f"varying {named} changes nothing where 'sinks\\+recent'"):
-            Axes(BASE, SLOTS, 5, "sinks+recent", **changes)
+            grid_cells(BASE, (SLOTS, 5, "sinks+recent"), **changes)
 
 
 # Figures

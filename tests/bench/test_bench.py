@@ -317,6 +317,9 @@ def test_without_matplotlib_there_is_no_picture_and_a_word(tmp_path, capsys, mon
         (["decode", "--lengths", "64", "7"], "at least one block of 8 tokens, got 7"),
         (["decode", "--steps", "0"], "steps must be at least 1, got 0"),
         (["train", "--lengths", "1"], "lengths must be at least 2"),
+        (["train", "--objectives", "guess"], "objectives must be of distill, next-token, got 'guess'"),
+        (["prefill", "--shape", "huge"], "unknown shape 'huge': choose from"),
+        (["prefill", "--model", "org/model"], "either --model or --shape"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, arguments, message):

@@ -82,6 +82,11 @@ def test_a_folder_that_is_not_there_is_named(capsys, folder):
     assert f"{folder}: no such folder, and not a Hub id" in errors(capsys)[0]
 
 
+def test_a_folder_without_a_model_is_named(tmp_path, capsys):
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "w1 w2"]) == 2
+    assert f"{tmp_path}: no config.json in this folder" in errors(capsys)[0]
+
+
 def test_what_may_be_of_the_hub_is_looked_for_there(capsys, monkeypatch):
     def not_found(name, **options):
         raise OSError(f"{name} is not a valid model identifier")

@@ -42,11 +42,12 @@ def test_files_without_texts_are_named(tmp_path, name, text):
     [
         (dict(lengths=(40, 20), first=20), "--first must lie between 1 and 19 for windows of 20 tokens, got 20"),
         (dict(lengths=(40, 80), first=20, min_length=30), "--min-length 30 would measure"),
+        (dict(lengths=(40,), first=20, limit=0), "--documents must be at least 1, got 0"),
     ],
 )
 def test_cuts_that_measure_nothing_new_are_refused(cut, message):
     with pytest.raises(ValueError, match=message):
-        Cut(limit=3, **cut)
+        Cut(**{"limit": 3, **cut})
 
 
 def test_proof_pile_is_streamed_until_there_are_enough_long_documents(monkeypatch):

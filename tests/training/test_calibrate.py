@@ -29,7 +29,7 @@ from lococo.methods import as_method, method_config
 from lococo.metrics import token_nlls
 from lococo.training import calibrate as module
 from lococo.training import gap, local
-from lococo.training.calibrate import Calibration, calibrate
+from lococo.training.calibrate import Calibration, calibrate, plan_calibration
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, NextToken
 from lococo.training.recipes import RECIPES, Recipe, adjusted
@@ -205,6 +205,13 @@ def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(
     assert sorted(map(str, told)) == sorted(map(str, made.rows))
     measured = [row["gap_ratio"] for row in told if "gap_ratio" in row]
     assert len(measured) == 5 and measured[-1] == made.gap_ratio
+
+
+def test_what_is_not_said_follows_from_the_length(texts, tmp_path):
+    for length, first in ((80, 40), (2048, 512)):
+        plan = plan_calibration(texts, output=tmp_path / "heads", num_slots=16, length=length)
+        assert (plan.first, plan.config.block_size, plan.data.num_windows) == (first, 16, plan.recipe.windows_needed)
+        assert plan.work == tmp_path / "heads.work"
 
 
 def own_documents(count=10):
