@@ -128,7 +128,7 @@ def test_decoding_through_the_full_cache_takes_that_many_steps(model):
         Decode(0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ["full", "streaming", "lococo-uncalibrated", "split", "paper-decoding", "pairs"])
 def test_only_the_full_cache_keeps_more_with_every_token(model, name, batch):
     config = {

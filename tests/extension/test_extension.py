@@ -84,7 +84,7 @@ def test_base_may_be_a_folder(made, tmp_path):
     assert torch.equal(logits(lococo.load_extended(tmp_path, folder / "out")), expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_merged_checkpoint_is_the_extended_model(made, tied, tokenizer, text, tmp_path):
     method, folder, _ = made
     if tied:
@@ -124,7 +124,10 @@ def test_adapters_load_with_plain_peft(made):
     assert torch.equal(logits(model.eval()), logits(lococo.load_extended(tiny_llama(), folder / "out")))
 
 
-@pytest.mark.parametrize("family", ["Glm", "Glm4", "Qwen3", "Granite", "Gemma2", "Mistral-window", "SmolLM3"])
+DEAR = [pytest.param(name, marks=pytest.mark.slow) for name in ("Glm", "Glm4", "Qwen3", "Granite", "SmolLM3")]
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Mistral-window", *DEAR])
 def test_families_extend_alike(family, tokenizer, text, tmp_path):
     before = logits(build(family))
     model = build(family)
@@ -153,7 +156,7 @@ def test_positions_that_cannot_be_stretched_leave_the_model_as_it_was(tokenizer,
 # Runs that go on
 
 
-@pytest.mark.parametrize("method", ["lococo", "full"])
+@pytest.mark.parametrize("method", ["lococo", pytest.param("full", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_equals_uninterrupted(method, tokenizer, text, tmp_path):
     whole = extend(tiny_llama(), tokenizer, text, tmp_path / "whole", method)
     stopped, deadline = tmp_path / "stopped", Deadline(1e-9)
@@ -294,7 +297,7 @@ def test_recipes_out_of_range_are_refused(changes, message):
 # The function
 
 
-@pytest.mark.parametrize("method", ["lococo", "longlora"])
+@pytest.mark.parametrize("method", ["lococo", pytest.param("longlora", marks=pytest.mark.slow)])
 def test_the_function_makes_what_the_command_makes(method, checkpoint, text, tokenizer, tmp_path):
     more = ["--factor", 4, "--device", "cpu", "--method", method]
     assert command(checkpoint, text, tmp_path / "command", *more) == 0
