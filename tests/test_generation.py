@@ -190,7 +190,7 @@ CALLS = {
 READ_AT_ONCE = ("hidden", "keep-more-than-all")
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("positions", ["absolute", "slot"])
 def test_a_long_prompt_read_in_chunks_is_a_prompt_read_at_once(call, use_cache, positions):

@@ -330,7 +330,9 @@ def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):
 # The command
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(
+    "method", ["lococo", *(pytest.param(method, marks=pytest.mark.slow) for method in CONFIGS if method != "lococo")]
+)
 def test_command_extends_by_a_factor(method, checkpoint, text, tmp_path, capsys):
     assert command(checkpoint, text, tmp_path, "--factor", 4, "--method", method, "--device", "cpu") == 0
     assert "loss" in capsys.readouterr().out

@@ -42,6 +42,7 @@ def dry(tmp_path_factory):
     return folder, subprocess.run(command, cwd=ROOT, env=BARE, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_stage_passes_and_writes_its_files(dry):
     folder, process = dry
     logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
@@ -58,6 +59,7 @@ def test_every_stage_passes_and_writes_its_files(dry):
     assert [row["outcome"] for row in read(folder, "gpu")["rows"]] == ["passed"] * len(NAMES)
 
 
+@pytest.mark.slow
 def test_results_say_what_was_compared(dry):
     folder, _ = dry
     checks = read(folder, "gpu_recorded")["rows"]

@@ -87,8 +87,14 @@ def test_attention_and_its_log_sum_exp(shape, biased, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("delay", [0, 23])
+@pytest.mark.parametrize(
+    ("squared", "delay"),
+    [
+        (False, 0),
+        (True, 23),
+        *(pytest.param(*counted, marks=pytest.mark.slow) for counted in ((False, 23), (True, 0))),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_attention_mass(shape, delay, squared, dtype):
     query, key, value, bias = tensors(shape, dtype)

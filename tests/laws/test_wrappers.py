@@ -57,6 +57,7 @@ torch.save((compressed, full), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_torch_save_of_the_whole_model_loads_in_a_fresh_process(tmp_path, full, compressed):
     torch.save((patched(tiny_llama()), IDS), tmp_path / "model.pt")
     command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "model.pt", tmp_path / "logits.pt"]

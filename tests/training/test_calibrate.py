@@ -219,7 +219,9 @@ def own_documents(count=10):
     return [" ".join(words.choices(WORDS, k=LENGTH + 40)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["texts", "rows", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["texts", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rows", "folder"))]
+)
 def test_ten_documents_of_ones_own_are_enough(kind, tmp_path):
     dataset = own_documents()
     if kind == "rows":
@@ -357,7 +359,12 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stop", STOPS)
+QUICK = ("learning the second layer", "step three")
+
+
+@pytest.mark.parametrize(
+    "stop", [*QUICK, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS if stop not in QUICK)]
+)
 def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         replace, holder = STOPS[stop]
