@@ -43,7 +43,7 @@ EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
 EXTENDED := lococo lococo-slot h2o streaming full longlora
 EXTENSION_TEXTS := books math_latex code
 # A visit to a GPU: the choice of stages, and the seconds each may take where they are not those of tests/gpu/gpu_visit.py
-# (SECONDS_decode=100). With VENV empty it runs in PYTHON as it is: torch, Transformers, Triton and pytest are enough.
+# (SECONDS_decode=100). With VENV empty it runs in PYTHON as it is: torch, Transformers, Triton, typer and pytest are enough.
 STAGES ?= a b c d e
 TIMED := recorded tests kernels decode prefill score
 GPU_SECONDS = $(foreach stage,$(TIMED),$(addprefix $(stage)=,$(SECONDS_$(stage))))

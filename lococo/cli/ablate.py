@@ -8,20 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lococo.cli.options import (
-    TEXT,
-    TRAINING,
-    BlockSize,
-    Data,
-    MethodNames,
-    ModelOptions,
-    Output,
-    TextColumn,
-    TimeLimit,
-    WorkDir,
-    names_of,
-    option,
-)
+from lococo.cli import options
+from lococo.cli.options import TEXT, TRAINING, names_of, option
 from lococo.cli.terminal import print_table, print_written
 
 VARIED = "What is varied, one thing at a time"
@@ -43,7 +31,7 @@ SUMMARY = (
 
 def ablate(
     context: typer.Context,
-    source: ModelOptions,
+    source: options.ModelOptions,
     *,
     centre: Annotated[tuple[int, int, str], option(VARIED, "What is not varied.", metavar="SLOTS KERNEL KINDS")] = (
         128,
@@ -86,16 +74,16 @@ def ablate(
     budget_texts: Annotated[
         int, option(TRAINING, "Texts for the slots of each KV head; 0: the same for all, as in the paper.")
     ] = 0,
-    data: Data = None,
-    text_column: TextColumn = "text",
+    data: options.Data = None,
+    text_column: options.TextColumn = "text",
     length: Annotated[int, option(TEXT, "Tokens of a window, in training too.")] = 2048,
     first: Annotated[int, option(TEXT, "First token that counts.")] = 512,
     documents: Annotated[int, option(TEXT, "Texts per file.")] = 6,
-    methods: MethodNames = "full,streaming,h2o,h2o-slot",
-    block_size: BlockSize = 128,
-    time_limit: TimeLimit = None,
-    work_dir: WorkDir = None,
-    output: Output = Path("ablation"),
+    methods: options.MethodNames = "full,streaming,h2o,h2o-slot",
+    block_size: options.BlockSize = 128,
+    time_limit: options.TimeLimit = None,
+    work_dir: options.WorkDir = None,
+    output: options.Output = Path("ablation"),
 ) -> None:
     """Memory size, kernel size and kinds of slots compared, each with heads calibrated for it.
 

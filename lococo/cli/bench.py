@@ -9,23 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lococo.cli.options import (
-    MEASURED,
-    MODEL,
-    RUN,
-    BlockSize,
-    ComparedHeads,
-    Device,
-    Dtype,
-    GgufFile,
-    MethodNames,
-    ModelOptions,
-    NumSlots,
-    Output,
-    SlotCounts,
-    names_of,
-    option,
-)
+from lococo.cli import options
+from lococo.cli.options import MEASURED, MODEL, RUN, names_of, option
 from lococo.cli.terminal import print_table, print_written
 
 if TYPE_CHECKING:
@@ -43,9 +28,9 @@ class SubjectOptions:
     shape: Annotated[
         str | None, option(MODEL, "Random weights of a shape such as llama-3.1-8b: nothing is downloaded.")
     ] = None
-    gguf_file: GgufFile = None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
+    gguf_file: options.GgufFile = None
+    device: options.Device = "auto"
+    dtype: options.Dtype = "auto"
 
     def load(self) -> Subject:
         """The model that is measured."""
@@ -65,9 +50,9 @@ class SubjectOptions:
 class GridOptions:
     """What every grid of measurements is told."""
 
-    heads: ComparedHeads = dataclasses.field(default_factory=list)
-    num_slots: SlotCounts = dataclasses.field(default_factory=lambda: [512])
-    block_size: BlockSize = 512
+    heads: options.ComparedHeads = dataclasses.field(default_factory=list)
+    num_slots: options.SlotCounts = dataclasses.field(default_factory=lambda: [512])
+    block_size: options.BlockSize = 512
     batches: Batches = dataclasses.field(default_factory=lambda: [1])
     repeats: Annotated[int, option(RUN, "Measurements of each cell.")] = 5
     no_counts: Annotated[bool, option(RUN, "Times and memory alone, nothing counted apart.", "--no-counts")] = False
@@ -80,14 +65,14 @@ class GridOptions:
 
 def memory(
     context: typer.Context,
-    source: ModelOptions,
+    source: options.ModelOptions,
     *,
-    methods: MethodNames = "full,h2o,lococo-uncalibrated",
-    num_slots: NumSlots = 256,
-    block_size: BlockSize = 256,
+    methods: options.MethodNames = "full,h2o,lococo-uncalibrated",
+    num_slots: options.NumSlots = 256,
+    block_size: options.BlockSize = 256,
     tokens: Annotated[int, option(MEASURED, "Tokens to read.", min=1)] = 16384,
     step: Annotated[int, option(MEASURED, "Tokens between two measurements.", min=1)] = 512,
-    output: Output = Path("memory"),
+    output: options.Output = Path("memory"),
 ) -> None:
     """Cache bytes against tokens read.
 
@@ -106,7 +91,7 @@ def prefill(
     subject: SubjectOptions,
     grid: GridOptions,
     *,
-    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
+    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
     lengths: Lengths = [2048, 4096, 8192, 16384],
 ) -> None:
     """Reading a text: tokens per second, peak memory.
@@ -123,7 +108,7 @@ def decode(
     subject: SubjectOptions,
     grid: GridOptions,
     *,
-    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
+    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
     lengths: Lengths = [512, 8192],
     steps: Annotated[int, option(MEASURED, "Tokens per measurement.")] = 32,
 ) -> None:
@@ -141,7 +126,7 @@ def train(
     subject: SubjectOptions,
     grid: GridOptions,
     *,
-    methods: MethodNames = "full,streaming,lococo-open-rank16",
+    methods: options.MethodNames = "full,streaming,lococo-open-rank16",
     lengths: Lengths = [2048, 4096],
     objectives: Annotated[list[str], option(MEASURED, "distill, next-token or both.")] = ["distill"],
 ) -> None:
@@ -159,7 +144,7 @@ def extend(
     subject: SubjectOptions,
     grid: GridOptions,
     *,
-    methods: MethodNames = "full,streaming,h2o,lococo-open-rank16",
+    methods: options.MethodNames = "full,streaming,h2o,lococo-open-rank16",
     lengths: Lengths = [4096, 8192, 16384, 32768],
     depth: Annotated[int, option(MEASURED, "Compressions that back-propagation goes through.")] = 2,
 ) -> None:
@@ -177,7 +162,7 @@ def score(
     subject: SubjectOptions,
     grid: GridOptions,
     *,
-    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated",
+    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
 ) -> None:
     """Scoring of heavy hitters: share of a layer's time, bytes.
 
@@ -191,7 +176,7 @@ def score(
 def _measure(
     context: typer.Context,
     subject: SubjectOptions,
-    options: GridOptions,
+    grid: GridOptions,
     topic: Topic,
     methods: str,
     lengths: list[int],
@@ -205,19 +190,19 @@ def _measure(
 
     if (subject.model is None) == (subject.shape is None):
         raise ValueError("give what is measured: either --model or --shape")
-    if min(options.batches) < 1:
-        raise ValueError(f"batches must be at least 1, got {min(options.batches)}")
-    output = options.output or Path(f"bench_{topic.name}_{chosen_device(subject.device).type}")
-    runs = plan_runs(names_of(methods), options.num_slots, options.block_size, options.heads, name_heads=True)
-    groups = topic.groups(runs, lengths, options.batches)
+    if min(grid.batches) < 1:
+        raise ValueError(f"batches must be at least 1, got {min(grid.batches)}")
+    output = grid.output or Path(f"bench_{topic.name}_{chosen_device(subject.device).type}")
+    runs = plan_runs(names_of(methods), grid.num_slots, grid.block_size, grid.heads, name_heads=True)
+    groups = topic.groups(runs, lengths, grid.batches)
     for cell in (cell for group in groups for cell in group):
         topic.check(cell)
     journal = Journal(beside(output, ".partial.jsonl"))
-    grid = Grid(subject.load(), topic, groups, options.repeats, journal, options.time_limit, not options.no_counts)
+    cells = Grid(subject.load(), topic, groups, grid.repeats, journal, grid.time_limit, not grid.no_counts)
     try:
-        remaining = grid.run()
+        remaining = cells.run()
     finally:
-        rows = write_grid(grid, output, context.obj)
+        rows = write_grid(cells, output, context.obj)
         if rows:
             print_table(rows)
             print_written(output)

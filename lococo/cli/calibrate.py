@@ -6,18 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lococo.cli.options import (
-    METHOD,
-    NUM_SLOTS,
-    TEXT,
-    TRAINING,
-    DatasetOptions,
-    ModelOptions,
-    NumSlots,
-    OwnBlockSize,
-    TrainingRunOptions,
-    option,
-)
+from lococo.cli import options
+from lococo.cli.options import METHOD, NUM_SLOTS, TEXT, TRAINING, option
 from lococo.cli.terminal import print_progress, ratio_text
 
 RECIPE = "as the recipe says"
@@ -25,12 +15,12 @@ RECIPE = "as the recipe says"
 
 def calibrate(
     context: typer.Context,
-    source: ModelOptions,
-    run: TrainingRunOptions,
-    text: DatasetOptions,
+    source: options.ModelOptions,
+    run: options.TrainingRunOptions,
+    text: options.DatasetOptions,
     *,
-    num_slots: NumSlots = NUM_SLOTS,
-    block_size: OwnBlockSize = None,
+    num_slots: options.NumSlots = NUM_SLOTS,
+    block_size: options.OwnBlockSize = None,
     recipe: Annotated[str, option(METHOD, "default, or the paper's.", metavar="default|paper")] = "default",
     length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096,
     first: Annotated[int, option(TEXT, "First token that is measured.")] = 512,

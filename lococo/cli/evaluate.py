@@ -7,25 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lococo.cli.options import (
-    METHOD,
-    TEXT,
-    BlockSize,
-    Chat,
-    ComparedHeads,
-    Data,
-    Documents,
-    First,
-    MethodNames,
-    ModelOptions,
-    NumSlots,
-    Output,
-    Seed,
-    SlotCounts,
-    TextColumn,
-    names_of,
-    option,
-)
+from lococo.cli import options
+from lococo.cli.options import METHOD, TEXT, names_of, option
 from lococo.cli.terminal import print_table, print_written
 
 TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40", "arc_challenge:40"]
@@ -34,15 +17,15 @@ SUMMARY = ("method", "num_slots", "length", "ppl", "gap_ratio", "gap_low", "gap_
 
 def perplexity(
     context: typer.Context,
-    source: ModelOptions,
+    source: options.ModelOptions,
     *,
-    data: Data = None,
-    text_column: TextColumn = "text",
+    data: options.Data = None,
+    text_column: options.TextColumn = "text",
     lengths: Annotated[list[int], option(TEXT, "Tokens of a window.", "--length", "--lengths")] = [2048],
     min_length: Annotated[
         int | None, option(TEXT, "A file without long texts is measured on shorter ones, down to so many tokens.")
     ] = None,
-    first: First = 512,
+    first: options.First = 512,
     sliding: Annotated[
         bool,
         option(
@@ -51,12 +34,12 @@ def perplexity(
             "--sliding",
         ),
     ] = False,
-    documents: Documents = 6,
-    methods: MethodNames = "full,streaming,h2o,h2o-slot,lococo-uncalibrated",
-    heads: ComparedHeads = [],
-    num_slots: SlotCounts = [128],
-    block_size: BlockSize = 128,
-    output: Output = Path("perplexity"),
+    documents: options.Documents = 6,
+    methods: options.MethodNames = "full,streaming,h2o,h2o-slot,lococo-uncalibrated",
+    heads: options.ComparedHeads = [],
+    num_slots: options.SlotCounts = [128],
+    block_size: options.BlockSize = 128,
+    output: options.Output = Path("perplexity"),
 ) -> None:
     """Perplexity by length, domain, method and number of slots, with the gap ratio.
 
@@ -77,21 +60,21 @@ def perplexity(
 
 def extended(
     context: typer.Context,
-    source: ModelOptions,
+    source: options.ModelOptions,
     *,
     data: Annotated[list[str], option(TEXT, "Texts to measure on: files, folders or Hub ids.", metavar="DATA")],
-    text_column: TextColumn = "text",
+    text_column: options.TextColumn = "text",
     lengths: Annotated[list[int], option(TEXT, "Tokens of a window.")] = [2048, 4096, 8192, 16384, 32768],
-    first: First = 512,
+    first: options.First = 512,
     documents: Annotated[int, option(TEXT, "Documents of each file.")] = 1,
     extensions: Annotated[
         list[Path],
         option(METHOD, "Folders written by lococo extend; each names its row.", metavar="FOLDER", show_default=False),
     ] = [],
-    methods: MethodNames = "full,lococo-uncalibrated-slot",
-    num_slots: NumSlots = 512,
-    block_size: BlockSize = 512,
-    output: Output = Path("extension"),
+    methods: options.MethodNames = "full,lococo-uncalibrated-slot",
+    num_slots: options.NumSlots = 512,
+    block_size: options.BlockSize = 512,
+    output: options.Output = Path("extension"),
 ) -> None:
     """Perplexity of extended models by length; --methods are those of the model as it came.
 
@@ -111,7 +94,7 @@ def extended(
 
 def tasks(
     context: typer.Context,
-    source: ModelOptions,
+    source: options.ModelOptions,
     *,
     tasks: Annotated[
         list[str], option(TEXT, "Tasks of lm-eval, each with its number of examples.", metavar="NAME:SHOTS")
@@ -129,13 +112,13 @@ def tasks(
     truncate: Annotated[
         Literal["middle"] | None, option(TEXT, "Leave out the middle of questions that are too long by themselves.")
     ] = None,
-    chat: Chat = False,
-    seed: Seed = 0,
-    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated",
-    heads: ComparedHeads = [],
-    num_slots: SlotCounts = [128],
-    block_size: BlockSize = 128,
-    output: Output = Path("tasks"),
+    chat: options.Chat = False,
+    seed: options.Seed = 0,
+    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
+    heads: options.ComparedHeads = [],
+    num_slots: options.SlotCounts = [128],
+    block_size: options.BlockSize = 128,
+    output: options.Output = Path("tasks"),
 ) -> None:
     """Scores by task of lm-eval and method.
 

@@ -8,29 +8,17 @@ from typing import Annotated
 
 import typer
 
-from lococo.cli.options import (
-    METHOD,
-    NUM_SLOTS,
-    RUN,
-    TEXT,
-    TRAINING,
-    DatasetOptions,
-    ModelOptions,
-    NumSlots,
-    OwnBlockSize,
-    TimeLimit,
-    TrainingRunOptions,
-    option,
-)
+from lococo.cli import options
+from lococo.cli.options import METHOD, NUM_SLOTS, RUN, TEXT, TRAINING, option
 
 LENGTH = "Length"
 
 
 def extend(
     context: typer.Context,
-    source: ModelOptions,
-    run: TrainingRunOptions,
-    text: DatasetOptions,
+    source: options.ModelOptions,
+    run: options.TrainingRunOptions,
+    text: options.DatasetOptions,
     *,
     method: Annotated[
         str, option(METHOD, "Cache to learn with: lococo, h2o, streaming, full or longlora.", metavar="METHOD")
@@ -38,8 +26,8 @@ def extend(
     factor: Annotated[float, option(LENGTH, "New length / old length.")] = 8.0,
     original_length: Annotated[int | None, option(LENGTH, "Old length in tokens.", show_default="the model's")] = None,
     rope_type: Annotated[str, option(LENGTH, "linear, yarn or dynamic.", metavar="TYPE")] = "linear",
-    num_slots: NumSlots = NUM_SLOTS,
-    block_size: OwnBlockSize = None,
+    num_slots: options.NumSlots = NUM_SLOTS,
+    block_size: options.OwnBlockSize = None,
     positions: Annotated[str, option(METHOD, "Of lococo: absolute, or slot, which are not stretched.")] = "absolute",
     heads: Annotated[
         str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block of lococo.")
@@ -57,7 +45,7 @@ def extend(
     merge: Annotated[
         Path | None, option(RUN, "Write a plain checkpoint and its heads, too.", metavar="FOLDER")
     ] = None,
-    time_limit: TimeLimit = None,
+    time_limit: options.TimeLimit = None,
 ) -> None:
     """Train a model to read longer texts.
 

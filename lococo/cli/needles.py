@@ -7,43 +7,31 @@ from typing import Annotated
 
 import typer
 
-from lococo.cli.options import (
-    TEXT,
-    BlockSize,
-    Chat,
-    ComparedHeads,
-    MethodNames,
-    ModelOptions,
-    Output,
-    Seed,
-    SlotCounts,
-    TextColumn,
-    names_of,
-    option,
-)
+from lococo.cli import options
+from lococo.cli.options import TEXT, names_of, option
 from lococo.cli.terminal import print_table, print_written
 
 
 def needles(
     context: typer.Context,
-    source: ModelOptions,
+    source: options.ModelOptions,
     *,
     data: Annotated[
         list[str],
         option(TEXT, "Texts to hide needles in: files, folders or Hub ids.", metavar="DATA", show_default="made up"),
     ] = [],
-    text_column: TextColumn = "text",
+    text_column: options.TextColumn = "text",
     lengths: Annotated[list[int], option(TEXT, "Tokens of prompt and answer.")] = [4096],
     depths: Annotated[int, option(TEXT, "Places of the needle.")] = 11,
     items: Annotated[int, option(TEXT, "Needles of each length and depth.")] = 1,
     distractors: Annotated[int, option(TEXT, "Other needles, that are not asked for.")] = 0,
-    chat: Chat = False,
-    seed: Seed = 0,
-    methods: MethodNames = "full,streaming,h2o,lococo-uncalibrated",
-    heads: ComparedHeads = [],
-    num_slots: SlotCounts = [512],
-    block_size: BlockSize = 512,
-    output: Output = Path("needles"),
+    chat: options.Chat = False,
+    seed: options.Seed = 0,
+    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
+    heads: options.ComparedHeads = [],
+    num_slots: options.SlotCounts = [512],
+    block_size: options.BlockSize = 512,
+    output: options.Output = Path("needles"),
 ) -> None:
     """Numbers hidden in long texts, by depth and length.
 

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A file of a result: ``docs/results/bench_llama-3.1-8b`` is a name without a suffix, too."""
+    """A file of a result: ``bench_llama-3.1-8b`` is a name without a suffix, too."""
     return path.with_name(path.name + ending)
 
 
@@ -41,7 +41,7 @@ def write_result(
     Parameters
     ----------
     path : Path
-        Without a suffix: ``docs/results/perplexity``.
+        Without a suffix: ``results/perplexity``.
     command : str
         What made it, as a user would type it.
     rows : sequence of dict
