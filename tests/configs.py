@@ -1,7 +1,7 @@
 """The configurations that every law of the library is tested with.
 
-Each feature of a configuration is in one of them, alone where that can be. They compress every text of more than 20
-tokens; ``slots_per_head`` is for two layers of two KV heads, as ``tiny.tiny_llama`` has them.
+Each feature of a configuration is in one of them, alone where that can be. All of them compress a text of 45 tokens;
+``slots_per_head`` is for two layers of two KV heads, as ``tiny.tiny_llama`` has them.
 """
 
 from lococo import LoCoCoConfig
@@ -27,6 +27,7 @@ CONFIGS = {
     "slots-per-head": opened(slots_per_head=((24, 8), (6, 26))),
     "slots-per-head-low-rank": opened(slots_per_head=((9, 23), (21, 11)), head_rank=3),
     "low-rank": opened(head_rank=3),
+    "small-kernel": opened(kernel_size=3),
     "softmax": opened(normalization="softmax"),
     "layer-gate": opened(residual="layer"),
     "no-mass": opened(mass_bias=False),
