@@ -4,6 +4,8 @@ Each feature of a configuration is in one of them, alone where that can be. All 
 ``slots_per_head`` is for two layers of two KV heads, as ``tiny.tiny_llama`` has them.
 """
 
+import pytest
+
 from lococo import LoCoCoConfig
 
 
@@ -44,3 +46,8 @@ FEW = ("open", "open-slot", "slots-per-head", "h2o")
 # What is read does not depend on the lengths of the calls.
 ANY_SPLIT = tuple(name for name, config in CONFIGS.items() if config.decode_block_size is None)
 BLENDED = tuple(name for name, config in CONFIGS.items() if config.num_fused)
+
+
+def few_quick(names=CONFIGS):
+    """Parameters of a dear test: all but ``FEW`` of these configurations are left to ``make test-all``."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from configs import CONFIGS, FEW
+from configs import CONFIGS, FEW, few_quick
 from fake_cuda import DeviceAssert, DeviceMismatch, FakeCuda, inner
 from families import FAMILIES, build
 from tiny import patched_llama, tiny_ids
@@ -117,7 +117,7 @@ def assert_decodes_as_on_the_cpu(model, is_padded=False, prompt=PROMPT, device_o
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few_quick())
 def test_decoding_on_one_device(name, is_padded):
     with launched():
         assert_decodes_as_on_the_cpu(patched_llama(CONFIGS[name]), is_padded)
@@ -132,6 +132,7 @@ def test_recorded_decoding(name, is_padded):
     assert len(waits) <= 1  # a new recording may be looked at once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", ["open", "open-slot"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Llama"])
@@ -142,7 +143,7 @@ def test_decoding_of_families(family, name, is_padded):
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few_quick())
 def test_decoding_on_two_devices(name, is_padded):
     """The step that would be recorded, if a model on two devices could be, follows the end of a block."""
     block, before = CONFIGS[name].block_size, graphs.STEPS_BEFORE_RECORDING
