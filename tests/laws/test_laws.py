@@ -113,12 +113,11 @@ def test_with_and_without_gradients_agree(model, name):
         torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_kernel_changes_nothing(model, name, attention):
+def test_the_kernel_changes_nothing(model, name):
     ids = tiny_ids(2, LENGTH)
     torch.manual_seed(0)
-    with lococo.patched(model, CONFIGS[name], attention=attention), torch.no_grad():
+    with lococo.patched(model, CONFIGS[name], attention="eager"), torch.no_grad():
         logits = model(ids).logits
     torch.testing.assert_close(logits, read(model, ids, CONFIGS[name]), **TOLERANCE)
 
