@@ -1,4 +1,4 @@
-"""One segment after another: attend, score, compress (Algorithm 2)."""
+"""One segment after another: compress what is full, write, attend, score (Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, cast
 
 import torch
 
-from lococo.cache.layer import KVBuffer, LayerCache
+from lococo.cache.buffers import KVBuffer
+from lococo.cache.layer import LayerCache
 from lococo.cache.plan import Plan, RaggedSegment, Segment
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.context import ForwardContext
 from lococo.kernels import scoring
-from lococo.kernels.attention import step_kernel
+from lococo.kernels.attention import LogitBias, lower_right, step_kernel
 from lococo.masks import padding_mask, window_of
 from lococo.models.rotary import RotaryTable
 
@@ -156,14 +157,14 @@ def read_layer(
         layer.make_buffers(query, key, value)
     is_plain = reading.softcap is None and reading.dropout == 0.0
     if is_plain and not torch.is_grad_enabled() and reading.plan_for(layer.config).is_step:
-        step = (reading.plan_for, reading.head, reading.rotary, reading.scale)
-        return layer.step(query, key, value, *step, attend=step_kernel(reading.kernel))
-    buffers = layer.open(reading.rotary)
+        attend = step_kernel(reading.kernel)
+        return layer.step(query, key, value, reading.plan_for, reading.head, reading.rotary, reading.scale, attend)
+    buffers = layer.begin_call(reading.rotary)
     if len(buffers) == 1:
         output = _GroupReader(reading, buffers[0]).read(query, key, value)
     else:
         output = _read_groups(reading, buffers, query, key, value)
-    layer.close(buffers)
+    layer.end_call(buffers)
     return output
 
 
@@ -217,7 +218,7 @@ class _GroupReader:
         """(batch, heads, width, head_dim); the attention that entries receive is added to their scores."""
         reading, buffer, stop = self.reading, self.buffer, segment.stop
         keys, values = buffer.keys[:, :, :stop], buffer.values[:, :, :stop]
-        bias = scoring.LogitBias(self._mask(segment), buffer.mass_bias(reading.head, stop), reading.softcap)
+        bias = LogitBias(self._mask(segment), buffer.mass_bias(reading.head, stop), reading.softcap)
         call = (query, keys, values, reading.scale, bias, reading.kernel, reading.dropout)
         if buffer.entries.scores is None:
             return scoring.attend(*call)
@@ -238,7 +239,7 @@ class _GroupReader:
         of_query = segment.take(self.plan.positions[:, None, :, None].expand(position.shape[0], 1, -1, 1))
         in_window = of_query - position < window  # (batch, kv_heads, width, stop)
         if mask is None:
-            mask = scoring.lower_right(segment.width, segment.stop, 0, position.device)
+            mask = lower_right(segment.width, segment.stop, 0, position.device)
         return mask & in_window
 
     def _counts(self, segment: Segment) -> tuple[torch.Tensor | None, int]:

@@ -10,9 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from lococo.compression.base import get_compressor
-from lococo.compression.scores import get_score
 from lococo.files import write_whole
+from lococo.registry import COMPRESSORS, SCORES
 
 CONFIG_NAME = "lococo_config.json"
 
@@ -117,8 +116,7 @@ class LoCoCoConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        get_score(self.score)
-        get_compressor(self.compressor)
+        SCORES[self.score], COMPRESSORS[self.compressor]  # say what there is, if it is none
         if not 0.0 <= self.gate_init <= 1.0:
             raise ValueError(f"gate_init must lie between 0 and 1, got {self.gate_init}")
         if self.init_std is not None and not self.init_std > 0:
@@ -173,17 +171,17 @@ class LoCoCoConfig:
     @property
     def score_delay(self) -> int:
         """Entries that must lie between a token and a query whose attention counts for its score."""
-        return get_score(self.score).delay(self)
+        return SCORES[self.score]().delay(self)
 
     @property
     def score_fade(self) -> float:
         """Factor by which summed attention fades per token read; 1: not at all, 0: only the current block counts."""
-        return get_score(self.score).fade(self)
+        return SCORES[self.score]().fade(self)
 
     @property
     def score_power(self) -> int:
         """Power of the attention that is summed for scores."""
-        return get_score(self.score).power
+        return SCORES[self.score]().power
 
     def with_slots(self, num_slots: int) -> LoCoCoConfig:
         """The same method for heads with another number of slots, shared out in the same proportions."""

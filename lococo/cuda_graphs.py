@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lococo.cache.buffers import is_locked
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.plan import Plan, plan_call
 from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
@@ -157,6 +158,7 @@ class DecodeGraph:
     def __init__(
         self, patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any], record: Recorder
     ) -> None:
+        self.model = weakref.ref(model)
         self.buffers = [layer.decode for layer in cache.layers]
         self.heads = fusion_heads(patch)
         self.input_ids = arguments["input_ids"].clone()
@@ -181,9 +183,14 @@ class DecodeGraph:
         """Whether the model is as it was, and nothing that the recording needs was freed."""
         return getattr(self._replay, "is_intact", True) and self._snapshot.is_current()
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this model was recorded: another may go on with the same cache."""
+        return self.model() is model
+
     def fits(self, cache: LoCoCoCache) -> bool:
-        """Whether the cache's buffers are where they were."""
-        return all(mine is layer.decode for mine, layer in zip(self.buffers, cache.layers, strict=True))
+        """Whether the cache's buffers are where they were, and the inputs can be written to."""
+        is_same = all(mine is layer.decode for mine, layer in zip(self.buffers, cache.layers, strict=True))
+        return is_same and not is_locked(self.input_ids)
 
     def step(self, cache: LoCoCoCache, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Read one token of every row, (batch, 1) each.
@@ -221,17 +228,17 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     plan = plan_call(cache.rows, 1, cache.config, None, input_ids.device)
     if not plan.is_step:
         return call(**kwargs)
-    step = ForwardContext(cache.config, plan, cache, cache.rotary_tables, cache.rows)
+    step = ForwardContext(cache.config, plan, cache, patch.rotary_tables, cache.rows)
     plan_for = functools.partial(step.plan_for, device=input_ids.device)
     graph = _graphs.get(cache)
-    if graph is not None and not graph.is_current():
+    if graph is not None and not (graph.is_of(model) and graph.is_current()):
         graph = None
         del _graphs[cache]
     if graph is None and not _can_record(patch, model):
         _graphs[cache] = None
         return call(**kwargs)
     heads = fusion_heads(patch) if graph is None else graph.heads
-    cache.prepare_step(plan_for, heads)
+    cache.make_ready(plan_for, heads, patch.rotary_tables)
 
     def without_graph(error: Exception) -> Any:
         _graphs[cache] = None

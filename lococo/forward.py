@@ -25,7 +25,6 @@ from lococo.inputs import (
     padded_columns,
     padding_of,
 )
-from lococo.models.rotary import RotaryTable, rotary_tables
 from lococo.prefill import chunk_for, read_but_last_chunk
 from lococo.state import Patch
 
@@ -125,7 +124,7 @@ def _context(
         config,
         plan,
         cache,
-        _rotary_tables(patch, cache),
+        patch.rotary_tables,
         rows,
         real,
         patch.attention,
@@ -149,15 +148,6 @@ def _say_positions_are_ours(patch: Patch, given: torch.Tensor | None, real: Sequ
         )
 
 
-def _rotary_tables(patch: Patch, cache: LoCoCoCache | None) -> dict[int, RotaryTable | None]:
-    if patch.config.positions == "absolute":
-        return {}
-    tables = {} if cache is None else cache.rotary_tables
-    if not tables:
-        tables.update(rotary_tables(patch.family, patch.config))
-    return tables
-
-
 @torch.compiler.disable
 def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of the decoder: the cache has read its tokens; put the chunks' hidden states together.
@@ -175,7 +165,8 @@ def after_forward(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
         return output
     _check_all_read(patch, context)
     if context.cache is not None:
-        context.cache.advance(context.plan, context.plan.positions.shape[1])
+        ends_in_padding = context.real is not None and not all(row[-1] for row in context.real)
+        context.cache.advance(context.plan, context.plan.positions.shape[1], ends_in_padding)
         context.cache.is_reading = False
         if context.hands_out:
             output = patch.family.hand_out(output, context.cache)

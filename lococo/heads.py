@@ -192,7 +192,7 @@ def push_heads(
     repo_id : str
         ``"org/name"``; the repository is made if missing.
     private : bool, optional
-        LogitBias of a new repository. None: the organisation's default.
+        Visibility of a new repository. None: the organisation's default.
     token : str or bool, optional
         Hub access token with the right to write.
     commit_message : str

@@ -201,8 +201,6 @@ def padded_columns(
         _refuse_other_marks(mask[:, -num_tokens:])
     if cache is not None and seen and mask.shape[1] > num_tokens:
         _refuse_another_past(mask[:, :seen], cache.rows)
-    if cache is not None:
-        cache.ends_in_padding = has_padding and not bool(real[:, -1].all())
     return real.tolist() if has_padding else None
 
 

@@ -13,15 +13,14 @@ from torch import nn
 from lococo import whole_text
 from lococo.attention import NAME
 from lococo.compat import warn_if_untested
-from lococo.compression.base import get_compressor
 from lococo.config import LoCoCoConfig, check_count
 from lococo.forward import after_forward, ask_for_last_states, before_forward
 from lococo.generate_hooks import add_generate_hooks
 from lococo.heads import load_heads, read_heads_config
-from lococo.kernels.attention import ATTENTIONS
 from lococo.models import find_family
 from lococo.models.family import execution_device, models_around
 from lococo.models.rotary import rotary_tables
+from lococo.registry import ATTENTIONS, COMPRESSORS
 from lococo.state import HEAD, PATCH, Patch, is_patched, patch_of
 
 
@@ -79,9 +78,8 @@ def patch_model(
     family = find_family(model)
     _refuse_distributed(model)
     _check_slots_per_head(config, family.shape)
-    if config.positions == "slot":
-        rotary_tables(family, config)  # a rope type that cannot be used says so here
-    patch = Patch(config, family, attention, prefill_chunk_size)
+    tables = rotary_tables(family, config) if config.positions == "slot" else {}
+    patch = Patch(config, family, attention, prefill_chunk_size, tables)
     setattr(family.decoder, PATCH, patch)
     try:
         _apply(patch, model)
@@ -125,7 +123,7 @@ def _apply(patch: Patch, model: nn.Module) -> None:
     for index, layer in patch.layers.items():
         largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
         if largest.num_fused:
-            head = get_compressor(largest.compressor)(
+            head = COMPRESSORS[largest.compressor](
                 largest, patch.family.head_dim(layer), device=execution_device(layer), dtype=decoder.dtype
             )
             setattr(layer, HEAD, head.train(layer.training))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from lococo.compression.base import Compressor
+    from lococo.compression.scores import Score
 
 Item = TypeVar("Item", bound=Callable)
 
@@ -15,17 +20,22 @@ class Registry(Generic[Item]):
     ----------
     kind : str
         What a config calls them.
-    check : callable
-        Raises a TypeError or ValueError for what is none of the kind.
+    home : str
+        Module that registers the library's own, imported when a name is first looked up.
     """
 
-    def __init__(self, kind: str, check: Callable[[Any], None]) -> None:
+    def __init__(self, kind: str, home: str) -> None:
         self.kind = kind
-        self._check = check
+        self._home = home
         self._items: dict[str, Item] = {}
 
-    def register(self, name: str) -> Callable[[Item], Item]:
+    def register(self, name: str, check: Callable[[Any], None]) -> Callable[[Item], Item]:
         """Decorator that gives a class or function a name.
+
+        Parameters
+        ----------
+        check : callable
+            Raises a TypeError or ValueError for what is none of the kind.
 
         Raises
         ------
@@ -34,7 +44,8 @@ class Registry(Generic[Item]):
         """
 
         def register(item: Item) -> Item:
-            self._check(item)
+            check(item)
+            importlib.import_module(self._home)  # its names are taken first
             taken = self._items.get(name)
             # A module that is read again, in a notebook for one, may register its own again.
             if taken is not None and taken.__qualname__ != item.__qualname__:
@@ -53,8 +64,16 @@ class Registry(Generic[Item]):
             If nothing has it; lists the names there are.
         """
         if name not in self._items:
+            importlib.import_module(self._home)
+        if name not in self._items:
             raise ValueError(f"{self.kind} must be one of {', '.join(self._items)}, got {name!r}")
         return self._items[name]
 
     def __iter__(self) -> Iterator[str]:
+        importlib.import_module(self._home)
         return iter(self._items)
+
+
+SCORES: Registry[type[Score]] = Registry("score", "lococo.compression.scores")
+COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", "lococo.compression.fusion")
+ATTENTIONS: Registry[Callable] = Registry("attention", "lococo.kernels.attention")

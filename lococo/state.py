@@ -18,6 +18,7 @@ from lococo.config import LoCoCoConfig
 from lococo.context import ForwardContext, ForwardRequest
 from lococo.models import Family
 from lococo.models.changes import Changes
+from lococo.models.rotary import RotaryTable
 
 HEAD = "lococo_head"
 PATCH = "lococo_patch"
@@ -58,6 +59,8 @@ class Patch:
         Attention kernel for reading.
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read. None: by the free memory.
+    rotary_tables : dict
+        By layer index, with ``positions="slot"``; None for layers without positions.
     changes : Changes
         All that was put into the model, but for the heads.
     is_suspended : bool
@@ -70,6 +73,7 @@ class Patch:
     family: Family
     attention: str = "auto"
     prefill_chunk_size: int | None = None
+    rotary_tables: dict[int, RotaryTable | None] = dataclasses.field(default_factory=dict)
     changes: Changes = dataclasses.field(default_factory=Changes)
     thread: ThreadState = dataclasses.field(default_factory=ThreadState)
     is_suspended: bool = False

@@ -397,3 +397,46 @@ def test_unpatching_leaves_nothing_and_copies_stay_patched(recorder):
         recorder.replays = 0
         assert torch.equal(answer(other).sequences, expected)
         assert recorder.replays > 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["open", "open-slot", "streaming", "slots-per-head"])
+def test_moving_a_cache_to_where_it_is_changes_nothing(name, recorder):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(1, 70)
+    caches = [model(ids[:, :10], use_cache=True).past_key_values for _ in range(2)]
+    for column in range(10, 70):
+        launched = model(ids[:, [column]], past_key_values=caches[0]).logits
+        replayed = model.__call__(input_ids=ids[:, [column]], past_key_values=caches[1]).logits
+        assert torch.equal(replayed, launched)
+        if column % 7 == 0:
+            caches[1].to("cpu")
+    assert recorder.recordings == 1 and recorder.replays > 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["open", "open-slot"])
+def test_another_model_that_goes_on_with_a_cache_is_not_the_one_that_was_recorded(name, recorder):
+    models = [lococo.patch_model(tiny_llama(seed), CONFIGS[name]) for seed in (0, 1)]
+    models[1].model.rotary_emb.inv_freq.mul_(0.7)
+    ids, caches = tiny_ids(1, 60), []
+    for _ in range(2):
+        caches.append(models[0](ids[:, :10], use_cache=True).past_key_values)
+    for column in range(10, 60):
+        model = models[0] if column < 30 or column >= 45 else models[1]
+        launched = model(ids[:, [column]], past_key_values=caches[0]).logits
+        replayed = model.__call__(input_ids=ids[:, [column]], past_key_values=caches[1]).logits
+        torch.testing.assert_close(replayed, launched, rtol=0, atol=1e-6)
+    assert recorder.recordings == 3
+
+
+@pytest.mark.parametrize("name", ["open", "open-slot"])
+def test_steps_recorded_in_inference_mode_go_on_outside_of_it(name, recorder):
+    model, ids = patched_llama(CONFIGS[name]), tiny_ids(1, 60)
+    with torch.inference_mode():
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        for column in range(10, 30):
+            model.__call__(input_ids=ids[:, [column]], past_key_values=cache)
+    assert recorder.recordings == 1
+    with torch.no_grad():
+        logits = [model.__call__(input_ids=ids[:, [c]], past_key_values=cache).logits for c in range(30, 60)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 30:], rtol=0, atol=1e-5)

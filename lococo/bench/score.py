@@ -15,8 +15,8 @@ from lococo.bench.decode import compressed_cache, random_full_cache
 from lococo.bench.meter import HeldBytes, Meter
 from lococo.bench.roofline import Least, Sizes, decode_memory, segment_work
 from lococo.bench.runner import Cell, Row, Topic, line_name, random_ids
+from lococo.cache.buffers import KVBuffer
 from lococo.cache.cache import LoCoCoCache
-from lococo.cache.layer import KVBuffer
 from lococo.compat import with_cache
 from lococo.generation import cache_bytes
 from lococo.kernels import scoring as kernels

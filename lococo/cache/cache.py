@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lococo.cache.plan import Plan, RowState
 from lococo.compat import Cache
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
+from lococo.models.rotary import RotaryTable
 
 
 class LoCoCoCache(Cache):
@@ -45,11 +46,10 @@ class LoCoCoCache(Cache):
         self.num_steps = 0
         self.ends_in_padding = False
         self.is_open = self.is_reading = False
-        self.rotary_tables: dict = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the tables of the model, which may be another one by then."""
-        return {**vars(self), "rotary_tables": {}, "is_open": False}
+        """What a copy goes on from: no forward is under way with it."""
+        return {**vars(self), "is_open": False}
 
     def __copy__(self) -> LoCoCoCache:
         return copy.deepcopy(self)
@@ -109,7 +109,6 @@ class LoCoCoCache(Cache):
         """Move everything to a device, in place. A layer fetches what is elsewhere when it reads."""
         for layer in self.layers:
             layer.to(device)
-        self.rotary_tables = {}
         return self
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -157,11 +156,19 @@ class LoCoCoCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers. They are made at the first forward and do not grow."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.buffers())
+        """Bytes of all that is held. It is made at the first forward and does not grow.
 
-    def prepare_step(self, plan_for: Callable[[LoCoCoConfig], Plan], heads: Sequence[Compressor | None]) -> None:
-        """Make every layer ready for a step that is replayed; if it is launched after all, they are ready for it, too.
+        While a graph holds the entries, what steps need besides them is not there.
+        """
+        return sum(layer.nbytes for layer in self.layers)
+
+    def make_ready(
+        self,
+        plan_for: Callable[[LoCoCoConfig], Plan],
+        heads: Sequence[Compressor | None],
+        rotary_tables: Mapping[int, RotaryTable | None],
+    ) -> None:
+        """Prepare every layer for a step that is replayed; if it is launched after all, they are ready for it, too.
 
         Parameters
         ----------
@@ -169,15 +176,17 @@ class LoCoCoCache(Cache):
             Plan of the step for heads with a config.
         heads : sequence of Compressor, optional
             Of the layers, None where nothing is fused.
+        rotary_tables : mapping
+            Of the layers, with ``positions="slot"``.
         """
         self.is_reading = True
         for index, (layer, head) in enumerate(zip(self.layers, heads, strict=True)):
-            layer.prepare_step(plan_for, head, self.rotary_tables.get(index))
-        self.rows, self.is_reading = tuple(row.ready() for row in self.rows), False
+            layer.prepare_step(plan_for, head, rotary_tables.get(index))
+        self.rows, self.is_reading = tuple(row.with_block_closed() for row in self.rows), False
 
-    def advance(self, plan: Plan, columns: int) -> None:
-        """Note that a planned call has been read."""
-        self.rows = plan.rows
+    def advance(self, plan: Plan, columns: int, ends_in_padding: bool = False) -> None:
+        """Note that a planned call has been read, and whether the last column of a row was padding."""
+        self.rows, self.ends_in_padding = plan.rows, ends_in_padding
         self.num_steps += plan.is_step
         for layer in self.layers:
             layer.columns += columns
@@ -204,7 +213,9 @@ class LoCoCoCache(Cache):
             self.rows = tuple(row for row in self.rows for _ in range(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows named."""
+        """Only the rows named, by their numbers or by a mask of all rows."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
         super().batch_select_indices(indices)
         self._select_rows(indices)
 

@@ -13,7 +13,7 @@ from lococo.compression.entries import Entries, by_group
 from lococo.kernels.attention import LogitBias
 
 if TYPE_CHECKING:
-    from lococo.cache.layer import HeadGroup
+    from lococo.cache.buffers import HeadGroup
 
 HIDDEN = float("-inf")
 
@@ -41,7 +41,7 @@ class DecodeBuffers:
     bias : torch.Tensor
         (rows, 1 or heads, entries), added to the logits.
     is_current : bool
-        Whether they are in line with all that was written by anything but steps; ``open`` brings them there.
+        Whether they are in line with all that was written by anything but steps; ``sync`` brings them there.
     """
 
     def __init__(self, entries: Entries, groups: Sequence[HeadGroup], num_heads: int) -> None:
@@ -85,7 +85,13 @@ class DecodeBuffers:
         self._owner, self._delay = table[0], table[1]
         self._first = upload(torch.tensor([starts[head] for head in sorted(starts)]), self.keys.device)
 
-    def open(self, plans: Sequence[Plan], mass_biases: Sequence[torch.Tensor | None]) -> None:
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is there besides the layer's entries."""
+        own = (self.bias, self._at, self._index, self._position_ahead, self._scored_until)
+        heads = (self._owner, self._delay, self._first) if self.is_split else ()
+        return [tensor for tensor in (*own, *heads) if tensor is not None]
+
+    def sync(self, plans: Sequence[Plan], mass_biases: Sequence[torch.Tensor | None]) -> None:
         """Take up what was written since, and prepare for steps from the next token on.
 
         Parameters
@@ -199,7 +205,7 @@ class DecodeBuffers:
         if scores is not None:
             self._score(scores, probabilities.square_() if squared else probabilities)
         self._at += 1
-        return output.view(query.shape)
+        return output.reshape(query.shape)
 
     def _attend_by(self, attend: Callable, grouped: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
         """(rows, queries, head_dim) of a kernel, for which every query of its own bias is a KV head."""
@@ -208,7 +214,7 @@ class DecodeBuffers:
             key, value = (each[:, None].expand(-1, heads, -1, -1) for each in (self.keys, self.values))
         else:
             query, key, value = grouped[:, :, None], self.keys[:, None], self.values[:, None]
-        return attend(query, key, value, scale, LogitBias(bias=bias), 0.0, False)[0][:, :, 0]
+        return attend(query, key, value, scale, LogitBias(bias=bias), 0.0, False)[0][:, :, 0].to(grouped.dtype)
 
     def _write_queries(self, queries: torch.Tensor, query: torch.Tensor, kv_heads: int) -> None:
         at = self._written[..., :1].expand(-1, -1, queries.shape[-1])

@@ -22,7 +22,7 @@ from lococo.files import write_whole
 KEY = "lococo_cache"
 FORMAT_VERSION = 2
 FIELDS = [field.name for field in dataclasses.fields(Entries)]
-LAYER_FIELDS = ("window", "num_heads", "_rotated_from")
+LAYER_FIELDS = ("window", "num_heads", "rotated_from")
 
 
 def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
@@ -86,6 +86,8 @@ def _cache(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LoCoCoC
     if tensors:
         raise KeyError(f"surplus tensors: {', '.join(sorted(tensors))}")
     cache.rows = tuple(RowState(*row) for row in content["rows"])
+    if len(cache.rows) not in (1, cache.batch_size):
+        raise KeyError(f"{len(cache.rows)} rows for a batch of {cache.batch_size}")
     cache.ends_in_padding = content["ends_in_padding"]
     return cache
 

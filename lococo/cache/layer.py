@@ -3,145 +3,26 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
+from lococo.cache.buffers import HeadGroup, KVBuffer, Observer, is_locked
 from lococo.cache.decode import DecodeBuffers
-from lococo.cache.plan import AlignedSegment, Compression, Plan, Segment
+from lococo.cache.plan import AlignedSegment, Plan
 from lococo.compat import CacheLayerMixin
-from lococo.compression.base import Compressor, get_compressor
-from lococo.compression.entries import Entries, by_group
-from lococo.compression.scores import get_score
-from lococo.compression.select import Budget, compress
+from lococo.compression.base import Compressor
+from lococo.compression.entries import Entries
+from lococo.compression.select import Budget
 from lococo.config import LoCoCoConfig
 from lococo.models.rotary import RotaryTable
+from lococo.registry import COMPRESSORS, SCORES
 
 CROP_ERROR = (
     "a LoCoCoCache cannot be cropped: tokens blended into slots cannot be taken out again. Assisted and prompt-lookup "
     "decoding need the full cache: use lococo.unpatch_model(model)"
 )
-
-
-Observer = Callable[["KVBuffer", Entries, "int | torch.Tensor", "Compressor | None"], None]
-
-
-class HeadGroup(NamedTuple):
-    """KV heads of a layer with the same budget, and where their entries lie in its buffers, one head after another."""
-
-    config: LoCoCoConfig
-    heads: tuple[int, ...]
-    start: int
-
-    @property
-    def stop(self) -> int:
-        """Where the entries of the last head end."""
-        return self.start + len(self.heads) * self.config.capacity
-
-
-class KVBuffer:
-    """Entries of the KV heads of one group during a call: a view of what their layer owns.
-
-    Without gradients everything is written in place. With gradients every write makes a new tensor, so that
-    back-propagation reaches the tokens of earlier segments; the layer takes them over when the call has been read.
-
-    Attributes
-    ----------
-    entries : Entries
-        (batch, kv_heads of the group, ``num_slots + block_size``, ...), used from the first on.
-    """
-
-    def __init__(
-        self,
-        group: HeadGroup,
-        window: int | None,
-        entries: Entries,
-        in_place: bool = True,
-        observer: Observer | None = None,
-    ) -> None:
-        self.group, self.config, self.window = group, group.config, window
-        self.entries = entries
-        self.in_place = in_place
-        self.observer = observer
-
-    @property
-    def keys(self) -> torch.Tensor:
-        """(batch, kv_heads, capacity, head_dim), the keys that attention reads."""
-        return self.entries.rotated_keys
-
-    @property
-    def values(self) -> torch.Tensor:
-        """(batch, kv_heads, capacity, head_dim)."""
-        return self.entries.values
-
-    def tokens(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None
-    ) -> Entries:
-        """The tokens of a call as entries.
-
-        Parameters
-        ----------
-        query : torch.Tensor
-            (batch, heads, tokens, head_dim), rotated.
-        key, value : torch.Tensor
-            (batch, kv_heads, tokens, head_dim), keys rotated.
-        rotary : RotaryTable, optional
-            None where keys are not rotated, or stay as they came (``positions="absolute"``).
-        """
-        shape = (*key.shape[:2], plan.positions.shape[1])
-        return Entries(
-            keys=key if rotary is None else rotary.rotate(key, plan.cache_positions, inverse=True),
-            values=value,
-            scores=key.new_zeros(()).expand(shape),
-            position=plan.positions[:, None].expand(shape),
-            log_mass=key.new_zeros(()).expand(shape),
-            rotated=key,
-            queries=None if self.entries.queries is None else by_group(query, key.shape[1]),
-        )
-
-    def write(self, segment: Segment, tokens: Entries) -> None:
-        """Put a segment of the call's tokens into its entries."""
-        self.entries = self.entries.combine(tokens, lambda buffer, new: segment.write(buffer, new, self.in_place))
-
-    def close_block(self, segment: Segment, head: Compressor | None, rotary: RotaryTable | None) -> None:
-        """Compress what is full before a segment is written; attention of the past counts less from then on."""
-        for compression in segment.compressions:
-            self.compress(compression, head, rotary)
-        scores, per_token = self.entries.scores, self.config.score_fade
-        if scores is not None and per_token < 1 and segment.closes_block:
-            factor = segment.fading(per_token)
-            self.entries.scores = scores.mul_(factor) if self.in_place else scores * factor
-
-    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
-        """Replace the first entries of some rows by their M slots."""
-        rows, num_slots = compression.rows, self.config.num_slots
-        before = dataclasses.replace(self.entries, rotated=None).map(
-            lambda tensor: (tensor if rows is None else tensor[rows])[:, :, : compression.num_entries]
-        )
-        if self.observer is not None:
-            self.observer(self, before, compression.seen, head)
-        slots = compress(before, compression.seen, self.config, head, self.window)
-        if self.entries.rotated is not None:
-            positions = torch.arange(num_slots, device=slots.keys.device)[None]
-            slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, positions)
-
-        def replace(buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            if self.in_place:
-                buffer[slice(None) if rows is None else rows, :, :num_slots] = new
-                return buffer
-            whole = torch.slice_scatter(buffer if rows is None else buffer[rows], new, dim=2, end=num_slots)
-            return whole if rows is None else buffer.index_copy(0, rows, whole)
-
-        self.entries = self.entries.combine(slots, replace)
-
-    def mass_bias(self, head: Compressor | None, stop: int | None = None) -> torch.Tensor | None:
-        """(batch, kv_heads, entries up to ``stop``) bias on the logits by what entries stand for; None: no bias."""
-        # The head is asked in any case: on a GPU its first answer is waited for, and steps must not wait.
-        if head is None or head.is_closed or self.entries.log_mass is None:
-            return None
-        return head.mass_bias(self.entries.log_mass[:, :, :stop])
 
 
 class LayerCache(CacheLayerMixin):
@@ -167,6 +48,8 @@ class LayerCache(CacheLayerMixin):
         Called with a ``KVBuffer``, the entries, tokens read and head of every compression, before it is done.
     decode : DecodeBuffers, optional
         The same buffers as a token that comes alone reads and writes them; None while a graph reaches into them.
+    rotated_from : int, optional
+        With ``positions="slot"``: entry from which on only the rotated keys have been written, by steps.
     """
 
     is_sliding = False
@@ -183,13 +66,14 @@ class LayerCache(CacheLayerMixin):
         self.decode: DecodeBuffers | None = None
         self.observer: Observer | None = None
         self.has_stepped = False  # since the buffers were made
-        self._is_in_graph = False
-        self._rotated_from: int | None = None  # entry from which on only the rotated keys have been written, by steps
+        self.rotated_from: int | None = None
+        self._views: list[KVBuffer] = []
+        self._is_shared = False  # a graph may have saved these entries, or memory of theirs
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on from: buffers of its own, which some pickles would share, outside of any graph."""
         entries = None if self.entries is None else self.entries.map(lambda tensor: tensor.detach().clone())
-        return {**vars(self), "entries": entries, "decode": None, "_is_in_graph": False}
+        return {**vars(self), "entries": entries, "decode": None, "_views": [], "_is_shared": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -217,8 +101,16 @@ class LayerCache(CacheLayerMixin):
         held = (self.entries.keys, self.entries.values)
         return sum(self.num_kv_heads * tensor.shape[-1] * tensor.element_size() for tensor in held)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held."""
+        if self.entries is None:
+            return 0
+        steps = [] if self.decode is None else self.decode.tensors()
+        return sum(tensor.nbytes for tensor in (*self.entries.tensors(), *steps) if tensor is not None)
+
     def buffers(self) -> list[torch.Tensor]:
-        """Every buffer there is."""
+        """Every buffer that is written to."""
         if self.entries is None:
             return []
         bias = [] if self.decode is None else [self.decode.bias]
@@ -237,7 +129,7 @@ class LayerCache(CacheLayerMixin):
 
         is_ranked = any(budget.is_ranked(config) for budget in budgets)
         is_blended = any(budget.fused > 0 for budget in budgets)
-        needs = get_score(config.score).needs if is_ranked else frozenset()
+        needs = SCORES[config.score].needs if is_ranked else frozenset()
         keys = key.new_zeros(*shape, key.shape[-1])
         entries = Entries(
             keys=keys,
@@ -247,7 +139,7 @@ class LayerCache(CacheLayerMixin):
             log_mass=numbers(config.mass_bias and is_blended),
             rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
         )
-        if is_blended and get_compressor(config.compressor).needs_queries:
+        if is_blended and COMPRESSORS[config.compressor].needs_queries:
             entries.queries = keys.new_zeros(*shape, query.shape[1] // num_kv_heads * query.shape[3])
         self._own(entries)
 
@@ -266,42 +158,50 @@ class LayerCache(CacheLayerMixin):
     @torch.no_grad()
     def _own(self, entries: Entries) -> None:
         """Take these entries for the layer's own, outside of any graph."""
-        self.entries, self._is_in_graph, self.has_stepped = entries, False, False
-        self.decode = DecodeBuffers(entries, self.groups, self.num_heads)
+        self._hold(entries, is_shared=False)
+        self.decode, self.has_stepped = DecodeBuffers(entries, self.groups, self.num_heads), False
+
+    def _hold(self, entries: Entries, is_shared: bool) -> None:
+        self.entries, self._views, self.decode, self._is_shared = entries, [], None, is_shared
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to a device."""
-        self._replace(lambda tensor: tensor.to(device))
+        if self.entries is not None and self.entries.values.device != torch.device(device):
+            self._replace(lambda tensor: tensor.to(device))
 
     # Reading: every group of heads over a view of its entries.
 
     def views(self) -> list[KVBuffer]:
-        """A view of every group's entries; none before the first write."""
-        return [self._view(group, in_place=True) for group in self.groups]
+        """A view of every group's entries, written in place; none before the first write."""
+        if not self._views:
+            self._views = [self._view(group, in_place=True) for group in self.groups]
+        for view in self._views:
+            view.window, view.observer = self.window, self.observer
+        return self._views
 
-    def open(self, rotary: RotaryTable | None) -> list[KVBuffer]:
-        """Views to be read and written in a call; ``close`` takes them back."""
+    def begin_call(self, rotary: RotaryTable | None) -> list[KVBuffer]:
+        """Views to be read and written in a call, with gradients or in place; ``end_call`` takes them back."""
         in_place = not torch.is_grad_enabled()
         self._make_writable(in_place)
         self._write_unrotated(rotary)
         self._forget_decode()
-        return [self._view(group, in_place) for group in self.groups]
+        return self.views() if in_place else [self._view(group, in_place=False) for group in self.groups]
+
+    def end_call(self, views: Sequence[KVBuffer]) -> None:
+        """Take over what a call with gradients has made of the views."""
+        if all(view.in_place for view in views):
+            return
+        parts = [view.entries.map(lambda tensor: tensor.flatten(1, 2)) for view in views]
+        if len(parts) > 1:
+            fields = zip(*(part.tensors() for part in parts), strict=True)
+            parts = [Entries(*(None if each[0] is None else torch.cat(each, dim=1) for each in fields))]  # type: ignore
+        self._hold(parts[0], is_shared=True)
 
     def _view(self, group: HeadGroup, in_place: bool) -> KVBuffer:
         """With entries of (batch, kv_heads of the group, capacity, ...)."""
         shape = (len(group.heads), group.config.capacity)
         entries = self._held.map(lambda tensor: tensor[:, group.start : group.stop].unflatten(1, shape))
         return KVBuffer(group, self.window, entries, in_place, self.observer)
-
-    def close(self, buffers: Sequence[KVBuffer]) -> None:
-        """Take over what a call with gradients has made of the views."""
-        if all(buffer.in_place for buffer in buffers):
-            return
-        parts = [buffer.entries.map(lambda tensor: tensor.flatten(1, 2)) for buffer in buffers]
-        if len(parts) > 1:
-            fields = zip(*(part.tensors() for part in parts), strict=True)
-            parts = [Entries(*(None if each[0] is None else torch.cat(each, dim=1) for each in fields))]  # type: ignore
-        self.entries, self.decode, self._is_in_graph = parts[0], None, True
 
     def _forget_decode(self) -> None:
         if self.decode is not None:
@@ -315,18 +215,18 @@ class LayerCache(CacheLayerMixin):
     def _make_writable(self, in_place: bool = True) -> None:
         """Copy the entries where a graph, or inference mode, forbids to write to them."""
         # A graph may hold buffers that need no gradient themselves: the query's gradient needs keys and values.
-        is_needed = in_place and self._is_in_graph
+        is_needed = in_place and self._is_shared
         buffers = [self._held.values, *([] if self.decode is None else [self.decode.bias])]
         if is_needed or any(map(is_locked, buffers)):
             self._own(self._held.map(lambda each: each.detach().clone(memory_format=torch.contiguous_format)))
 
     def _write_unrotated(self, rotary: RotaryTable | None) -> None:
         """Write the un-rotated keys that steps leave to the end of their block."""
-        if self._rotated_from is None:
+        if self.rotated_from is None:
             return
-        buffer = self._view(self.groups[0], in_place=True)  # there are no budgets per head with positions="slot"
-        late = slice(self._rotated_from, None)
-        keys, self._rotated_from = buffer.keys[:, :, late], None
+        (buffer,) = self.views()  # there are no budgets per head with positions="slot"
+        late = slice(self.rotated_from, None)
+        keys, self.rotated_from = buffer.keys[:, :, late], None
         if rotary is not None:
             positions = torch.arange(self.config.capacity, device=keys.device)[None, late]
             keys = rotary.rotate(keys, positions, inverse=True)
@@ -339,16 +239,16 @@ class LayerCache(CacheLayerMixin):
     ) -> DecodeBuffers:
         """Close the block if it is complete; the buffers for the step of a plan, in line with all that was written."""
         if plan_for(self.config).closes_block:
-            for buffer in self.open(rotary):
-                buffer.close_block(plan_for(buffer.config).segments[0], head, rotary)
+            for view in self.begin_call(rotary):
+                view.close_block(plan_for(view.config).segments[0], head, rotary)
         self._make_writable()
         if self.decode is None:
             self.decode = DecodeBuffers(self._held, self.groups, self.num_heads)
         if not self.decode.is_current:
             plans = [plan_for(group.config) for group in self.groups]
-            self.decode.open(plans, [buffer.mass_bias(head) for buffer in self.views()])
-            if self._held.rotated is not None and self._rotated_from is None:
-                self._rotated_from = cast(AlignedSegment, plans[0].segments[0]).start
+            self.decode.sync(plans, [view.mass_bias(head) for view in self.views()])
+            if self._held.rotated is not None and self.rotated_from is None:
+                self.rotated_from = cast(AlignedSegment, plans[0].segments[0]).start
         return self.decode
 
     def step(
@@ -415,7 +315,7 @@ class LayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
-        self.columns, self._rotated_from = 0, None
+        self.columns, self.rotated_from = 0, None
         if self.entries is not None:
             self._make_writable()
             self._held.map(torch.Tensor.zero_)
@@ -424,7 +324,7 @@ class LayerCache(CacheLayerMixin):
     def detach(self) -> None:
         """Cut the graph: back-propagation ends here, before the compression of a block that is complete."""
         if self.entries is not None:
-            self.entries, self._is_in_graph = self.entries.map(torch.Tensor.detach), False
+            self._hold(self.entries.map(torch.Tensor.detach), self._is_shared)  # a graph still shares the memory
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes row ``beam_idx[i]``."""
@@ -447,8 +347,8 @@ class LayerCache(CacheLayerMixin):
         if self.entries is None:
             return
         changed = self.entries.map(function)
-        if self._is_in_graph:
-            self.entries = changed
+        if self._is_shared:
+            self._hold(changed, is_shared=True)
             return
         old, new = self.entries.values, changed.values
         if old.shape != new.shape or old.device != new.device or is_locked(old):
@@ -456,8 +356,3 @@ class LayerCache(CacheLayerMixin):
             return
         self.entries.combine(changed, torch.Tensor.copy_)
         self._forget_decode()
-
-
-def is_locked(tensor: torch.Tensor) -> bool:
-    """Whether it was made in inference mode and may not be written to any more."""
-    return tensor.is_inference() and not torch.is_inference_mode_enabled()

@@ -36,11 +36,11 @@ class RowState:
         """Entries in use, slots and block."""
         return min(self.closed, num_slots) + self.pending
 
-    def ready(self) -> RowState:
+    def with_block_closed(self) -> RowState:
         """The row when a token can be written: a complete block is closed."""
         return RowState(self.seen) if self.is_complete else self
 
-    def read(self, tokens: int, limit: int) -> RowState:
+    def after(self, tokens: int, limit: int) -> RowState:
         """The row after some tokens, none past the end of a block of ``limit`` tokens."""
         pending = self.pending + tokens
         return RowState(self.closed, pending, pending >= limit)
@@ -261,59 +261,60 @@ def _plan_aligned(row: RowState, num_tokens: int, num_slots: int, limit: int, de
     segments, cache_positions, column = [], [], 0
     positions = torch.arange(row.seen, row.seen + num_tokens, device=device)[None]
     while column < num_tokens:
-        block_end, overfull, row = _closed(row, num_slots)
+        block_end, overfull, row = _close(row, num_slots)
         tokens = min(max(limit - row.pending, 1), num_tokens - column)
         start = row.num_entries(num_slots)
         compressions = (Compression(overfull, row.seen),) if overfull else ()
         segments.append(AlignedSegment(slice(column, column + tokens), start, block_end, compressions))
         cache_positions.append(torch.arange(start, start + tokens, device=device))
-        row, column = row.read(tokens, limit), column + tokens
+        row, column = row.after(tokens, limit), column + tokens
     return Plan(tuple(segments), (row,), torch.cat(cache_positions)[None], positions)
 
 
-def _closed(row: RowState, num_slots: int) -> tuple[int, int, RowState]:
+def _close(row: RowState, num_slots: int) -> tuple[int, int, RowState]:
     """Length of a complete block (or 0), entries to compress (or 0), and the row with the block closed."""
     if not row.is_complete:
         return 0, 0, row
     held = row.num_entries(num_slots)
-    return row.pending, held if held > num_slots else 0, row.ready()
+    return row.pending, held if held > num_slots else 0, row.with_block_closed()
 
 
 def _plan_ragged(
     rows: Sequence[RowState], real: Sequence[Sequence[bool]], num_slots: int, limit: int, device: torch.device | str
 ) -> Plan:
     state = list(rows)
-    waiting = [[column for column, is_real in enumerate(flags) if is_real] for flags in real]
+    waiting = [torch.tensor(flags).nonzero()[:, 0] for flags in real]  # columns of each row's tokens
     cache_positions = torch.zeros(len(real), len(real[0]), dtype=torch.long)
     positions = torch.zeros_like(cache_positions)
     segments = []
-    while any(waiting):
+    while any(len(columns) for columns in waiting):
         tokens, block_ends, overfull, starts = [], [], [], []
         for index, columns in enumerate(waiting):
-            block_end, full, row = _closed(state[index], num_slots) if columns else (0, 0, state[index])
+            block_end, full, row = _close(state[index], num_slots) if len(columns) else (0, 0, state[index])
             start = row.num_entries(num_slots)
             count = min(max(limit - row.pending, 1), len(columns))
-            for number, column in enumerate(columns[:count]):
-                tokens.append((index, column, number, start + number))
-                cache_positions[index, column] = start + number
-                positions[index, column] = row.seen + number
+            number = torch.arange(count)
+            tokens.append(torch.stack([torch.full_like(number, index), columns[:count], number, start + number]))
+            cache_positions[index, columns[:count]] = start + number
+            positions[index, columns[:count]] = row.seen + number
             waiting[index] = columns[count:]
             block_ends.append(block_end)
             overfull.append((full, row.seen))
             starts.append(start)
-            state[index] = row.read(count, limit) if count else row
-        segments.append(_ragged_segment(tokens, starts, block_ends, _compressions(overfull, device), device))
+            state[index] = row.after(count, limit) if count else row
+        table = torch.cat(tokens, dim=1)
+        segments.append(_ragged_segment(table, starts, block_ends, _compressions(overfull, device), device))
     return Plan(tuple(segments), tuple(state), upload(cache_positions, device), upload(positions, device))
 
 
 def _ragged_segment(
-    tokens: list[tuple[int, int, int, int]],
+    table: torch.Tensor,
     starts: list[int],
     block_ends: list[int],
     compressions: tuple[Compression, ...],
     device: torch.device | str,
 ) -> RaggedSegment:
-    table = torch.tensor(tokens).T
+    """A segment of tokens by (row, column, number in the segment, entry), each a row of ``table``."""
     counts = torch.bincount(table[0], minlength=len(starts))
     row_of, column, query_index, entry = upload(table, device)
     return RaggedSegment(

@@ -16,6 +16,9 @@ from lococo.cli.terminal import print_table, print_written
 if TYPE_CHECKING:
     from lococo.bench.runner import Subject, Topic
 
+# Of a grid's table, the most telling first.
+SUMMARY = ("method", "num_slots", "length", "batch", "unit", "objective", "median", "speedup_over_full", "limit_share")
+MEMORY = ("skipped", "peak_bytes", "cache_bytes")
 Lengths = Annotated[list[int], option(MEASURED, "Tokens.", "--lengths")]
 Batches = Annotated[list[int], option(MEASURED, "Texts at once.", "--batches")]
 
@@ -204,7 +207,7 @@ def _measure(
     finally:
         rows = write_grid(cells, output, context.obj)
         if rows:
-            print_table(rows)
+            print_table(rows, dict.fromkeys((*SUMMARY, *MEMORY, *topic.columns, *rows[0])))
             print_written(output)
     if remaining:
         print(f"{output}: the time limit left {len(remaining)} cells; the same command goes on with", file=sys.stderr)

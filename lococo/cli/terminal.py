@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from rich.table import Table
 
-WIDTH = 100  # columns of a table, at most
+WIDTH = 100  # columns of text of a table, at most
+WIDEST = 30  # and of one of its columns, at least, where there are longer words
+GAP = 2  # between two columns
 
 
-def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+def print_table(rows: Sequence[dict[str, Any]], columns: Iterable[str] | None = None) -> None:
     """Rows as a table of at most 100 columns of text; names and counts that are the same in all stand below it, once.
 
     Parameters
     ----------
     rows : sequence of dict
         All with the same keys.
-    columns : sequence of str, optional
-        Keys to show. None: all.
+    columns : iterable of str, optional
+        Keys to show, the most important first. None: all. What finds no room is left to the files.
     """
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     if not rows:
         return
-    shown = [name for name in columns or rows[0] if any(row[name] is not None for row in rows)]
-    alike = [name for name in shown if len(rows) > 1 and _is_setting([row[name] for row in rows])]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in (name for name in shown if name not in alike):
-        is_number = all(isinstance(row[name], int | float | None) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in shown if name not in alike))
     console = Console(width=min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), highlight=False)
-    console.print(table)
+    shown = [name for name in columns or rows[0] if any(row.get(name) is not None for row in rows)]
+    alike = [name for name in shown if len(rows) > 1 and _is_setting([row[name] for row in rows])]
+    names = [name for name in shown if name not in alike]
+    while sum(_width(rows, name) + GAP for name in names) > console.width:
+        names.pop()
+    console.print(_table(rows, names))
     if alike:
-        console.print(", ".join(f"{name.replace('_', ' ')} {_cell(rows[0][name])}" for name in alike), markup=False)
+        console.print(", ".join(f"{_words(name)} {_cell(name, rows[0][name])}" for name in alike), markup=False)
+
+
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
+        if _is_number(rows, name):  # in one piece
+            table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True, vertical="bottom")
+        else:
+            table.add_column(_words(name), overflow="fold", min_width=_width(rows, name))
+    for row in rows:
+        table.add_row(*(_cell(name, row[name]) for name in names))
+    return table
+
+
+def _is_number(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    return all(isinstance(row[name], int | float | None) for row in rows)
+
+
+def _width(rows: Sequence[dict[str, Any]], name: str) -> int:
+    """Columns of text that a column of a table needs."""
+    cells = [_cell(name, row[name]) for row in rows]
+    pieces = cells if _is_number(rows, name) else [word for cell in cells for word in cell.split()]
+    return min(WIDEST, max(len(piece) for piece in [*pieces, *name.split("_")]))
 
 
 def print_written(output: Path) -> None:
@@ -49,6 +73,8 @@ def print_written(output: Path) -> None:
 
 def print_progress(row: Mapping[str, Any]) -> None:
     """What a calibration has just measured: the gap ratio, and now and then the loss on its way."""
+    from tqdm import tqdm
+
     if "gap_ratio" in row:
         place = f"step {row['step']}" if row["step"] else "before training"
         tqdm.write(f"{place}: gap ratio {ratio_text(row['gap_ratio'])}, held-out loss {row['heldout_nll']:.4f}")
@@ -64,7 +90,13 @@ def _is_setting(values: Sequence[Any]) -> bool:
     return len(set(values)) == 1 and not isinstance(values[0], float)
 
 
-def _cell(value: Any) -> str:
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
+    if name.endswith("bytes"):
+        return f"{value / 2**20:,.1f} MiB"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lococo.compression.entries import Choice, Entries
-from lococo.registry import Registry
+from lococo.registry import COMPRESSORS
 
 # Weights below it count as nothing for the number of tokens that a blend stands for.
 SMALLEST_WEIGHT = 1e-9
@@ -88,9 +88,6 @@ def _check(compressor: Any) -> None:
         raise TypeError(f"a compressor must be a class derived from lococo.Compressor, got {compressor!r}")
 
 
-COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", _check)
-
-
 def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compressor]]:
     """Class decorator: a compressor that ``LoCoCoConfig(compressor=name)`` finds.
 
@@ -101,18 +98,7 @@ def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compress
     ValueError
         If the name is taken by another class.
     """
-    return COMPRESSORS.register(name)
-
-
-def get_compressor(name: str) -> Any:
-    """A class by its name.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name; lists those there are.
-    """
-    return COMPRESSORS[name]
+    return COMPRESSORS.register(name, _check)
 
 
 def log_mass(weights: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:

@@ -13,14 +13,13 @@ A score of your own is one class; prefill, decoding, recorded steps and Triton r
 from __future__ import annotations
 
 import abc
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from lococo.registry import Registry
+from lococo.registry import SCORES
 
 if TYPE_CHECKING:
     from lococo.compression.entries import Entries
@@ -66,8 +65,8 @@ class Score(abc.ABC):
         entries : Entries
             With ``scores`` where the score needs attention.
         age : torch.Tensor, optional
-            (batch, kv_heads, entries), tokens read since an entry's own, 1 for the last; None if ``needs`` has no
-            "position".
+            (batch, kv_heads, entries), tokens read since an entry's own, 1 for the last. It is there if ``needs`` has
+            "position", and in layers with a sliding window.
 
         Returns
         -------
@@ -86,9 +85,6 @@ def _check(score: Any) -> None:
         raise ValueError(f"{score.__name__}.power must be 1 or 2, got {score.power!r}")
 
 
-SCORES: Registry[type[Score]] = Registry("score", _check)
-
-
 def register_score(name: str) -> Callable[[type[Score]], type[Score]]:
     """Class decorator: a score that ``LoCoCoConfig(score=name)`` finds.
 
@@ -99,23 +95,7 @@ def register_score(name: str) -> Callable[[type[Score]], type[Score]]:
     ValueError
         If it needs or sums what there is not, or the name is taken by another class.
     """
-    return SCORES.register(name)
-
-
-def get_score(name: str) -> Score:
-    """A score by its name.
-
-    Raises
-    ------
-    ValueError
-        If there is none of that name; lists those there are.
-    """
-    return _made(SCORES[name])
-
-
-@functools.cache
-def _made(score: type[Score]) -> Score:
-    return score()
+    return SCORES.register(name, _check)
 
 
 @register_score("distant")

@@ -9,8 +9,8 @@ import torch
 
 from lococo.compression.base import Compressor
 from lococo.compression.entries import Choice, Entries
-from lococo.compression.scores import get_score
 from lococo.config import LoCoCoConfig
+from lococo.registry import SCORES
 
 
 class Budget(NamedTuple):
@@ -49,7 +49,7 @@ def rank(
     if not Budget.of(config, window).is_ranked(config):
         return None
     age: Any = None if entries.position is None else seen - entries.position
-    ranking = get_score(config.score).rank(entries, age, config)
+    ranking = SCORES[config.score]().rank(entries, age, config)
     return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
 
 

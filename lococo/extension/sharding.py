@@ -71,20 +71,20 @@ def gathered(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
         if isinstance(module, FSDPModule):
             module.reshard()
     whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied one only once
-    places: list[tuple[nn.Module, str, Any]] = []  # and the sharded parameter, which is a DTensor
+    sharded: list[tuple[nn.Module, str, Any]] = []  # and the sharded parameter, which is a DTensor
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 if parameter not in whole:
                     whole[parameter] = nn.Parameter(parameter.detach().full_tensor())
                 module._parameters[name] = whole[parameter]
-                places.append((module, name, parameter))
+                sharded.append((module, name, parameter))
     try:
         yield
-        for module, name, parameter in places if write_back else []:
+        for module, name, parameter in sharded if write_back else []:
             current: Any = module._parameters[name]
             values = distribute_tensor(current.detach(), parameter.device_mesh, parameter.placements)
             parameter.detach().copy_(values)
     finally:
-        for module, name, parameter in places:
+        for module, name, parameter in sharded:
             module._parameters[name] = parameter

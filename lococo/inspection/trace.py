@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lococo.cache.layer import HeadGroup, KVBuffer
+from lococo.cache.buffers import HeadGroup, KVBuffer
 from lococo.compression.base import Compressor
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget, mixing

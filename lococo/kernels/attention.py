@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from lococo.kernels.trials import TRITON, AttendTrial
-from lococo.registry import Registry
+from lococo.registry import ATTENTIONS
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 # In float32 a program's tiles do not fit into registers.
@@ -90,13 +90,13 @@ def _is_for_tiles(device: torch.device) -> bool:
     return is_there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def lower_right(queries: int, entries: int, delay: int, device: torch.device) -> torch.Tensor:
     """(queries, entries), True where the query is at least ``delay`` after the entry when both end together."""
     return torch.ones(queries, entries, dtype=torch.bool, device=device).tril(entries - queries - delay)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _lower_right_bias(queries: int, entries: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return _as_bias(lower_right(queries, entries, 0, device), dtype)
 
@@ -297,9 +297,6 @@ def _check(attention: Any) -> None:
         raise TypeError(f"an attention must be a function, got {attention!r}")
 
 
-ATTENTIONS: Registry[Callable] = Registry("attention", _check)
-
-
 def register_attention(name: str) -> Callable[[Callable], Callable]:
     """Decorator: an attention kernel that ``patch_model(model, attention=name)`` finds, for reading and decoding.
 
@@ -315,7 +312,7 @@ def register_attention(name: str) -> Callable[[Callable], Callable]:
     ValueError
         If the name is taken by another.
     """
-    return ATTENTIONS.register(name)
+    return ATTENTIONS.register(name, _check)
 
 
 _LIBRARY: dict[str, Callable] = {

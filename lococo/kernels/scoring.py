@@ -10,8 +10,6 @@ import torch
 from lococo.kernels.attention import ATTENTIONS, LogitBias, lower_right, triton_takes, wide
 from lococo.kernels.trials import TRITON, MassTrial
 
-__all__ = ["LogitBias", "attend", "attend_and_lse", "attention_mass", "lower_right"]
-
 SCORE_TILE = 64
 
 

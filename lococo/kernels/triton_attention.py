@@ -1,6 +1,6 @@
 """Attention with its log-sum-exp, and attention mass, in Triton, without gradients.
 
-They equal ``kernels.attend_and_lse`` and ``kernels.attention_mass`` in plain PyTorch.
+They equal ``attend_and_lse`` and ``attention_mass`` of ``lococo.kernels.scoring``.
 """
 
 from __future__ import annotations

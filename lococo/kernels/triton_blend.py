@@ -1,4 +1,4 @@
-"""The blends of a compression in one Triton kernel, without gradients. It equals the plain PyTorch in ``slots``."""
+"""The blends of a compression in one Triton kernel, without gradients. It equals ``Compressor.blend``."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ class RotaryTable:
         positions : torch.Tensor
             (1 or batch, tokens).
         """
+        if self.cos.device != keys.device:  # the model has been moved
+            self.cos, self.sin = self.cos.to(keys.device), self.sin.to(keys.device)
         cos, sin = self.cos[0, positions], self.sin[0, positions]
         # In float32, and with one head in the place of the query that the function also wants.
         exact = keys.float()

@@ -14,7 +14,7 @@ from lococo.bench.roofline import measure_limits
 from lococo.bench.runner import Cell, random_ids
 from lococo.bench.score import Score
 from lococo.bench.train import Train, learning, objective_of, with_objectives
-from lococo.cache.layer import KVBuffer
+from lococo.cache.buffers import KVBuffer
 from lococo.generation import cache_bytes
 from lococo.kernels.scoring import SCORE_TILE
 from lococo.methods import PRESETS, Run, as_method, plan_runs
@@ -51,7 +51,7 @@ def test_trained_heads_are_named_by_their_folder(model, tmp_path):
 def state(cache):
     buffers = [(tuple(tensor.shape), tensor.dtype) for layer in cache.layers for tensor in layer.buffers()]
     (row,) = set(cache.rows)
-    return buffers, [row.ready().num_entries(slots) for slots in (9, 12, M, 20)], row.pending
+    return buffers, [row.with_block_closed().num_entries(slots) for slots in (9, 12, M, 20)], row.pending
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "split", "small-blocks"])

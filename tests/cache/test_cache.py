@@ -51,12 +51,13 @@ def test_decoding_makes_no_buffer_anew(name, family, rows):
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     before = [(buffer.data_ptr(), buffer.shape) for layer in cache.layers for buffer in layer.buffers()]
     content = [buffer.clone() for layer in cache.layers for buffer in layer.buffers()]
+    held = cache.nbytes
     for token in tiny_ids(len(rows), 60).split(1, dim=1):
         read_on(model, token, cache)
     buffers = [buffer for layer in cache.layers for buffer in layer.buffers()]
     assert [(buffer.data_ptr(), buffer.shape) for buffer in buffers] == before
     assert not any(map(torch.equal, buffers[:2], content[:2]))
-    assert cache.nbytes == sum(buffer.nbytes for buffer in buffers)
+    assert cache.nbytes == held > sum(buffer.nbytes for buffer in buffers)  # and places of steps
 
 
 @torch.no_grad()
@@ -211,3 +212,39 @@ def test_the_process_does_not_grow_while_a_hundred_thousand_tokens_pass():
     model = patch(tiny_llama(**WIDE), OPEN, num_slots=64, block_size=128)
     assert growth(model, 49 * 2048) < MEGABYTES
     assert growth(lococo.unpatch_model(model), 8 * 2048) > MEGABYTES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [[True, True, True], [False, True, True], [True, False, False]])
+def test_rows_can_be_named_by_a_mask(mask):
+    model, (ids, padding) = patch(tiny_llama(), CONFIGS["absolute"]), pad_left(ROWS)
+    caches = [model(ids, attention_mask=padding).past_key_values for _ in range(2)]
+    caches[0].batch_select_indices(torch.tensor(mask))
+    caches[1].batch_select_indices(torch.tensor(mask).nonzero()[:, 0])
+    assert caches[0].rows == caches[1].rows and caches[0].batch_size == sum(mask)
+    token = torch.ones(sum(mask), 1, dtype=torch.long)
+    assert torch.equal(*(model(token, past_key_values=cache).logits for cache in caches))
+
+
+@pytest.mark.parametrize("name", ["absolute", "slot", "slots-per-head"])
+@pytest.mark.parametrize("then", ["read", "step", "reset", "reorder", "repeat"])
+def test_what_comes_after_a_detach_leaves_the_graph_before_it_alone(name, then):
+    model, ids = patch(tiny_llama(), CONFIGS[name]), tiny_ids(1, 40)
+
+    def gradients(spoil):
+        output = model(ids[:, :30], use_cache=True)
+        loss, cache = output.logits.square().sum(), output.past_key_values
+        if spoil:
+            cache.detach()
+            with torch.no_grad():
+                if then in ("read", "step"):
+                    model(ids[:, 30 : 31 if then == "step" else 40], past_key_values=cache)
+                elif then == "reset":
+                    cache.reset()
+                elif then == "reorder":
+                    cache.reorder_cache(torch.tensor([0]))
+                else:
+                    cache.batch_repeat_interleave(2)
+        return torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+
+    assert torch.equal(gradients(spoil=True), gradients(spoil=False))

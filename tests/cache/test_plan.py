@@ -77,7 +77,7 @@ def test_decode_block_closes_early_and_only_for_single_tokens():
     row = plan_call((RowState(),), 14, config).rows[0]
     assert row.pending == 2
     row = plan_call((row,), 1, config).rows[0]
-    assert (row.num_entries(8), row.ready().num_entries(8), row.pending, row.seen) == (11, 8, 3, 15)
+    assert (row.num_entries(8), row.with_block_closed().num_entries(8), row.pending, row.seen) == (11, 8, 3, 15)
 
 
 def test_write_and_take_are_inverse_in_both_modes():

@@ -163,17 +163,28 @@ def test_groups_are_laid_out_as_options(capsys):
 
 def test_a_table_fits_and_says_once_what_is_alike(capsys):
     rows = [
-        {"method": "lococo-uncalibrated-slot", **{f"figure_{index}": 1.23456 * index * row for index in range(9)}}
+        {"method": "lococo-uncalibrated-slot", **{f"figure_{index}": 1.23456 * index * row for index in range(20)}}
         for row in (1, 2)
     ]
-    rows = [
-        {**row, "block_size": 128, "nothing": None, "some": "long words " * int(9 * row["figure_1"])} for row in rows
-    ]
-    print_table(rows)
-    said = capsys.readouterr().out
-    assert max(map(len, said.splitlines()[:-1])) <= 100
-    assert "1.235" in said and "nothing" not in said and "block size 128" in said.splitlines()[-1]
+    more = {"block_size": 128, "nothing": None, "cache_bytes": 3 * 2**20}
+    rows = [{**row, **more, "some": "long words " * int(9 * row["figure_1"])} for row in rows]
+    print_table(rows, ["some", *rows[0]])
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 100
+    assert any("1.235" in line and "2.469" in line for line in said), "numbers stay in one piece"
+    assert not any("nothing" in line for line in said)
+    assert said[-1] == "method lococo-uncalibrated-slot, block size 128, cache bytes 3.0 MiB"
     print_table(rows[:1], ["method", "block_size"])
     assert "lococo-uncalibrated-slot" in capsys.readouterr().out
     print_table([])
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["40", "70", "200"])
+def test_what_finds_no_room_in_a_table_is_left_out_from_its_end(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    rows = [{f"figure_{index}": 0.00123456 * (index + 1) * row for index in range(30)} for row in (1, 2)]
+    print_table(rows)
+    said = capsys.readouterr().out.splitlines()
+    assert min(100, int(columns)) - 15 <= max(map(len, said)) <= min(100, int(columns))
+    assert said[-1].startswith("0.002469") and not any("\u2026" in line for line in said)

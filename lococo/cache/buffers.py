@@ -1,0 +1,139 @@
+"""Views of a layer's buffers: the entries of KV heads with the same budget, during a call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lococo.cache.plan import Compression, Plan, Segment
+from lococo.compression.base import Compressor
+from lococo.compression.entries import Entries, by_group
+from lococo.compression.select import compress
+from lococo.config import LoCoCoConfig
+from lococo.models.rotary import RotaryTable
+
+Observer = Callable[["KVBuffer", Entries, "int | torch.Tensor", "Compressor | None"], None]
+
+
+class HeadGroup(NamedTuple):
+    """KV heads of a layer with the same budget, and where their entries lie in its buffers, one head after another."""
+
+    config: LoCoCoConfig
+    heads: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """Where the entries of the last head end."""
+        return self.start + len(self.heads) * self.config.capacity
+
+
+class KVBuffer:
+    """Entries of the KV heads of one group during a call: a view of what their layer owns.
+
+    Without gradients everything is written in place. With gradients every write makes a new tensor, so that
+    back-propagation reaches the tokens of earlier segments; the layer takes them over when the call has been read.
+
+    Attributes
+    ----------
+    entries : Entries
+        (batch, kv_heads of the group, ``num_slots + block_size``, ...), used from the first on.
+    """
+
+    def __init__(
+        self,
+        group: HeadGroup,
+        window: int | None,
+        entries: Entries,
+        in_place: bool = True,
+        observer: Observer | None = None,
+    ) -> None:
+        self.group, self.config, self.window = group, group.config, window
+        self.entries = entries
+        self.in_place = in_place
+        self.observer = observer
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """(batch, kv_heads, capacity, head_dim), the keys that attention reads."""
+        return self.entries.rotated_keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(batch, kv_heads, capacity, head_dim)."""
+        return self.entries.values
+
+    def tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None
+    ) -> Entries:
+        """The tokens of a call as entries.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (batch, heads, tokens, head_dim), rotated.
+        key, value : torch.Tensor
+            (batch, kv_heads, tokens, head_dim), keys rotated.
+        rotary : RotaryTable, optional
+            None where keys are not rotated, or stay as they came (``positions="absolute"``).
+        """
+        shape = (*key.shape[:2], plan.positions.shape[1])
+        return Entries(
+            keys=key if rotary is None else rotary.rotate(key, plan.cache_positions, inverse=True),
+            values=value,
+            scores=key.new_zeros(()).expand(shape),
+            position=plan.positions[:, None].expand(shape),
+            log_mass=key.new_zeros(()).expand(shape),
+            rotated=key,
+            queries=None if self.entries.queries is None else by_group(query, key.shape[1]),
+        )
+
+    def write(self, segment: Segment, tokens: Entries) -> None:
+        """Put a segment of the call's tokens into its entries."""
+        self.entries = self.entries.combine(tokens, lambda buffer, new: segment.write(buffer, new, self.in_place))
+
+    def close_block(self, segment: Segment, head: Compressor | None, rotary: RotaryTable | None) -> None:
+        """Compress what is full before a segment is written; attention of the past counts less from then on."""
+        for compression in segment.compressions:
+            self.compress(compression, head, rotary)
+        scores, per_token = self.entries.scores, self.config.score_fade
+        if scores is not None and per_token < 1 and segment.closes_block:
+            factor = segment.fading(per_token)
+            self.entries.scores = scores.mul_(factor) if self.in_place else scores * factor
+
+    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
+        """Replace the first entries of some rows by their M slots."""
+        rows, num_slots = compression.rows, self.config.num_slots
+        before = dataclasses.replace(self.entries, rotated=None).map(
+            lambda tensor: (tensor if rows is None else tensor[rows])[:, :, : compression.num_entries]
+        )
+        if self.observer is not None:
+            self.observer(self, before, compression.seen, head)
+        slots = compress(before, compression.seen, self.config, head, self.window)
+        if self.entries.rotated is not None:
+            positions = torch.arange(num_slots, device=slots.keys.device)[None]
+            slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, positions)
+
+        def replace(buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            if self.in_place:
+                buffer[slice(None) if rows is None else rows, :, :num_slots] = new
+                return buffer
+            whole = torch.slice_scatter(buffer if rows is None else buffer[rows], new, dim=2, end=num_slots)
+            return whole if rows is None else buffer.index_copy(0, rows, whole)
+
+        self.entries = self.entries.combine(slots, replace)
+
+    def mass_bias(self, head: Compressor | None, stop: int | None = None) -> torch.Tensor | None:
+        """(batch, kv_heads, entries up to ``stop``) bias on the logits by what entries stand for; None: no bias."""
+        # The head is asked in any case: on a GPU its first answer is waited for, and steps must not wait.
+        if head is None or head.is_closed or self.entries.log_mass is None:
+            return None
+        return head.mass_bias(self.entries.log_mass[:, :, :stop])
+
+
+def is_locked(tensor: torch.Tensor) -> bool:
+    """Whether it was made in inference mode and may not be written to any more."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
