@@ -41,7 +41,9 @@ def test_bytes_do_not_grow_with_the_text():
     assert len(set(bytes_held)) == 1 and keys_and_values < bytes_held[0] < 2 * keys_and_values
 
 
-@pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one-row", "padded-rows"])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(ROWS[:1], marks=pytest.mark.slow), ROWS], ids=["one-row", "padded-rows"]
+)
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("name", [*FEW, "decode-block-1", "reference", "streaming"])
 @torch.no_grad()

@@ -92,7 +92,7 @@ def test_the_package_loads_its_names_when_they_are_asked_for():
 
 IMPORTED_FIRST = """
 import importlib, os, sys
-import torch, transformers  # which take their time, once for all
+from transformers import GenerationMixin, PreTrainedModel  # which take their time, once for all
 for module in sys.argv[1:]:
     child = os.fork()
     if not child:

@@ -296,6 +296,7 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
     assert (tmp_path / "out" / "tasks.md").read_text().count("\n") == len(rows) + 4
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch):
     expected = run(data, tokenizer, tmp_path / "whole", seed=0)
     answer, calls = FewShotTask.answer, []
@@ -446,6 +447,7 @@ sys.exit(lococo.cli.main.main(["eval", "tasks", "--model", "x"]))
 """
 
 
+@pytest.mark.slow
 def test_a_missing_lm_eval_is_named_and_importing_needs_none():
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=Path(__file__).parents[2]

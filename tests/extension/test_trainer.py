@@ -56,7 +56,9 @@ def gradients(learner, how, folder, ids=IDS):
     return kept.found
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, None])
+@pytest.mark.parametrize(
+    "depth", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), None]
+)
 @pytest.mark.parametrize("method", ["lococo", pytest.param("h2o", marks=pytest.mark.slow)])
 def test_gradients_equal_the_naive_reference(method, depth, tmp_path):
     how = recipe(method, depth=depth)

@@ -361,8 +361,12 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [*(("attend", fault) for fault in FAULTS), ("attention_mass", "wrong"), ("attention_mass", "import")]
-    + [("blend", "wrong"), ("blend", "launch")],
+    [*(("attend", fault) for fault in ("import", "launch", "wrong", "not-a-number"))]
+    + [("attention_mass", "wrong"), ("blend", "wrong")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("attend", "system"), ("attend", "of-its-own"), ("attention_mass", "import"), ("blend", "launch"))
+    ],
 )
 def test_first_fault_of_a_kernel_leaves_everything_to_torch(name, fault, calls, monkeypatch):
     kernel, spoil = getattr(KERNELS[name], name), FAULTS[fault]

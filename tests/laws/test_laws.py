@@ -49,7 +49,7 @@ def test_enough_slots_give_the_full_model(model, preset, positions, block_size):
 
 @pytest.mark.parametrize("name", ANY_SPLIT)
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), unique=True, max_size=8).map(sorted))
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 def test_any_split_of_the_input_gives_the_same_logits(model, name, cuts):
     ids = tiny_ids(2, LENGTH)
     expected = read(model, ids, CONFIGS[name])
