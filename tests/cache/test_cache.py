@@ -219,7 +219,7 @@ def test_the_process_does_not_grow_while_a_hundred_thousand_tokens_pass():
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [[True, True, True], [False, True, True], [True, False, False]])
 def test_rows_can_be_named_by_a_mask(mask):
-    model, (ids, padding) = patch(tiny_llama(), CONFIGS["absolute"]), pad_left(ROWS)
+    model, (ids, padding) = patch(tiny_llama(), CONFIGS["open"]), pad_left(ROWS)
     caches = [model(ids, attention_mask=padding).past_key_values for _ in range(2)]
     caches[0].batch_select_indices(torch.tensor(mask))
     caches[1].batch_select_indices(torch.tensor(mask).nonzero()[:, 0])
