@@ -228,7 +228,7 @@ def test_rows_can_be_named_by_a_mask(mask):
     assert torch.equal(*(model(token, past_key_values=cache).logits for cache in caches))
 
 
-@pytest.mark.parametrize("name", ["absolute", "slot", "slots-per-head"])
+@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head"])
 @pytest.mark.parametrize("then", ["read", "step", "reset", "reorder", "repeat"])
 def test_what_comes_after_a_detach_leaves_the_graph_before_it_alone(name, then):
     model, ids = patch(tiny_llama(), CONFIGS[name]), tiny_ids(1, 40)
