@@ -92,10 +92,10 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/pip install -e ".[dev]"
 	touch $@
 
-test: $(VENV)/.installed ## run the quick tests, that tell most: a few minutes
+test: $(VENV)/.installed ## run the tests that tell most: under five minutes on two cores
 	$(VENV)/bin/$(QUICK_TESTS)
 
-test-all: $(VENV)/.installed ## run all tests
+test-all: $(VENV)/.installed ## run all tests, those marked slow, too
 	$(VENV)/bin/$(ALL_TESTS)
 
 lint: $(VENV)/.installed ## check style, docstrings and types
