@@ -356,8 +356,8 @@ def test_an_attention_of_ones_own_decodes_as_the_library_does(monkeypatch, optio
     ids, found = tiny_ids(2, 60), []
     for attention in ("softmax", "auto"):
         torch.manual_seed(0)
-        config = LoCoCoConfig(16, **{"block_size": 8, "gate_init": 0.4, "attention": attention, **options})
-        with patched(tiny_llama(), config) as model:
+        config = LoCoCoConfig(16, **{"block_size": 8, "gate_init": 0.4, **options})
+        with patched(tiny_llama(), config, attention=attention) as model:
             cache, logits = None, []
             for part in ids.split([21, *[1] * 30, 9], dim=1):
                 output = model(part, past_key_values=cache, use_cache=True)
