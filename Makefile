@@ -42,12 +42,12 @@ EXTENSION_FACTOR ?= 16
 EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
 EXTENDED := lococo lococo-slot h2o streaming full longlora
 EXTENSION_TEXTS := books math_latex code
-# A visit to a GPU: the choice of stages, and the seconds each may take where they are not those of tests/gpu_visit.py
+# A visit to a GPU: the choice of stages, and the seconds each may take where they are not those of tests/gpu/gpu_visit.py
 # (SECONDS_decode=100). With VENV empty it runs in PYTHON as it is: torch, Transformers, Triton, typer and pytest are enough.
 STAGES ?= a b c d e
 TIMED := recorded tests kernels decode prefill score
 GPU_SECONDS = $(foreach stage,$(TIMED),$(addprefix $(stage)=,$(SECONDS_$(stage))))
-GPU_VISIT = $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) tests/gpu_visit.py --stages $(STAGES) \
+GPU_VISIT = $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) tests/gpu/gpu_visit.py --stages $(STAGES) \
 	$(addprefix --seconds ,$(GPU_SECONDS))
 
 # In gpu-long a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
@@ -92,10 +92,10 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/pip install -e ".[dev]"
 	touch $@
 
-test: $(VENV)/.installed ## run the quick tests, that tell most: a few minutes
+test: $(VENV)/.installed ## run the tests that tell most: under five minutes on two cores
 	$(VENV)/bin/$(QUICK_TESTS)
 
-test-all: $(VENV)/.installed ## run all tests
+test-all: $(VENV)/.installed ## run all tests, those marked slow, too
 	$(VENV)/bin/$(ALL_TESTS)
 
 lint: $(VENV)/.installed ## check style, docstrings and types
@@ -264,7 +264,7 @@ gpu: $(addsuffix /.installed,$(VENV)) ## 12 minutes on a GPU: right first, then 
 
 # Packages that are missing there are hidden.
 gpu-dry: $(addsuffix /.installed,$(VENV)) ## the same on this CPU, tiny, without packages that may be missing there
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/bare $(GPU_VISIT) --device cpu --results .demo/gpu-dry
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/gpu/bare $(GPU_VISIT) --device cpu --results .demo/gpu-dry
 
 gpu-long: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: all speeds, calibration, perplexity, tasks -> RESULTS
 	$(MAKE) $(addsuffix -$(firstword $(SHAPES)),cuda-decode cuda-prefill cuda-score)
@@ -348,7 +348,7 @@ test-chatglm: .venvs/4.41.2/.installed-chatglm ## generate with ChatGLM's own co
 test-cuda-build: .venvs/cuda-build/.installed ## decode on simulated GPUs, on the build of torch for CUDA in CUDA_TORCH
 	$(<D)/bin/python -c "import sys, torch; sys.exit(None if torch.version.cuda else f'torch {torch.__version__} is no \
 	build for CUDA: name one that is in CUDA_TORCH, and remove $(<D) first')"
-	$(<D)/bin/pytest -q -m cuda_build tests/test_fake_cuda.py
+	$(<D)/bin/pytest -q -m cuda_build tests/gpu/test_fake_cuda.py
 
 .venvs/cuda-build/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)

@@ -27,3 +27,15 @@ def no_precision_left_over():
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny model and its tokenizer, which nothing writes to."""
+    from tiny import tiny_llama  # which imports the library, and it Triton
+    from words import word_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,19 +1,9 @@
 """Gradients of a tiny patched model by the naive reference, token by token and in float64."""
 
 import torch
-from reference import NaiveHead, naive_lococo
+from reference import naive_head, naive_lococo
 
-from lococo.state import HEAD, patch_of
-
-
-def naive_head(layer):
-    """The weights of a layer's head, as the reference takes them."""
-    head = getattr(layer, HEAD, None)
-    if head is None:
-        return None
-    expand = {} if head.expand is None else {"up_weight": head.expand.weight[..., 0], "up_bias": head.expand.bias}
-    mass_scale = 1.0 if head.mass_scale is None else head.mass_scale[0]
-    return NaiveHead(head.conv.weight, head.conv.bias, gate=head.gate, mass_scale=mass_scale, **expand)
+from lococo.state import patch_of
 
 
 def naive_logits(model, ids, cuts=()):
@@ -43,10 +33,10 @@ def naive_logits(model, ids, cuts=()):
         )  # (rows, heads, tokens, head_dim)
         if config.positions == "absolute":
             query, key = rotate(query, places), rotate(key, places)
-        outputs = []
+        head, outputs = naive_head(patch.heads.get(index)), []
         for row in range(len(ids)):
             parts = query[row], key[row], value[row]
-            outputs.append(naive_lococo(*parts, config, naive_head(attention), rotate, cuts=cuts)[0])
+            outputs.append(naive_lococo(*parts, config, head, rotate, cuts=cuts)[0])
         output = torch.stack(outputs).transpose(1, 2).flatten(2)  # (rows, tokens, heads * head_dim)
         hidden = hidden + attention.o_proj(output)
         hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))

@@ -69,6 +69,21 @@ class NaiveHead:
     mass_scale: torch.Tensor | float = 1.0
 
 
+def naive_head(head) -> NaiveHead | None:
+    """The weights of a layer's ``FusionHead``; None for a layer without one."""
+    if head is None:
+        return None
+    up = head.expand
+    return NaiveHead(
+        weight=head.conv.weight,
+        bias=head.conv.bias,
+        up_weight=None if up is None else up.weight[..., 0],
+        up_bias=None if up is None else up.bias,
+        gate=head.gate,
+        mass_scale=1.0 if head.mass_scale is None else head.mass_scale,
+    )
+
+
 def naive_lococo(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -323,6 +338,19 @@ def _fuse(entries: list[Entry], weights: torch.Tensor, config: LoCoCoConfig) -> 
         log_mass=log_mass,
         tokens=sum(weight * entry.tokens for weight, entry in zip(fixed, entries, strict=True)),
     )
+
+
+def naive_full(entry):
+    """(batch, heads, tokens, head_dim) of a recorded layer, in float64."""
+    groups = entry.query.shape[1] // entry.key.shape[1]
+    key, value = (tensor.double().repeat_interleave(groups, dim=1) for tensor in (entry.key, entry.value))
+    logits = entry.query.double() @ key.transpose(-1, -2) * entry.scale
+    if entry.softcap is not None:
+        logits = entry.softcap * torch.tanh(logits / entry.softcap)
+    tokens = key.shape[2]
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    seen = (distance >= 0) & (distance < (entry.window or tokens))
+    return logits.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
 
 def naive_h2o(

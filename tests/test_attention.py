@@ -1,95 +1,17 @@
 """The whole algorithm on one layer against the naive float64 reference, gradients included."""
 
 import inspect
-import types
 
 import pytest
 import torch
-from reference import NaiveHead, naive_h2o, naive_lococo, naive_streaming_llm, rope_rotate
+from configs import BLENDED, CONFIGS
+from one_layer import DIM, HEADS, LENGTH, random_head, random_qkv, read
+from reference import naive_h2o, naive_head, naive_lococo, naive_streaming_llm, rope_rotate
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lococo.attention import lococo_attention
-from lococo.cache.plan import RowState, plan_call
 from lococo.compression.fusion import FusionHead
 from lococo.config import LoCoCoConfig
-from lococo.context import ForwardContext
-
-HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 45
-OPEN = {"gate_init": 0.4}
-
-CONFIGS = {
-    "default": LoCoCoConfig(16, 8),
-    "default-open": LoCoCoConfig(16, 8, **OPEN),
-    "default-slot-positions": LoCoCoConfig(16, 8, positions="slot", **OPEN),
-    "softmax": LoCoCoConfig(16, 8, normalization="softmax", **OPEN),
-    "layer-gate": LoCoCoConfig(16, 8, residual="layer", **OPEN),
-    "low-rank": LoCoCoConfig(16, 8, head_rank=3, **OPEN),
-    "score-mean": LoCoCoConfig(16, 8, score="mean", **OPEN),
-    "score-sum": LoCoCoConfig(16, 8, score="sum", **OPEN),
-    "score-last": LoCoCoConfig(16, 8, score="last", **OPEN),
-    "no-mass": LoCoCoConfig(16, 8, mass_bias=False, **OPEN),
-    "slots-no-multiple-of-block": LoCoCoConfig(13, 8, num_sinks=2, **OPEN),
-    "block-larger-than-slots": LoCoCoConfig(6, 11, num_sinks=1, num_recent=2, num_heavy=1, **OPEN),
-    "compress-every-token": LoCoCoConfig(16, 1, **OPEN),
-    "slots-per-head": LoCoCoConfig(16, 8, slots_per_head=((21, 11),), **OPEN),
-    "slots-per-head-low-rank": LoCoCoConfig(16, 8, slots_per_head=((9, 23),), head_rank=3, **OPEN),
-    "paper": LoCoCoConfig.paper(12, block_size=8),
-    "reference": LoCoCoConfig.reference(12, block_size=8),
-    "h2o": LoCoCoConfig.h2o(12, block_size=8),
-    "h2o-slot-positions": LoCoCoConfig.h2o(12, block_size=8, positions="slot"),
-    "streaming": LoCoCoConfig.streaming_llm(12, block_size=8),
-}
-
-
-class ReferenceRotary:
-    """What ``RotaryTable`` does, by the reference's rotation."""
-
-    def __init__(self):
-        self.by_position = rope_rotate(DIM)
-
-    def rotate(self, keys, positions, inverse=False):
-        return self.by_position(keys, -positions[0] if inverse else positions[0])
-
-
-def random_qkv(seed=0, length=LENGTH):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (HEADS, KV_HEADS, KV_HEADS)
-    return [torch.randn(heads, length, DIM, generator=generator, dtype=torch.float64) for heads in shapes]
-
-
-def random_head(config, seed=0):
-    if not config.num_fused:
-        return None
-    torch.manual_seed(seed)
-    largest = max(config.layer_configs(0), key=lambda config: config.num_fused)
-    return FusionHead(largest, DIM, dtype=torch.float64)
-
-
-def naive_head(head):
-    if head is None:
-        return None
-    up = head.expand
-    return NaiveHead(
-        weight=head.conv.weight,
-        bias=head.conv.bias,
-        up_weight=None if up is None else up.weight[..., 0],
-        up_bias=None if up is None else up.bias,
-        gate=head.gate,
-        mass_scale=1.0 if head.mass_scale is None else head.mass_scale,
-    )
-
-
-def read(config, q, k, v, head=None, scale=DIM**-0.5):
-    """One layer over a batch of one, as the model calls it: keys and queries rotated at the positions it was given."""
-    plan = plan_call([RowState()], q.shape[1], config)
-    rotary = {}
-    if config.positions == "slot":
-        rotary = {0: ReferenceRotary()}
-        q, k = (rotary[0].rotate(tensor, plan.cache_positions) for tensor in (q, k))
-    module = types.SimpleNamespace(layer_idx=0, lococo_head=head)
-    call = ForwardContext(config, plan, cache=None, rotary_tables=rotary)
-    output, _ = lococo_attention(module, q[None], k[None], v[None], scaling=scale, lococo=call)
-    return output[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,7 +28,7 @@ def test_equals_naive_reference(name, with_gradients):
     assert (output - full).abs().max() > 1e-2, "nothing was compressed"
 
 
-@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.num_fused])
+@pytest.mark.parametrize("name", BLENDED)
 def test_gradients_equal_naive_reference(name):
     config = CONFIGS[name]
     head = random_head(config)
@@ -183,7 +105,7 @@ def test_closed_gate_is_selection_with_the_same_budget(positions, score):
 
 
 def test_scores_never_carry_gradient_but_keys_and_values_do():
-    config = LoCoCoConfig(16, 8, **OPEN)
+    config = CONFIGS["open"]
     q, k, v = (tensor.requires_grad_() for tensor in random_qkv(seed=5))
     output = read(config, q, k, v, random_head(config))
     first_block = torch.autograd.grad(output[:, -1].sum(), (k, v))

@@ -1,8 +1,14 @@
+import dataclasses
 import json
 
 import pytest
+from configs import CONFIGS
 
+from lococo.compression.base import COMPRESSORS
+from lococo.compression.scores import SCORES
 from lococo.config import CONFIG_NAME, LoCoCoConfig
+
+REGISTERED = {"score": set(SCORES), "compressor": set(COMPRESSORS)}  # before a test adds its own
 
 PRESETS = [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.reference, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
 
@@ -136,6 +142,12 @@ def test_a_file_of_today_with_options_of_the_patch_loads(tmp_path, attention):
     values = {**config.to_dict(), "attention": attention, "prefill_chunk_size": 512}
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"config": values}))
     assert LoCoCoConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoCoCoConfig)])
+def test_the_matrix_of_all_laws_has_every_field_and_choice(field):
+    found = {getattr(config, field) for config in CONFIGS.values()}
+    assert found >= REGISTERED[field] if field in REGISTERED else len(found) > 1, f"tests/configs.py lacks a {field}"
 
 
 def test_unknown_keyword_is_an_error():

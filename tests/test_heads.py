@@ -128,7 +128,10 @@ class TestRoundTrip:
 
     def test_str_folder(self, model, tmp_path):
         folder = lococo.save_heads(model, str(tmp_path / "made" / "here"))
-        lococo.load_heads(make_model(seed=1), str(folder))
+        other = make_model(seed=1)
+        assert not same(head_values(other), head_values(model))
+        lococo.load_heads(other, str(folder))
+        assert same(head_values(other), head_values(model))
 
 
 class TestWritten:
@@ -289,7 +292,10 @@ class TestLoadRefuses:
         assert_refused(make_model(config), saved, message)
 
     def test_block_size_may_differ(self, saved):
-        lococo.load_heads(make_model(LoCoCoConfig(num_slots=16, block_size=4, score="sum")), saved)
+        model = make_model(LoCoCoConfig(num_slots=16, block_size=4, score="sum"), seed=1)
+        before = head_values(model)
+        lococo.load_heads(model, saved)
+        assert not same(head_values(model), before)
 
     @pytest.mark.parametrize(
         ("overrides", "message"),

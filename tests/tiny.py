@@ -3,6 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lococo
+
 SIZES = dict(
     num_hidden_layers=2,
     hidden_size=32,
@@ -27,3 +29,10 @@ def tiny_ids(batch=1, length=64, seed=0):
     """(batch, length) random token ids without the padding id 0."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, SIZES["vocab_size"], (batch, length), generator=generator)
+
+
+def patched_llama(config, attention="auto", prefill_chunk_size=None, **overrides):
+    """A patched one, with the same heads for the same arguments."""
+    torch.manual_seed(0)
+    model = tiny_llama(**overrides)
+    return lococo.patch_model(model, config, attention=attention, prefill_chunk_size=prefill_chunk_size)

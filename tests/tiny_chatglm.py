@@ -1,6 +1,7 @@
 """Small ChatGLM checkpoints with random weights, in every form that the originals come in."""
 
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,11 @@ FIELDS = dict(
     post_layer_norm=True,
     apply_residual_connection_post_layernorm=False,
 )
+GOLDEN = Path(__file__).parents[2] / "shared/data/weights/chatglm_golden"
+LAYER = "transformer.encoder.layers.0"
+EMBEDDING = "transformer.embedding.word_embeddings.weight"
+FUSED = f"{LAYER}.self_attention.query_key_value.weight"
+OUTPUT = "transformer.output_layer.weight"
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 
 
@@ -91,6 +97,38 @@ def write_weights(folder, tensors, shards, kind):
     if shards > 1:
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def read_golden(path, epsilon):
+    """Config fields, tensors and three steps of (ids, last hidden state) of a one-layer model with five tokens."""
+    values = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+    position = 0
+
+    def take(*shape):
+        nonlocal position
+        start, position = position, position + torch.Size(shape).numel()
+        return values[start:position].view(shape)
+
+    # The tokenizer has more tokens than the embedding; those get embeddings that are never looked up.
+    tensors = {
+        EMBEDDING: torch.cat([take(5, 32), torch.zeros(295, 32)]),
+        f"{LAYER}.input_layernorm.weight": take(32),
+        FUSED: take(48, 32),
+        f"{LAYER}.self_attention.query_key_value.bias": take(48),
+        f"{LAYER}.self_attention.dense.weight": take(32, 32),
+        f"{LAYER}.post_attention_layernorm.weight": take(32),
+        f"{LAYER}.mlp.dense_h_to_4h.weight": take(96, 32),
+        f"{LAYER}.mlp.dense_4h_to_h.weight": take(32, 48),
+        "transformer.encoder.final_layernorm.weight": take(32),
+        OUTPUT: torch.zeros(300, 32),
+    }
+    steps = []
+    for length in (3, 1, 1):
+        ids = take(length).view(torch.int32).long()
+        steps.append((ids, take(length, 32)))
+    assert position == len(values) and [step[0].tolist() for step in steps] == [[0, 1, 2], [3], [4]]
+    fields = chatglm_fields(num_layers=1, kv_channels=4, num_attention_heads=8, layernorm_epsilon=epsilon)
+    return fields, tensors, steps
 
 
 def tiny_tokenizer_model():

@@ -25,6 +25,7 @@ from lococo.training.trainer import HeadTrainer
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
 )
+IDS = tiny_ids(2, 64, seed=1)
 # Chunks that end inside a block, and gradients of two batches before a step.
 TASKS = {"full": NextToken(), "truncated": Distill(backprop_tokens=20, next_token_weight=0.3)}
 
@@ -72,6 +73,17 @@ def heads(model):
         for index, head in patch_of(model).heads.items()
         for name, parameter in head.named_parameters()
     }
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **options):
+    return model(input_ids=ids, **options).logits
+
+
+def assert_same(actual, expected, atol=0.0):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=name)
 
 
 class Exchanges(TrainerCallback):

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_cli import WORDS, checkpoint, word_tokenizer  # noqa: F401
 from tiny import tiny_llama
+from words import WORDS, word_tokenizer
 
 from lococo.ablation import run
 from lococo.ablation.grid import KINDS, combined, grid_cells
@@ -175,7 +175,7 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ablate(checkpoint, texts):  # noqa: F811
+def ablate(checkpoint, texts):
     def call(output, *options):
         given = ["--model", checkpoint, "--device", "cpu", "--dataset", texts / "train.jsonl", "--output", output]
         given += ["--data", texts / "heldout.jsonl", "--length", LENGTH, "--first", FIRST, "--block-size", BLOCK]

@@ -128,8 +128,12 @@ def test_decoding_through_the_full_cache_takes_that_many_steps(model):
         Decode(0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["full", "streaming", "lococo-uncalibrated", "split", "paper-decoding", "pairs"])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "name",
+    ["full", "streaming", "lococo-uncalibrated", "split"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("paper-decoding", "pairs")],
+)
 def test_only_the_full_cache_keeps_more_with_every_token(model, name, batch):
     config = {
         "split": LoCoCoConfig(M, block_size=B, slots_per_head=((20, 12), (9, 16))),
@@ -187,6 +191,7 @@ def test_a_training_step_leaves_the_model_as_it_is(monkeypatch, name, objective)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "streaming", "h2o", "lococo-open-rank16"])
 def test_a_step_of_an_extension_keeps_no_more_for_longer_windows_with_slots(name):
     model = tiny_llama().bfloat16()

@@ -5,8 +5,9 @@ import gc
 
 import pytest
 import torch
-from test_laws import CONFIGS
-from tiny import tiny_ids, tiny_llama
+from configs import ANY_SPLIT, CONFIGS, FEW
+from tiny import SIZES, patched_llama, tiny_ids
+from transformers import MistralConfig, MistralForCausalLM
 
 import lococo
 from lococo.cache.layer import LayerCache
@@ -20,11 +21,6 @@ TOLERANCE = dict(rtol=0, atol=1e-5)
 def _without_gradients():
     with torch.no_grad():
         yield
-
-
-def patched_llama(config, **sizes):
-    torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(**sizes), config)
 
 
 def step(model, ids, cache, **arguments):
@@ -41,15 +37,14 @@ def read_one_by_one(model, ids, prefix=PREFIX, mask=None):
     return torch.cat(logits, dim=1), cache
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "batch"), [*((name, 3) for name in ANY_SPLIT), *((name, 1) for name in FEW)])
 def test_steps_equal_reading_at_once(name, batch):
     model, ids = patched_llama(CONFIGS[name]), tiny_ids(batch, PREFIX + STEPS)
     logits, _ = read_one_by_one(model, ids)
     torch.testing.assert_close(logits, model(ids).logits[:, PREFIX:], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ANY_SPLIT)
 def test_steps_of_padded_rows_equal_each_row_alone(name):
     model, ids = patched_llama(CONFIGS[name]), tiny_ids(3, PREFIX + STEPS)
     mask = torch.ones_like(ids)
@@ -60,7 +55,7 @@ def test_steps_of_padded_rows_equal_each_row_alone(name):
         torch.testing.assert_close(logits[row], alone, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head", "h2o"])
+@pytest.mark.parametrize("name", FEW)
 def test_steps_from_an_empty_cache_and_between_longer_calls(name):
     model, ids = patched_llama(CONFIGS[name]), tiny_ids(2, 70)
     cache, logits = None, []
@@ -74,9 +69,6 @@ def test_steps_from_an_empty_cache_and_between_longer_calls(name):
 @pytest.mark.parametrize("window", [5, 20])
 @pytest.mark.parametrize("name", ["open", "h2o", "streaming"])
 def test_steps_of_sliding_window_layers(name, window):
-    from tiny import SIZES
-    from transformers import MistralConfig, MistralForCausalLM
-
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
     lococo.patch_model(model, CONFIGS[name])
@@ -153,14 +145,16 @@ def test_buffers_stay_where_they_are_for_many_blocks(name):
     assert cache.nbytes == size
 
 
-@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head"])
-def test_no_tensor_stays_behind(name):
-    model, token = patched_llama(CONFIGS[name]), tiny_ids(1, 1)
-    cache = model(tiny_ids(1, PREFIX), use_cache=True).past_key_values
+def test_no_tensor_stays_behind():
+    token, readers = tiny_ids(1, 1), []
+    for name in ("open", "open-slot", "slots-per-head"):
+        model = patched_llama(CONFIGS[name])
+        readers.append((model, model(tiny_ids(1, PREFIX), use_cache=True).past_key_values))
 
     def alive(steps):
-        for _ in range(steps):
-            step(model, token, cache)
+        for model, cache in readers:
+            for _ in range(steps):
+                step(model, token, cache)
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 

@@ -6,32 +6,11 @@ import sys
 
 import pytest
 from tiny import tiny_llama
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from words import TEXT, WORDS, word_tokenizer
 
 import lococo
 from lococo.cli.main import main
 from lococo.generation import prompt_ids
-
-WORDS = [f"w{index}" for index in range(61)]
-TEXT = " ".join(WORDS[index * index % 61] for index in range(200))
-
-
-def word_tokenizer():
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def figures(output):

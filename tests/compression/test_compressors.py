@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tape import assert_recorded_as_launched
-from tiny import tiny_ids, tiny_llama
+from recorded import assert_recorded_as_launched
+from tiny import patched_llama, tiny_ids, tiny_llama
 from torch import nn
 
 import lococo
@@ -104,11 +104,6 @@ def config_of(compressor, **changes):
     register_compressor(name)(compressor)
     shares = dict(num_sinks=2, num_heavy=4, num_recent=4)
     return LoCoCoConfig(16, block_size=8, compressor=name, **{**shares, **changes})
-
-
-def patched_llama(config):
-    torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(), config)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_tape import assert_recorded_as_launched
-from tiny import tiny_ids, tiny_llama
+from recorded import assert_recorded_as_launched
+from tiny import patched_llama, tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig, Score, register_score
@@ -73,11 +73,6 @@ OWN = {
     "attention-by-age": attention_by_age,
     "squares": squares,
 }
-
-
-def patched_llama(config):
-    torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(), config)
 
 
 def read(config, ids=IDS, **arguments):

@@ -7,8 +7,7 @@ import sys
 import datasets
 import pytest
 import zstandard
-from numbered_words import word_tokenizer
-from test_windows import config, write_lines
+from numbered_words import config, word_tokenizer, write_lines
 
 from lococo.data import documents as reading
 from lococo.data.documents import SUFFIXES, check_sources, documents, read_text

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 import zstandard
-from test_perplexity import Characters
+from words import Characters
 
 from lococo.data.texts import PROOF_PILE, Cut, Text, read_texts, read_windows, sliding_windows, windows
 

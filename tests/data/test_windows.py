@@ -8,34 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered_words import WORDS, word_tokenizer
+from numbered_words import WORDS, config, text_of, word_tokenizer, write_lines
 from tokenizers import processors
 from transformers import default_data_collator
 
 from lococo.data import windows as data
 from lococo.data.documents import documents
-from lococo.data.windows import DataConfig, is_heldout, prepare
-
-
-def text_of(numbers):
-    return " ".join(f"w{number}" for number in numbers)
+from lococo.data.windows import is_heldout, prepare
 
 
 def many_texts(count=60, words=40, seed=0):
     numbers = torch.randint(WORDS, (count, words), generator=torch.Generator().manual_seed(seed))
     return [text_of(row) for row in numbers.tolist()]
-
-
-def write_lines(path, texts, **fields):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(json.dumps({"text": text, **fields}) for text in texts))
-    return path
-
-
-def config(*sources, **changes):
-    return DataConfig(
-        **{"sources": tuple(map(str, sources)), "length": 8, "num_windows": 10, "num_heldout": 3, **changes}
-    )
 
 
 def rows(windows):

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from test_cli import checkpoint, word_tokenizer  # noqa: F401
 from tiny import tiny_llama
+from words import word_tokenizer
 
 from lococo.cli.main import main
 from lococo.evaluation import needles as needles_module
@@ -105,7 +105,7 @@ def test_found_is_what_the_answers_hold_and_a_killed_run_goes_on(tmp_path, monke
     assert "| full |  |  | 300 | 4 | 0.5 |" in (tmp_path / "needles.md").read_text()
 
 
-def test_command(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_command(checkpoint, tmp_path, capsys):
     options = ["--methods", "full,h2o", "--num-slots", "16", "--block-size", "8", "--lengths", "200", "--depths", "2"]
     (tmp_path / "text.txt").write_text("w1 w2. w3 w4.")
     options += ["--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "needles")]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
+from words import Characters
 
 import lococo
 from lococo import LoCoCoConfig, patched
@@ -14,14 +15,6 @@ from lococo.methods import plan_runs
 from lococo.metrics import gap_interval, gap_ratio, mean_nll, perplexity, token_nlls
 from lococo.results.journal import Journal
 from lococo.results.tables import markdown_table
-
-
-class Characters:
-    """A tokenizer: one token per character."""
-
-    def __call__(self, text, return_tensors=None):
-        ids = [ord(character) % 63 + 1 for character in text]
-        return type("Encoding", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from test_cli import WORDS, word_tokenizer
+from task_lines import LINES, arc, arc_of_the_hub, race, triviaqa, winogrande, words, write_rows
 from tiny import tiny_llama
+from words import WORDS, word_tokenizer
 
 import lococo
 from experiments.task_files import write_tasks
@@ -22,56 +23,6 @@ from lococo.evaluation.tasks import FewShotTask, evaluate_tasks, parse_task, rea
 from lococo.methods import plan_runs
 
 CONFIG = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.3)
-
-
-def words(*numbers):
-    return " ".join(WORDS[number % len(WORDS)] for number in numbers)
-
-
-def arc(index):
-    options = [words(index, 3 * index + each, *range(each)) for each in range(4)]
-    return {"query": f"Question: {words(index, 5 * index, 7)}?\nAnswer:", "choices": options, "gold": index % 4}
-
-
-def arc_of_the_hub(index):
-    row = arc(index)
-    question = row["query"][len("Question: ") : -len("\nAnswer:")]
-    choices = {"text": row["choices"], "label": ["1", "2", "3", "4"]}
-    return {"question": question, "choices": choices, "answerKey": str(row["gold"] + 1)}
-
-
-def hellaswag(index):
-    texts = {"activity_label": words(index), "ctx_a": words(index, 4, 9), "ctx_b": words(2 * index)}
-    return {**texts, "endings": arc(index)["choices"], "label": str(index % 4)}
-
-
-def winogrande(index):
-    sentence = f"{words(index, 8, 3 * index)} _ {words(index + 1, 2)}"
-    return {"sentence": sentence, "option1": words(index), "option2": words(index + 5), "answer": str(1 + index % 2)}
-
-
-def race(index):
-    questions = {"questions": [words(index, 3), words(4, index)], "answers": ["B", "D"]}
-    return {"article": words(*range(index, index + 9)), **questions, "options": 2 * [arc(index)["choices"]]}
-
-
-def triviaqa(index):
-    return {"question": words(index, 11, 2 * index), "answer": {"aliases": [words(3 * index), words(index, 1)]}}
-
-
-LINES = {
-    "arc_easy": (arc, "test.jsonl", "train.jsonl"),
-    "arc_challenge": (arc_of_the_hub, "test.jsonl", "train.json"),
-    "hellaswag": (hellaswag, "validation.jsonl", "train_first1000.jsonl"),
-    "winogrande": (winogrande, "validation_xl.jsonl", "train_xl_first1000.jsonl"),
-    "race": (race, "dev_high_first300.jsonl", "train_high_first300.jsonl"),
-    "triviaqa": (triviaqa, "validation_wikipedia_nocontext.jsonl", None),
-}
-
-
-def write_rows(path, rows):
-    as_list = path.suffix == ".json"
-    path.write_text(json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +48,6 @@ def tokenizer():
     tokenizer = word_tokenizer()
     tokenizer.eos_token = "<s>"  # lm-eval ends an answer there
     return tokenizer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def open_model():
@@ -353,6 +296,7 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
     assert (tmp_path / "out" / "tasks.md").read_text().count("\n") == len(rows) + 4
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch):
     expected = run(data, tokenizer, tmp_path / "whole", seed=0)
     answer, calls = FewShotTask.answer, []
@@ -503,6 +447,7 @@ sys.exit(lococo.cli.main.main(["eval", "tasks", "--model", "x"]))
 """
 
 
+@pytest.mark.slow
 def test_a_missing_lm_eval_is_named_and_importing_needs_none():
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=Path(__file__).parents[2]

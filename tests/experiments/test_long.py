@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from test_cli import TEXT, checkpoint, word_tokenizer  # noqa: F401
 from tiny import tiny_llama
+from words import TEXT, word_tokenizer
 
 from experiments.long import __main__ as command
 from experiments.long import answers as long_answers
@@ -148,13 +148,13 @@ def leval(folder, count=3):
     return ["--data-dir", str(folder)]
 
 
-def evaluate(checkpoint, tmp_path, *arguments):  # noqa: F811
+def evaluate(checkpoint, tmp_path, *arguments):
     slots = ["--num-slots", "16", "--block-size", "8", "--max-new-tokens", "3", "--methods", "full,h2o"]
     output = ["--output", str(tmp_path / "out" / "long")]
     command.main(["--model", str(checkpoint), "--device", "cpu", *slots, *output, *arguments])
 
 
-def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):
     tasks = ["--tasks", "scrolls-qasper", "ruler-niah_single", "--lengths", "300", "400", "--items", "3"]
     evaluate(checkpoint, tmp_path, *tasks, *leval(tmp_path), "--limit", "2")
     content = json.loads((tmp_path / "out" / "long.json").read_text())
@@ -198,7 +198,7 @@ def test_command_writes_rows_table_and_pictures(checkpoint, tmp_path, capsys):  
         (["--tasks", "ruler-niah_single", "--chat"], "--chat needs a tokenizer with a chat template"),
     ],
 )
-def test_bad_input_is_named_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, arguments, message):  # noqa: F811
+def test_bad_input_is_named_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(command, "load", lambda options: pytest.fail("the model is loaded"))
     with pytest.raises((ValueError, OSError)) as error:
         evaluate(checkpoint, tmp_path, *arguments, "--max-length", "2048")

@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import word_tokenizer
+from words import word_tokenizer
 
 from experiments.long.needles import RULER, babi_stories, generated_task, made_up_words
 from experiments.long.prompts import Prompts

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_tasks import LINES, arc, write_rows
+from task_lines import LINES, arc, write_rows
 
 from experiments.task_files import FILES, local_splits
 

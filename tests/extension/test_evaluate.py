@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from test_extension import checkpoint, command, text, tokenizer, write_documents  # noqa: F401
+from extended import command, write_documents
 from tiny import tiny_ids
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,7 @@ def heldout(tmp_path):
     return write_documents(tmp_path / "essays" / "heldout.jsonl", rows)
 
 
-def evaluate(checkpoint, heldout, output, *more):  # noqa: F811
+def evaluate(checkpoint, heldout, output, *more):
     given = ["eval", "extended", "--model", checkpoint, "--data", heldout, "--output", output, "--device", "cpu"]
     words = [*given, "--lengths", *LENGTHS, "--first", 8, "--documents", 2, "--num-slots", 16, "--block-size", 8]
     return main([str(word) for word in [*words, *more]])
@@ -44,7 +44,7 @@ def naive_nll(model, rows, length):
     return math.fsum(losses) / len(losses)
 
 
-def test_figures_are_those_of_the_loaded_models(checkpoint, text, heldout, tmp_path):  # noqa: F811
+def test_figures_are_those_of_the_loaded_models(checkpoint, text, heldout, tmp_path):
     folders = []
     for method in ("lococo", "full"):
         assert command(checkpoint, text, tmp_path, "--factor", 4, "--method", method) == 0
@@ -79,14 +79,14 @@ def test_figures_are_those_of_the_loaded_models(checkpoint, text, heldout, tmp_p
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
-def test_rows_of_one_name_are_refused(checkpoint, text, heldout, tmp_path, capsys):  # noqa: F811
+def test_rows_of_one_name_are_refused(checkpoint, text, heldout, tmp_path, capsys):
     assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
     other = shutil.copytree(tmp_path / "out", tmp_path / "other" / "out")
     assert evaluate(checkpoint, heldout, tmp_path / "result", "--extensions", tmp_path / "out", other) == 2
     assert "--extensions must have different names, got out, out" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):  # noqa: F811
+def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
     assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
     given = ["--extensions", tmp_path / "out", "--methods", "full"]
     assert evaluate(checkpoint, heldout, tmp_path / "whole", *given) == 0
@@ -141,6 +141,6 @@ def test_table_has_a_column_per_length():
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
-def test_bad_input_is_refused(words, message, checkpoint, heldout, tmp_path, capsys):  # noqa: F811
+def test_bad_input_is_refused(words, message, checkpoint, heldout, tmp_path, capsys):
     assert evaluate(checkpoint, heldout, tmp_path / "result", *words) == 2
     assert message in capsys.readouterr().err

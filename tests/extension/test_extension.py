@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from extended import command
 from extension_worker import CONFIGS, SCALING, recipe
+from families import build
 from peft import PeftModel
-from test_families import build
 from tiny import tiny_ids, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
-from lococo.cli.main import main
 from lococo.data.windows import DataConfig
 from lococo.extension.extend import ExtensionRun
 from lococo.extension.folder import Extension, read_extension
@@ -23,31 +23,6 @@ from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.results.deadline import Deadline, OutOfTime
 
 IDS = tiny_ids(2, 64, seed=1)
-WORDS = ["<pad>", "w1", "</s>", *(f"w{index}" for index in range(3, 64))]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Words are the ids 0 to 63."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=WORDS[0]))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=WORDS[2], pad_token=WORDS[0])
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "words.jsonl"
-    return write_documents(path, tiny_ids(12, 70, seed=2).tolist())
-
-
-def write_documents(path, rows):
-    """A file of documents with these ids."""
-    documents = ({"text": " ".join(WORDS[index] for index in row)} for row in rows)
-    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    return path
 
 
 def extend(model, tokenizer, text, folder, method="lococo", **options):
@@ -109,7 +84,7 @@ def test_base_may_be_a_folder(made, tmp_path):
     assert torch.equal(logits(lococo.load_extended(tmp_path, folder / "out")), expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_merged_checkpoint_is_the_extended_model(made, tied, tokenizer, text, tmp_path):
     method, folder, _ = made
     if tied:
@@ -149,7 +124,10 @@ def test_adapters_load_with_plain_peft(made):
     assert torch.equal(logits(model.eval()), logits(lococo.load_extended(tiny_llama(), folder / "out")))
 
 
-@pytest.mark.parametrize("family", ["Glm", "Glm4", "Qwen3", "Granite", "Gemma2", "Mistral-window", "SmolLM3"])
+DEAR = [pytest.param(name, marks=pytest.mark.slow) for name in ("Glm", "Glm4", "Qwen3", "Granite", "SmolLM3")]
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Mistral-window", *DEAR])
 def test_families_extend_alike(family, tokenizer, text, tmp_path):
     before = logits(build(family))
     model = build(family)
@@ -178,7 +156,7 @@ def test_positions_that_cannot_be_stretched_leave_the_model_as_it_was(tokenizer,
 # Runs that go on
 
 
-@pytest.mark.parametrize("method", ["lococo", "full"])
+@pytest.mark.parametrize("method", ["lococo", pytest.param("full", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_equals_uninterrupted(method, tokenizer, text, tmp_path):
     whole = extend(tiny_llama(), tokenizer, text, tmp_path / "whole", method)
     stopped, deadline = tmp_path / "stopped", Deadline(1e-9)
@@ -196,12 +174,12 @@ KILLED = """
 import sys
 sys.path[:0] = {path!r}
 import os, torch, test_extension as here
+from extended import id_tokenizer
 from pathlib import Path
 from lococo.training.window_trainer import StopInTime
 torch.set_num_threads(1)
 StopInTime.on_step_end = lambda self, args, state, control, **kwargs: os._exit(9) if state.global_step == 3 else None
-tokenizer = here.tokenizer.__wrapped__()
-here.extend(here.tiny_llama(), tokenizer, Path({text!r}), Path({folder!r}))
+here.extend(here.tiny_llama(), id_tokenizer(), Path({text!r}), Path({folder!r}))
 """
 
 
@@ -336,7 +314,7 @@ def test_recipes_out_of_range_are_refused(changes, message):
 # The function
 
 
-@pytest.mark.parametrize("method", ["lococo", "longlora"])
+@pytest.mark.parametrize("method", ["lococo", pytest.param("longlora", marks=pytest.mark.slow)])
 def test_the_function_makes_what_the_command_makes(method, checkpoint, text, tokenizer, tmp_path):
     more = ["--factor", 4, "--device", "cpu", "--method", method]
     assert command(checkpoint, text, tmp_path / "command", *more) == 0
@@ -403,20 +381,9 @@ def test_bad_arguments_of_the_function_leave_nothing(options, error, message, to
 # The command
 
 
-@pytest.fixture
-def checkpoint(tokenizer, tmp_path):
-    tiny_llama(max_position_embeddings=16).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def command(checkpoint, text, folder, *more):
-    given = ["extend", "--model", checkpoint, "--dataset", text, "--output", folder / "out", "--cache-dir", folder]
-    quick = ["--num-slots", 16, "--block-size", 8, "--steps", 2, "--windows-per-step", 1]
-    return main([str(word) for word in [*given, *quick, *more]])
-
-
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(
+    "method", ["lococo", *(pytest.param(method, marks=pytest.mark.slow) for method in CONFIGS if method != "lococo")]
+)
 def test_command_extends_by_a_factor(method, checkpoint, text, tmp_path, capsys):
     assert command(checkpoint, text, tmp_path, "--factor", 4, "--method", method, "--device", "cpu") == 0
     assert "loss" in capsys.readouterr().out

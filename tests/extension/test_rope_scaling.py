@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_families import FAMILIES, build
+from families import FAMILIES, build
 from tiny import tiny_ids, tiny_llama
 
 import lococo

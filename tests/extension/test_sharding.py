@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sharding_worker
 import torch
+from numbered_words import text_of, write_lines
 from sharding_worker import CASES
-from test_windows import text_of, write_lines
 from tiny import tiny_ids, tiny_llama
 
 import lococo

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from extension_worker import recipe
-from numbered_words import word_tokenizer
-from test_windows import write_lines
+from numbered_words import word_tokenizer, write_lines
 from tiny import tiny_llama
 
 from lococo.cli.main import main

@@ -56,8 +56,10 @@ def gradients(learner, how, folder, ids=IDS):
     return kept.found
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, None])
-@pytest.mark.parametrize("method", ["lococo", "h2o"])
+@pytest.mark.parametrize(
+    "depth", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), None]
+)
+@pytest.mark.parametrize("method", ["lococo", pytest.param("h2o", marks=pytest.mark.slow)])
 def test_gradients_equal_the_naive_reference(method, depth, tmp_path):
     how = recipe(method, depth=depth)
     with extended_for_training(tiny_llama().double(), how) as learner:

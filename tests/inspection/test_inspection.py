@@ -4,11 +4,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from reference import naive_lococo, rope_rotate
-from test_attention import naive_head
-from test_cli import TEXT, checkpoint, word_tokenizer  # noqa: F401
-from test_families import build
+from configs import CONFIGS, opened
+from families import build
+from reference import naive_head, naive_lococo, rope_rotate
 from tiny import tiny_ids, tiny_llama
+from words import TEXT
 
 import lococo
 import lococo.attention
@@ -19,16 +19,8 @@ from lococo.inspection import trace
 from lococo.inspection.page import page, page_data
 from lococo.state import patch_of
 
-CONFIGS = {
-    "open gates": LoCoCoConfig(16, block_size=8, gate_init=0.5, mass_bias=True),
-    "closed gates": LoCoCoConfig(16, block_size=8),
-    "paper": LoCoCoConfig.paper(16, block_size=8),
-    "reference": LoCoCoConfig.reference(16, block_size=8),
-    "h2o": LoCoCoConfig.h2o(16, block_size=8),
-    "streaming": LoCoCoConfig.streaming_llm(16, block_size=8, positions="absolute"),
-    "slots per head": LoCoCoConfig(16, block_size=8, gate_init=0.5, slots_per_head=((20, 12), (16, 16))),
-    "one by one": LoCoCoConfig(16, block_size=8, gate_init=0.5),
-}
+# Rotated keys, as they are given, are those that are held.
+ABSOLUTE = [name for name, config in CONFIGS.items() if config.positions == "absolute"]
 
 
 @pytest.fixture
@@ -45,10 +37,10 @@ def layers_given(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [10, 16, 24, 61, 97])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_entries_are_the_weighted_sums_of_the_tokens(layers_given, name, length):
+@pytest.mark.parametrize(("name", "chunk"), [*((name, None) for name in ABSOLUTE), ("open", 8)])
+def test_entries_are_the_weighted_sums_of_the_tokens(layers_given, name, chunk, length):
     model = tiny_llama()
-    with patched(model, CONFIGS[name], prefill_chunk_size=8 if name == "one by one" else None):
+    with patched(model, CONFIGS[name], prefill_chunk_size=chunk):
         traces = trace(model, tiny_ids(1, length))
     assert [(each.layer, each.head) for each in traces] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     by_head = {(each.layer, each.head): each.weights for each in traces}
@@ -77,22 +69,19 @@ def layers(monkeypatch):
     return given
 
 
-OPEN = LoCoCoConfig(16, block_size=8, gate_init=0.5)
-SLOT_POSITIONS = dataclasses.replace(OPEN, positions="slot")
+OPEN, SLOT_POSITIONS = CONFIGS["open"], CONFIGS["open-slot"]
 NAIVE = {
-    **{name: ("Llama", {}, CONFIGS[name]) for name in CONFIGS if name != "one by one"},
-    "slot positions": ("Llama", {}, SLOT_POSITIONS),
-    "slot positions, h2o": ("Llama", {}, LoCoCoConfig.h2o(16, block_size=8, positions="slot")),
+    **{name: ("Llama", {}, config) for name, config in CONFIGS.items()},
     "one KV head": ("Llama", dict(num_key_value_heads=1), OPEN),
     "a KV head for every query head": ("Llama", dict(num_key_value_heads=4), SLOT_POSITIONS),
     "four budgets": (
         "Llama",
         dict(num_key_value_heads=4),
-        LoCoCoConfig(16, block_size=8, gate_init=0.5, slots_per_head=((20, 12, 9, 23), (16, 5, 27, 16))),
+        opened(slots_per_head=((20, 12, 9, 23), (16, 5, 27, 16))),
     ),
     "windows": ("Mistral-window", {}, OPEN),
     "windows wider than the slots": ("Mistral-window", dict(sliding_window=30), OPEN),
-    "windows and slots per head": ("Mistral-window", dict(sliding_window=20), CONFIGS["slots per head"]),
+    "windows and slots per head": ("Mistral-window", dict(sliding_window=20), CONFIGS["slots-per-head"]),
     "a window in every other layer": ("Qwen2-half-window", {}, OPEN),
 }
 
@@ -115,6 +104,8 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
             rotate=rope_rotate(8),
             scale=scale,
             window=window,
+            # What is full is compressed when the next token comes.
+            blocks=[config.block_size] * ((ids.shape[1] - 1) // config.block_size),
         )
         of_layer = [each for each in traces if each.layer == index]
         assert len(of_layer) == len(held)
@@ -197,7 +188,7 @@ def test_page_holds_its_data_and_asks_for_nothing_else():
     assert head["kept"] == pytest.approx((1000 * traces[3].weights.sum(0)).tolist(), abs=0.51)
 
 
-def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):  # noqa: F811
+def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["inspect", "--model", str(checkpoint), "--data", str(tmp_path / "text.txt")]
     output = tmp_path / "slots.html"

@@ -87,8 +87,14 @@ def test_attention_and_its_log_sum_exp(shape, biased, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("delay", [0, 23])
+@pytest.mark.parametrize(
+    ("squared", "delay"),
+    [
+        (False, 0),
+        (True, 23),
+        *(pytest.param(*counted, marks=pytest.mark.slow) for counted in ((False, 23), (True, 0))),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_attention_mass(shape, delay, squared, dtype):
     query, key, value, bias = tensors(shape, dtype)
@@ -355,8 +361,12 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [*(("attend", fault) for fault in FAULTS), ("attention_mass", "wrong"), ("attention_mass", "import")]
-    + [("blend", "wrong"), ("blend", "launch")],
+    [*(("attend", fault) for fault in ("import", "launch", "wrong", "not-a-number"))]
+    + [("attention_mass", "wrong"), ("blend", "wrong")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("attend", "system"), ("attend", "of-its-own"), ("attention_mass", "import"), ("blend", "launch"))
+    ],
 )
 def test_first_fault_of_a_kernel_leaves_everything_to_torch(name, fault, calls, monkeypatch):
     kernel, spoil = getattr(KERNELS[name], name), FAULTS[fault]

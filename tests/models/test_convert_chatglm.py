@@ -10,18 +10,23 @@ import pytest
 import torch
 from remote_chatglm import colossalai_chatglm, diffusers_chatglm
 from safetensors.torch import load_file, save_file
-from tiny_chatglm import INV_FREQ, chatglm_fields, original_model, random_tensors, write_checkpoint
+from tiny_chatglm import (
+    EMBEDDING,
+    GOLDEN,
+    INV_FREQ,
+    OUTPUT,
+    chatglm_fields,
+    original_model,
+    random_tensors,
+    read_golden,
+    write_checkpoint,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GlmForCausalLM, GlmModel
 
 from lococo.cli.main import main
 from lococo.models.chatglm import convert as converter
 from lococo.models.chatglm.convert import convert_chatglm
 
-GOLDEN = Path(__file__).parents[3] / "shared/data/weights/chatglm_golden"
-LAYER = "transformer.encoder.layers.0"
-EMBEDDING = "transformer.embedding.word_embeddings.weight"
-FUSED = f"{LAYER}.self_attention.query_key_value.weight"
-OUTPUT = "transformer.output_layer.weight"
 VARIANTS = {
     "groups": {},
     "one-group": dict(multi_query_group_num=1),
@@ -100,38 +105,6 @@ class TestSameModel:
             output = native(ids[None], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             torch.testing.assert_close(output.last_hidden_state[0], expected, rtol=0, atol=1e-5)
-
-
-def read_golden(path, epsilon):
-    """Config fields, tensors and three steps of (ids, last hidden state) of a one-layer model with five tokens."""
-    values = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
-    position = 0
-
-    def take(*shape):
-        nonlocal position
-        start, position = position, position + torch.Size(shape).numel()
-        return values[start:position].view(shape)
-
-    # The tokenizer has more tokens than the embedding; those get embeddings that are never looked up.
-    tensors = {
-        EMBEDDING: torch.cat([take(5, 32), torch.zeros(295, 32)]),
-        f"{LAYER}.input_layernorm.weight": take(32),
-        FUSED: take(48, 32),
-        f"{LAYER}.self_attention.query_key_value.bias": take(48),
-        f"{LAYER}.self_attention.dense.weight": take(32, 32),
-        f"{LAYER}.post_attention_layernorm.weight": take(32),
-        f"{LAYER}.mlp.dense_h_to_4h.weight": take(96, 32),
-        f"{LAYER}.mlp.dense_4h_to_h.weight": take(32, 48),
-        "transformer.encoder.final_layernorm.weight": take(32),
-        OUTPUT: torch.zeros(300, 32),
-    }
-    steps = []
-    for length in (3, 1, 1):
-        ids = take(length).view(torch.int32).long()
-        steps.append((ids, take(length, 32)))
-    assert position == len(values) and [step[0].tolist() for step in steps] == [[0, 1, 2], [3], [4]]
-    fields = chatglm_fields(num_layers=1, kv_channels=4, num_attention_heads=8, layernorm_epsilon=epsilon)
-    return fields, tensors, steps
 
 
 class TestCheckpoint:

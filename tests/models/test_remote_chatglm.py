@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch, read
 from remote_chatglm import colossalai_chatglm, diffusers_chatglm
 from safetensors.torch import load_file
-from test_calibrate import write_texts
-from test_cli import word_tokenizer
-from test_convert_chatglm import GOLDEN, read_golden
-from test_families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch, read
-from tiny_chatglm import chatglm_fields, original_model, random_tensors, write_checkpoint
+from tiny_chatglm import GOLDEN, chatglm_fields, original_model, random_tensors, read_golden, write_checkpoint
 from transformers import GlmForCausalLM
+from words import word_tokenizer, write_texts
 
 import lococo
 from lococo import LoCoCoConfig

@@ -8,13 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
+from families import UNSUPPORTED, WINDOW, anatomy, assert_close, build, gap, greedy, pad_left, patch, read
+from generating import NEW_TOKENS, ROWS, answer, beam_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import NaiveHead, naive_lococo
-from test_attention import DIM, naive_head, random_head
-from test_attention import read as read_one_layer
-from test_families import UNSUPPORTED, WINDOW, anatomy, assert_close, build, gap, greedy, pad_left, patch, read
-from test_generate import NEW_TOKENS, ROWS, answer, beam_search
+from one_layer import DIM, random_head
+from one_layer import read as read_one_layer
+from reference import NaiveHead, naive_full, naive_head, naive_lococo
 from tiny import tiny_ids, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
@@ -34,19 +34,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 # Recording
-
-
-def naive_full(entry):
-    """(batch, heads, tokens, head_dim) of a recorded layer, in float64."""
-    groups = entry.query.shape[1] // entry.key.shape[1]
-    key, value = (tensor.double().repeat_interleave(groups, dim=1) for tensor in (entry.key, entry.value))
-    logits = entry.query.double() @ key.transpose(-1, -2) * entry.scale
-    if entry.softcap is not None:
-        logits = entry.softcap * torch.tanh(logits / entry.softcap)
-    tokens = key.shape[2]
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    seen = (distance >= 0) & (distance < (entry.window or tokens))
-    return logits.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
 
 @every_family

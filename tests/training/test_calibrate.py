@@ -1,122 +1,50 @@
-"""``lococo calibrate`` from text to a heads folder: what stands in it is true, and a killed run goes on."""
+"""``lococo calibrate`` from text to a heads folder: what stands in it is true, and what cannot be is refused."""
 
-import json
-import os
 import random
 import re
 import runpy
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from calibrated import (
+    BLOCK,
+    CHANGES,
+    FILES,
+    FIRST,
+    LENGTH,
+    NOTHING,
+    SHORT,
+    SLOTS,
+    WINDOWS,
+    assert_same_heads,
+    content,
+    errors,
+    heldout_windows,
+    nll,
+    result,
+    rows,
+)
 from safetensors.torch import load_file
-from test_cli import WORDS, checkpoint, word_tokenizer  # noqa: F401
 from tiny import tiny_llama
-from torch import distributed
+from words import WORDS, word_tokenizer, write_texts
 
 import lococo
 from lococo.cli.main import main
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
-from lococo.data.windows import DataConfig, prepare
 from lococo.heads import HEADS_NAME
 from lococo.methods import as_method, method_config
-from lococo.metrics import token_nlls
-from lococo.training import calibrate as module
-from lococo.training import gap, local
-from lococo.training.calibrate import Calibration, calibrate, plan_calibration
+from lococo.training import gap
+from lococo.training.calibrate import calibrate, plan_calibration
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, NextToken
 from lococo.training.recipes import RECIPES, Recipe, adjusted
-
-LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
-FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
-WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "6"]
-SHORT = ["--steps", "4", "--windows-per-step", "2", "--budget-texts", "1", "--measure-every", "2"]
-SHORT += ["--local-steps", "3", "--local-texts", "4"]
-CHANGES = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
-CHANGES += ["budget_texts", "local_texts", "measure_every"]
-NOTHING = ["--objective", "none", "--budget-texts", "0"]
-
-
-def write_texts(path, count=240):
-    words = random.Random(3)  # the held-out ones are texts that H2O loses on
-    texts = [{"text": " ".join(words.choices(WORDS, k=LENGTH + 10)), "domain": f"d{i % 2}"} for i in range(count)]
-    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "words.jsonl")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def run(checkpoint, texts, cache):  # noqa: F811
-    """Calibrate by the command line; returns its status."""
-
-    def call(output, *options, num_slots=SLOTS):
-        arguments = ["--model", checkpoint, "--device", "cpu", "--dataset", texts, "--cache-dir", cache]
-        arguments += ["--output", output, "--num-slots", num_slots, "--block-size", BLOCK, *WINDOWS, *options]
-        return main(["calibrate", *map(str, arguments)])
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def heads(run, tmp_path_factory):
-    """The folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("heads") / "heads"
-    assert run(folder, *SHORT) == 0
-    return folder
-
-
-def data_config(texts):
-    return DataConfig(sources=(str(texts),), length=LENGTH, num_windows=6, num_heldout=2)
-
-
-def heldout_windows(texts, cache):
-    return prepare(data_config(texts), word_tokenizer(), cache / "tokens")[1].ids
-
-
-def nll(model, windows, first=FIRST):
-    return sum(token_nlls(model, ids[None].long(), first).mean().item() for ids in windows) / len(windows)
-
-
-def content(folder):
-    return json.loads((folder / "lococo_config.json").read_text())
-
-
-def result(folder):
-    return json.loads((folder / "calibration.json").read_text())
-
-
-def rows(folder, *stages):
-    rows = result(folder)["rows"]
-    return [row for row in rows if not stages or row["stage"] in stages]
-
-
-def errors(capsys):
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
-
-
-def assert_same_heads(folder, expected, atol=0.0):
-    actual, expected = load_file(folder / HEADS_NAME), load_file(expected / HEADS_NAME)
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=name)
-
 
 # What is written
 
@@ -227,7 +155,9 @@ def own_documents(count=10):
     return [" ".join(words.choices(WORDS, k=LENGTH + 40)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["texts", "rows", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["texts", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rows", "folder"))]
+)
 def test_ten_documents_of_ones_own_are_enough(kind, tmp_path):
     dataset = own_documents()
     if kind == "rows":
@@ -408,87 +338,6 @@ def test_tokens_and_figures_are_shared_between_runs(run, heads, tmp_path, monkey
     assert len(measured) == 2, "the start and the end; baselines are there"
 
 
-# Going on
-
-
-def stop_in(name, when):
-    """Replacement of a function that stops the program when it is called for the n-th time, after the call."""
-
-    def replace(monkeypatch, holder):
-        original, calls = getattr(holder, name), []
-
-        def stopped(*arguments, **options):
-            calls.append(1)
-            if len(calls) == when:
-                raise KeyboardInterrupt
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(holder, name, stopped)
-
-    return replace
-
-
-STOPS = {
-    "recording the third text": (stop_in("record", 3), local),
-    "learning the second layer": (stop_in("train_layer", 2), local),
-    "between the stages": (stop_in("_train_end_to_end", 1), Calibration),
-    "step three": (stop_in("on_step_end", 3), gap.MeasureGap),
-    "saving": (stop_in("_save", 1), Calibration),
-}
-
-
-@pytest.mark.parametrize("stop", STOPS)
-def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        replace, holder = STOPS[stop]
-        replace(patched, holder)
-        run(tmp_path / "heads", *SHORT)
-    assert [path.name for path in tmp_path.iterdir()] == ["heads.work"]
-    capsys.readouterr()
-    assert run(tmp_path / "heads", *SHORT) == 2
-    (error,) = errors(capsys)
-    assert "heads.work holds an unfinished run: resume it (--resume) or remove that folder" in error
-    assert run(tmp_path / "heads", *SHORT, "--resume", "--seed", "1") == 2
-    assert "holds a run with another data: resume it with the same arguments" in errors(capsys)[0]
-    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
-    assert_same_heads(tmp_path / "heads", heads)
-    assert rows(tmp_path / "heads") == rows(heads)
-    assert result(tmp_path / "heads")["usage"]["resumed"]
-    assert not (tmp_path / "heads.work").exists()
-
-
-def test_stopped_before_there_is_a_work_folder(heads, run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_in("allocate", 1)(patched, module)
-        run(tmp_path / "heads", *SHORT)
-
-    def recorded_again(*arguments, **options):
-        raise AssertionError("the errors are remembered")
-
-    monkeypatch.setattr("lococo.training.budgets.record", recorded_again)
-    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
-    assert_same_heads(tmp_path / "heads", heads)
-
-
-def test_resumed_after_its_last_step_with_windows_left(run, tmp_path, monkeypatch):
-    short = [*NOTHING, "--objective", "next-token", "--steps", "2", "--measure-every", "1"]
-    assert run(tmp_path / "whole", *short) == 0
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_in("_save", 1)(patched, Calibration)
-        run(tmp_path / "cut", *short)
-    assert run(tmp_path / "cut", *short, "--resume") == 0
-    assert_same_heads(tmp_path / "cut", tmp_path / "whole")
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-
-
-def test_a_folder_of_something_else_is_neither_resumed_nor_removed(run, tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    assert run(tmp_path / "heads", *NOTHING, "--resume", "--work-dir", tmp_path / "mine") == 2
-    assert "mine holds thesis.txt, so it is no run to resume" in errors(capsys)[0]
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
-
-
 # Recipes
 
 
@@ -624,69 +473,10 @@ def test_what_the_text_is_not_like_is_one_line(options, message, run, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-# Several processes
-
-
-def calibrate_tiny(folder, windows_per_step=2):
-    """Float32 heads after every stage, in one process or in one of two."""
-    recipe = Recipe(
-        budget_texts=2,
-        local=LocalConfig(steps=3),
-        local_texts=4,
-        objective=Distill(backprop_tokens=20),
-        steps=3,
-        windows_per_step=windows_per_step,
-        measure_every=2,
-    )
-    config = LoCoCoConfig(SLOTS, block_size=BLOCK, head_rank=4, kernel_size=5, gate_init=0.2)
-    places = dict(output=folder / "heads", work_dir=folder / "work", cache_dir=folder / "cache")
-    texts = data_config(folder / "words.jsonl")
-    calibration = Calibration(config=config, data=texts, recipe=recipe, first=FIRST, dtype=None, **places)
-    # In float32 the order of a sum decides over weights whose gradient is near Adam's epsilon.
-    return calibration.run(tiny_llama().double(), word_tokenizer()).rows
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_heads_of_one(tmp_path):
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-        write_texts(folder / "words.jsonl")
-    alone = calibrate_tiny(folders[0])
-    command = [sys.executable, __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    workers = [subprocess.Popen([*command, str(rank), str(folders[1])], env=environment) for rank in range(2)]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert_same_heads(folders[1] / "heads", folders[0] / "heads", atol=1e-9)
-    assert sorted(path.name for path in folders[1].iterdir()) == ["cache", "heads", "words.jsonl"]
-    together = rows(folders[1] / "heads")
-    assert [row.keys() for row in together] == [row.keys() for row in alone]
-    assert content(folders[1] / "heads")["metrics"] == pytest.approx(
-        content(folders[0] / "heads")["metrics"], abs=1e-9
-    )
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    launched = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(**launched, MASTER_ADDR="localhost", MASTER_PORT="0")
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    time.sleep(3 * rank)  # the first process must not begin before the last has looked at the work folder
-    with pytest.raises(ValueError, match="windows_per_step=3 must be a multiple of 2 processes"):
-        calibrate_tiny(folder, windows_per_step=3)
-    calibrate_tiny(folder)
-    distributed.destroy_process_group()
-
-
 # The example
 
 
-def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[2] / "examples" / "calibrate.py"
     arguments = ["--model", checkpoint, "--data", texts, "--output", tmp_path / "heads"]
     arguments += ["--num-slots", SLOTS, "--length", LENGTH, "--steps", 2]
@@ -697,7 +487,3 @@ def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path,
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
     untrained = LoCoCoConfig.from_pretrained(tmp_path / "heads").gate_init
     assert all((head.gate != untrained).any() for head in lococo.state.patch_of(model).heads.values())
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import naive_lococo
+from families import WINDOW, build
+from reference import naive_full, naive_head, naive_lococo
 from safetensors.torch import load_file, save_file
-from test_attention import naive_head
-from test_budgets import naive_full
-from test_families import WINDOW, build
 from tiny import tiny_ids, tiny_llama
 
 import lococo

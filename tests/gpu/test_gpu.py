@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_kernels import CASES, by_hand, case
+from attention_cases import CASES, by_hand, case
+from configs import CONFIGS, FEW
 from tiny import tiny_ids, tiny_llama
 
 from lococo import LoCoCoConfig, patch_model, patched
@@ -31,14 +32,7 @@ DTYPES = [
     if dtype != torch.float32 or not backend.startswith("flash")
 ]
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-CONFIGS = {
-    "default": LoCoCoConfig(16, block_size=8),
-    "open": LoCoCoConfig(16, block_size=8, gate_init=0.4),
-    "open-slot": LoCoCoConfig(16, block_size=8, gate_init=0.4, positions="slot"),
-    "slots-per-head": LoCoCoConfig(16, block_size=8, gate_init=0.4, slots_per_head=((24, 8), (6, 26))),
-    "h2o": LoCoCoConfig.h2o(16, block_size=8),
-    "streaming": LoCoCoConfig.streaming_llm(16, block_size=8),
-}
+every_config = pytest.mark.parametrize("name", ["default", "streaming", *FEW])
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +125,7 @@ def test_auto_scores_in_triton():
     assert mass.sum().item() == pytest.approx(4 * 300, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 @pytest.mark.parametrize("padded", [False, True])
 def test_model_on_gpu_equals_model_on_cpu(name, padded):
     ids, mask = tiny_ids(3, 61), torch.ones(3, 61, dtype=torch.long)
@@ -148,7 +142,7 @@ def test_model_on_gpu_equals_model_on_cpu(name, padded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoding_never_waits_for_the_gpu(name, padded, dtype):
     """All steps, those that compress too, run with host synchronisation made an error."""
@@ -172,7 +166,7 @@ def test_decoding_never_waits_for_the_gpu(name, padded, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 @pytest.mark.parametrize("padded", [False, True])
 def test_recorded_steps_give_the_bits_of_launched_ones(name, padded, dtype, monkeypatch):
     ids, mask = tiny_ids(3, 40).cuda(), torch.ones(3, 40, dtype=torch.long, device="cuda")

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from test_laws import CONFIGS
+from configs import CONFIGS
 from tiny import SIZES, tiny_ids, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3Config, LlamaConfig, LlamaForCausalLM, LlamaModel
 

@@ -19,7 +19,7 @@ from lococo.evaluation.perplexity import perplexity_rows
 from lococo.methods import plan_runs
 from lococo.results.journal import Journal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = ROOT.parent / "shared/data/text"
 HELDOUT = TEXT / "wikipedia/heldout.jsonl"
 MATHS = TEXT / "math_latex/heldout.jsonl"

@@ -19,12 +19,12 @@ from step_tape import TapeRecorder
 
 from lococo.state import Patch
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 CPU = torch.device("cpu")
 NAMES = [stage.name for stage in STAGES]
 BARE = os.environ | {
-    "PYTHONPATH": os.pathsep.join(map(str, [ROOT, TESTS / "bare", TESTS])),
+    "PYTHONPATH": os.pathsep.join(map(str, [ROOT, HERE / "bare", HERE.parent])),
     "CUDA_VISIBLE_DEVICES": "",
     "TRITON_INTERPRET": "1",
 }
@@ -38,10 +38,11 @@ def read(folder, name):
 def dry(tmp_path_factory):
     """(folder of results, finished process) of a visit to the CPU."""
     folder = tmp_path_factory.mktemp("visit")
-    command = [sys.executable, "tests/dry_visit.py", "--device", "cpu", "--results", str(folder)]
+    command = [sys.executable, "tests/gpu/dry_visit.py", "--device", "cpu", "--results", str(folder)]
     return folder, subprocess.run(command, cwd=ROOT, env=BARE, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_every_stage_passes_and_writes_its_files(dry):
     folder, process = dry
     logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
@@ -58,6 +59,7 @@ def test_every_stage_passes_and_writes_its_files(dry):
     assert [row["outcome"] for row in read(folder, "gpu")["rows"]] == ["passed"] * len(NAMES)
 
 
+@pytest.mark.slow
 def test_results_say_what_was_compared(dry):
     folder, _ = dry
     checks = read(folder, "gpu_recorded")["rows"]

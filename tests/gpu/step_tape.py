@@ -12,12 +12,17 @@ The project's recorders are in ``lococo.cuda_graphs.RECORDERS``; ``TapeRecorder(
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import lococo
+
+PACKAGE = Path(lococo.__file__).parent
 
 # Operations whose result, or its shape, the host has to know.
 WAITING = {
@@ -88,9 +93,9 @@ def library_line() -> str:
     """File and line of the library's innermost call."""
     frame = sys._getframe(1)
     while frame is not None:
-        folder, _, name = frame.f_code.co_filename.rpartition("/")
-        if folder.endswith("/lococo"):
-            return f"lococo/{name}:{frame.f_lineno}"
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(PACKAGE):
+            return f"lococo/{file.relative_to(PACKAGE).as_posix()}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside the library"
 

@@ -21,7 +21,7 @@ import torch
 
 from lococo.results.tables import beside, write_result
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PASSED, FAILED, STOPPED, LEFT_OUT, NOT_ASKED = "passed", "failed", "stopped", "not reached", "not asked for"
 GRACE = 8  # seconds before the end of a stage's time at which it is interrupted, so that it can write what it has
 CONSOLE = "import sys; from lococo.cli.main import main; sys.exit(main())"
@@ -75,7 +75,7 @@ class Stage:
 
 STAGES = (
     Stage("a", "recorded", "recorded steps equal launched ones, and leave nothing", 130, is_needed=True),
-    Stage("b", "tests", "tests/test_gpu.py by groups", 155, is_needed=True),
+    Stage("b", "tests", "tests/gpu/test_gpu.py by groups", 155, is_needed=True),
     Stage("c", "kernels", "compiled kernels against float64", 95, reserve=25),
     Stage("d", "decode", "decoding against full, H2O and the sliding window", 140, reserve=40),
     Stage("d", "prefill", "reading against full, H2O and the sliding window", 105, reserve=40),
@@ -89,11 +89,11 @@ def command_of(stage, size, device, output):
     to = ["--device", device, "--output", str(output)]
     python = [sys.executable]
     if stage.name == "recorded":
-        return [*python, "tests/gpu_recorded.py", *to, "--steps", str(size.recorded_steps)]
+        return [*python, "tests/gpu/gpu_recorded.py", *to, "--steps", str(size.recorded_steps)]
     if stage.name == "tests":
-        return [*python, "tests/gpu_tests.py", *to]
+        return [*python, "tests/gpu/gpu_tests.py", *to]
     if stage.name == "kernels":
-        return [*python, "tests/gpu_kernels.py", *to, *ends, "--head-dims", *map(str, size.head_dims)]
+        return [*python, "tests/gpu/gpu_kernels.py", *to, *ends, "--head-dims", *map(str, size.head_dims)]
     grid = ["--shape", size.shape, "--num-slots", str(size.num_slots), "--block-size", str(size.num_slots)]
     grid += ["--methods", ",".join(METHODS), "--repeats", str(size.repeats), "--no-counts", *ends]
     if stage.name == "score":
@@ -105,8 +105,10 @@ def command_of(stage, size, device, output):
 
 
 def environment(device):
-    """That of every stage: no network, no plugins of pytest's that happen to be there."""
-    extra = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    """That of every stage: this library, no network, no plugins of pytest's that happen to be there."""
+    path = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    extra = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    extra |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if torch.device(device).type == "cpu":
         extra |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return os.environ | extra
@@ -261,7 +263,7 @@ def main(arguments=None):
         parser.error(f"torch {torch.__version__} finds no CUDA device")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, too
     os.chdir(ROOT)
-    command = shlex.join(["python", "tests/gpu_visit.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(["python", "tests/gpu/gpu_visit.py", *(sys.argv[1:] if arguments is None else arguments)])
     return int(not Visit(options.results, options.device, stages, command).run())
 
 

@@ -7,26 +7,17 @@ import sys
 import warnings
 
 import torch
+from configs import CONFIGS as MATRIX
+from configs import opened
 from gpu_report import Report, Skip, stage_options
 from tiny import tiny_ids, tiny_llama
 
-from lococo import LoCoCoConfig, patch_model
 from lococo import cuda_graphs as graphs
+from lococo import patch_model
 
-CONFIGS = {
-    "default": LoCoCoConfig(16, block_size=8),
-    "default-slot": LoCoCoConfig(16, block_size=8, positions="slot"),
-    "open": LoCoCoConfig(16, block_size=8, gate_init=0.4),
-    "open-slot": LoCoCoConfig(16, block_size=8, gate_init=0.4, positions="slot"),
-    "slots-per-head": LoCoCoConfig(16, block_size=8, gate_init=0.4, slots_per_head=((24, 8), (6, 26))),
-    "paper": LoCoCoConfig.paper(12, block_size=8),
-    "reference": LoCoCoConfig.reference(12, block_size=5),
-    "h2o": LoCoCoConfig.h2o(16, block_size=8),
-    "h2o-slot": LoCoCoConfig.h2o(16, block_size=8, positions="slot"),
-    "streaming": LoCoCoConfig.streaming_llm(16, block_size=8),
-    "streaming-absolute": LoCoCoConfig.streaming_llm(16, block_size=8, positions="absolute"),
-    "long-blocks": LoCoCoConfig(32, block_size=32, gate_init=0.4),
-}
+NAMES = ("default", "default-slot", "open", "open-slot", "slots-per-head", "paper", "reference")
+NAMES += ("h2o", "h2o-slot", "streaming", "streaming-absolute")
+CONFIGS = {**{name: MATRIX[name] for name in NAMES}, "long-blocks": opened(num_slots=32, block_size=32)}
 PROMPT, BATCH, ANSWERS = 33, 2, 10
 # On a GPU heads as wide as those of real models; the matrices stay small.
 WIDE = dict(hidden_size=512, intermediate_size=512, num_attention_heads=8, initializer_range=0.05)

@@ -1,74 +1,34 @@
 """Recorded steps give the bits of launched ones where Python runs once and memory stays put: see step_tape.py."""
 
-import contextlib
 import copy
 import dataclasses
 import gc
-from unittest import mock
 
 import pytest
 import torch
 import transformers
+from configs import CONFIGS, FEW, opened
+from families import FAMILIES, HALF_HEAD, ROPES, build
+from recorded import PROMPT, REPLAYS, TOKENS, answer, assert_recorded_as_launched, assert_same_bits, recording
 from step_tape import FreedMemory, TapeRecorder
-from test_families import FAMILIES, HALF_HEAD, ROPES, build
-from test_laws import CONFIGS
-from tiny import SIZES, tiny_ids, tiny_llama
+from tiny import SIZES, patched_llama, tiny_ids
 
 import lococo
-from lococo import LoCoCoConfig
-from lococo import cuda_graphs as graphs
 from lococo.state import patch_of
 
-CONFIGS = {
-    **CONFIGS,
-    "default-slot": LoCoCoConfig(16, block_size=8, positions="slot"),
-    "h2o-slot": LoCoCoConfig.h2o(12, block_size=8, positions="slot"),
-    "paper-slot": LoCoCoConfig.paper(12, block_size=8, positions="slot"),
-    "mean": LoCoCoConfig(16, block_size=8, gate_init=0.4, score="mean"),
-    "decode-block-1": LoCoCoConfig(16, block_size=8, gate_init=0.4, decode_block_size=1),
-    "long-block": LoCoCoConfig(16, block_size=200, gate_init=0.4),
-}
-PROMPT = tiny_ids(1, 21)
-TOKENS = 50
-REPLAYS = TOKENS - 1 - graphs.STEPS_BEFORE_RECORDING
 
-
-@contextlib.contextmanager
-def recording():
-    """Steps on the CPU are recorded, and counted by what this gives."""
-    recorder = TapeRecorder()
-    with mock.patch.dict(graphs.RECORDERS, {"cpu": recorder}):
-        yield recorder
-
-
-def patched_llama(config, **sizes):
-    torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(**sizes), config)
-
-
-def answer(model, ids=PROMPT, **arguments):
-    """Logits of every new token."""
-    options = dict(max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return model.generate(ids, **options, **arguments).logits
-
-
-def assert_same_bits(launched, recorded):
-    assert len(launched) == len(recorded)
-    wrong = [index for index, pair in enumerate(zip(launched, recorded, strict=True)) if not torch.equal(*pair)]
-    assert not wrong, f"{len(wrong)} of {len(launched)} calls differ, the first is number {wrong[0]}"
-
-
-def assert_recorded_as_launched(model, ids=PROMPT, recordings=1, replays=REPLAYS, **arguments):
-    expected = answer(model, ids, **arguments)
-    with recording() as recorder:
-        assert_same_bits(expected, answer(model, ids, **arguments))
-    assert (recorder.recordings, recorder.replays) == (recordings, replays)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_generate(name, dtype):
-    assert_recorded_as_launched(patched_llama(CONFIGS[name]).to(dtype))
+def test_generate(name):
+    assert_recorded_as_launched(patched_llama(CONFIGS[name]))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_generate_in_half_precision(name):
+    assert_recorded_as_launched(patched_llama(CONFIGS[name]).bfloat16())
+
+
+def test_no_block_ends_while_steps_are_recorded():
+    assert_recorded_as_launched(patched_llama(opened(block_size=200)))
 
 
 @pytest.mark.parametrize("name", ["default", "open-slot", "slots-per-head"])
@@ -79,7 +39,7 @@ def test_inference_mode(is_made_there, name):
         assert_recorded_as_launched(model or patched_llama(CONFIGS[name]))
 
 
-@pytest.mark.parametrize("name", ["default", "open", "slots-per-head", "h2o", "mean"])
+@pytest.mark.parametrize("name", ["default", "open", "slots-per-head", "h2o", "score-mean"])
 def test_padded_rows(name):
     ids, mask = padded()
     assert_recorded_as_launched(patched_llama(CONFIGS[name]), ids, attention_mask=mask)
@@ -101,7 +61,7 @@ def padded():
 RECORDED = {name: dict(attn_logit_softcapping=None) if name == "Gemma2" else {} for name in FAMILIES}
 
 
-@pytest.mark.parametrize("name", ["default", "open-slot"])
+@pytest.mark.parametrize("name", [pytest.param("default", marks=pytest.mark.slow), "open-slot"])
 @pytest.mark.parametrize("family", RECORDED)
 def test_families(family, name):
     torch.manual_seed(1)

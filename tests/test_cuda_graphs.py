@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
+from configs import CONFIGS, FEW
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from step_tape import TapeRecorder
-from test_laws import CONFIGS
-from tiny import tiny_ids, tiny_llama
+from tiny import patched_llama, tiny_ids, tiny_llama
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -47,17 +47,12 @@ def recorder(monkeypatch):
     return recorder
 
 
-def patched_llama(config, **sizes):
-    torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(**sizes), config)
-
-
 def answer(model, ids=PROMPT, **arguments):
     arguments = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, **arguments}
     return model.generate(ids, output_logits=True, **arguments)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FEW)
 def test_generate_gives_the_same_bits(name, monkeypatch):
     model = patched_llama(CONFIGS[name])
     expected = answer(model)

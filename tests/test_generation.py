@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from test_families import build, gap, greedy, pad_left, patch, read
+from families import build, gap, greedy, pad_left, patch, read
+from generating import NEW_TOKENS, ROWS, answer, beam_search
 from tiny import tiny_ids, tiny_llama
 from transformers import DynamicCache
 
@@ -13,9 +14,7 @@ from lococo.config import LoCoCoConfig
 
 CONFIG = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5)
 SLOT_POSITIONS = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5, positions="slot")
-NEW_TOKENS = 16
 PROMPT = tiny_ids(1, 31)
-ROWS = [tiny_ids(1, length, seed=length)[0] for length in (31, 19, 8)]
 TOLERANCE = dict(rtol=0, atol=1e-5)
 
 
@@ -32,11 +31,6 @@ def model(request):
 
 def patched_llama(config=CONFIG, **changes):
     return patch(tiny_llama(), config, **changes)
-
-
-def answer(model, ids, **arguments):
-    """Token ids, prompt included."""
-    return model.generate(ids, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **arguments})
 
 
 def widths_read(model):
@@ -85,21 +79,6 @@ def test_returned_sequences_are_those_of_a_repeated_prompt(model):
     ids, mask = ids.repeat_interleave(3, dim=0), mask.repeat_interleave(3, dim=0)
     assert torch.equal(several, answer(model, ids, attention_mask=mask, do_sample=True))
     assert len(set(map(tuple, several.tolist()))) == 6
-
-
-def beam_search(model, ids, num_beams):
-    """Texts and mean log-probabilities, best first; every text is read again for each token."""
-    beams = [(0.0, ids)]
-    for _ in range(NEW_TOKENS):
-        grown = []
-        for score, text in beams:
-            best = model(text).logits[0, -1].log_softmax(-1).topk(num_beams)
-            grown += [
-                (score + log_probability, torch.cat([text, token.view(1, 1)], dim=1))
-                for log_probability, token in zip(best.values.tolist(), best.indices, strict=True)
-            ]
-        beams = sorted(grown, key=lambda beam: -beam[0])[:num_beams]
-    return torch.cat([text for _, text in beams]), torch.tensor([score / NEW_TOKENS for score, _ in beams])
 
 
 def test_beams_take_their_cache_along(model):
@@ -211,7 +190,7 @@ CALLS = {
 READ_AT_ONCE = ("hidden", "keep-more-than-all")
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("positions", ["absolute", "slot"])
 def test_a_long_prompt_read_in_chunks_is_a_prompt_read_at_once(call, use_cache, positions):

@@ -1,4 +1,4 @@
-"""tests/test_gpu.py by groups, those first that say most; a row for each group."""
+"""tests/gpu/test_gpu.py by groups, those first that say most; a row for each group."""
 
 import sys
 import time

@@ -4,14 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
+from configs import CONFIGS, FEW, few_quick
 from fake_cuda import DeviceAssert, DeviceMismatch, FakeCuda, inner
-from test_families import FAMILIES, build
-from test_laws import CONFIGS
-from tiny import tiny_ids, tiny_llama
+from families import FAMILIES, build
+from tiny import patched_llama, tiny_ids
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lococo
-from lococo import LoCoCoConfig
 from lococo import cuda_graphs as graphs
 
 pytestmark = [
@@ -22,23 +21,12 @@ pytestmark = [
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 PROMPT, LENGTH, ROWS = 24, 45, 2
-CONFIGS = {
-    **CONFIGS,
-    "decode-block-1": LoCoCoConfig(16, block_size=8, gate_init=0.4, decode_block_size=1),
-    "no-mass": LoCoCoConfig(16, block_size=8, gate_init=0.4, mass_bias=False),
-}
-FEW = ["open", "open-slot", "slots-per-head", "h2o"]
 
 
 @pytest.fixture(autouse=True)
 def _without_gradients():
     with torch.no_grad():
         yield
-
-
-def patched_llama(config, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    return lococo.patch_model(tiny_llama(), config, **options).to(dtype)
 
 
 def text(is_padded=False):
@@ -129,7 +117,7 @@ def assert_decodes_as_on_the_cpu(model, is_padded=False, prompt=PROMPT, device_o
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few_quick())
 def test_decoding_on_one_device(name, is_padded):
     with launched():
         assert_decodes_as_on_the_cpu(patched_llama(CONFIGS[name]), is_padded)
@@ -144,6 +132,7 @@ def test_recorded_decoding(name, is_padded):
     assert len(waits) <= 1  # a new recording may be looked at once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", ["open", "open-slot"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Llama"])
@@ -154,7 +143,7 @@ def test_decoding_of_families(family, name, is_padded):
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few_quick())
 def test_decoding_on_two_devices(name, is_padded):
     """The step that would be recorded, if a model on two devices could be, follows the end of a block."""
     block, before = CONFIGS[name].block_size, graphs.STEPS_BEFORE_RECORDING
@@ -164,7 +153,7 @@ def test_decoding_on_two_devices(name, is_padded):
 
 @pytest.mark.parametrize("name", FEW)
 def test_half_precision_on_two_devices_is_close_to_the_cpu(name):
-    model = split(patched_llama(CONFIGS[name], torch.bfloat16))
+    model = split(patched_llama(CONFIGS[name]).bfloat16())
     expected, logits, waits = decode_on_both(model, *text(is_padded=True), device_of=on_two)
     assert not waits
     assert logits.dtype == torch.bfloat16

@@ -1,0 +1,56 @@
+"""A short calibration of the tiny model, and what stands in its folder."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+from words import word_tokenizer
+
+from lococo.data.windows import DataConfig, prepare
+from lococo.heads import HEADS_NAME
+from lococo.metrics import token_nlls
+
+LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
+FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
+WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "6"]
+SHORT = ["--steps", "4", "--windows-per-step", "2", "--budget-texts", "1", "--measure-every", "2"]
+SHORT += ["--local-steps", "3", "--local-texts", "4"]
+CHANGES = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
+CHANGES += ["budget_texts", "local_texts", "measure_every"]
+NOTHING = ["--objective", "none", "--budget-texts", "0"]
+
+
+def data_config(texts):
+    return DataConfig(sources=(str(texts),), length=LENGTH, num_windows=6, num_heldout=2)
+
+
+def heldout_windows(texts, cache):
+    return prepare(data_config(texts), word_tokenizer(), cache / "tokens")[1].ids
+
+
+def nll(model, windows, first=FIRST):
+    return sum(token_nlls(model, ids[None].long(), first).mean().item() for ids in windows) / len(windows)
+
+
+def content(folder):
+    return json.loads((folder / "lococo_config.json").read_text())
+
+
+def result(folder):
+    return json.loads((folder / "calibration.json").read_text())
+
+
+def rows(folder, *stages):
+    rows = result(folder)["rows"]
+    return [row for row in rows if not stages or row["stage"] in stages]
+
+
+def errors(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
+
+
+def assert_same_heads(folder, expected, atol=0.0):
+    actual, expected = load_file(folder / HEADS_NAME), load_file(expected / HEADS_NAME)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=name)

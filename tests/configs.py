@@ -1,0 +1,53 @@
+"""The configurations that every law of the library is tested with.
+
+Each feature of a configuration is in one of them, alone where that can be. All of them compress a text of 45 tokens;
+``slots_per_head`` is for two layers of two KV heads, as ``tiny.tiny_llama`` has them.
+"""
+
+import pytest
+
+from lococo import LoCoCoConfig
+
+
+def opened(**changes):
+    """Gates that let blends through, which those of new heads do not."""
+    return LoCoCoConfig(**{"num_slots": 16, "block_size": 8, "gate_init": 0.4, **changes})
+
+
+CONFIGS = {
+    "default": LoCoCoConfig(16, block_size=8),
+    "default-slot": LoCoCoConfig(16, block_size=8, positions="slot"),
+    "paper": LoCoCoConfig.paper(12, block_size=8),
+    "paper-slot": LoCoCoConfig.paper(12, block_size=8, positions="slot"),
+    "reference": LoCoCoConfig.reference(12, block_size=5),
+    "h2o": LoCoCoConfig.h2o(12, block_size=8),
+    "h2o-slot": LoCoCoConfig.h2o(12, block_size=8, positions="slot"),
+    "streaming": LoCoCoConfig.streaming_llm(12, block_size=8),
+    "streaming-absolute": LoCoCoConfig.streaming_llm(12, block_size=8, positions="absolute"),
+    "open": opened(),
+    "open-slot": opened(num_slots=14, block_size=6, positions="slot"),
+    "slots-per-head": opened(slots_per_head=((24, 8), (6, 26))),
+    "slots-per-head-low-rank": opened(slots_per_head=((9, 23), (21, 11)), head_rank=3),
+    "low-rank": opened(head_rank=3),
+    "small-kernel": opened(kernel_size=3),
+    "softmax": opened(normalization="softmax"),
+    "layer-gate": opened(residual="layer"),
+    "no-mass": opened(mass_bias=False),
+    "score-mean": opened(score="mean"),
+    "score-sum": opened(score="sum"),
+    "score-last": opened(score="last"),
+    "slots-no-multiple-of-block": opened(num_slots=13, num_sinks=2),
+    "block-larger-than-slots": opened(num_slots=6, block_size=11, num_sinks=1, num_recent=2, num_heavy=1),
+    "one-token-blocks": opened(block_size=1),
+    "decode-block-1": opened(decode_block_size=1),
+}
+# For tests that are dear, or do not touch what the others differ in: one of each way through the code.
+FEW = ("open", "open-slot", "slots-per-head", "h2o")
+# What is read does not depend on the lengths of the calls.
+ANY_SPLIT = tuple(name for name, config in CONFIGS.items() if config.decode_block_size is None)
+BLENDED = tuple(name for name, config in CONFIGS.items() if config.num_fused)
+
+
+def few_quick(names=CONFIGS):
+    """Parameters of a dear test: all but ``FEW`` of these configurations are left to ``make test-all``."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
