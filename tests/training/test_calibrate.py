@@ -248,7 +248,7 @@ def test_bad_options_of_the_function_are_refused(options, error, message, texts,
     ],
 )
 def test_other_models_are_refused_before_data_are_read(model, tokenizer, error, message, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "prepare", lambda *arguments: pytest.fail("data were read"))
+    monkeypatch.setattr("lococo.training.calibrate.prepare", lambda *arguments: pytest.fail("data were read"))
     with pytest.raises(error, match=message):
         calibrate(model(), tokenizer(), texts, output=tmp_path / "heads", num_slots=SLOTS, length=LENGTH)
     assert not list(tmp_path.iterdir())
