@@ -56,7 +56,7 @@ class DecodeBuffers:
         self._keys = self.keys.transpose(1, 2)
         self._wide = torch.promote_types(self.values.dtype, torch.float32)
         rows, num_entries = self.values.shape[:2]
-        self._index = torch.arange(num_entries, device=self.keys.device)
+        self._index = torch.arange(num_entries, dtype=torch.int32, device=self.keys.device)
         if self.is_split:
             self._lay_out_heads()
         num_queries = num_heads if self.is_split else 1
@@ -69,7 +69,7 @@ class DecodeBuffers:
         # Written, never replaced: a recorded step reads them where they are.
         self._position_ahead = self._at.new_zeros(rows, 1)
         has_delay = any(group.config.score_delay for group in groups)
-        self._scored_until = self._at.new_zeros(rows, num_entries) if has_delay else None
+        self._scored_until = self._index.new_zeros(rows, num_entries) if has_delay else None
 
     def _lay_out_heads(self) -> None:
         """First entry of every KV head, and of every entry its head and that head's delay of scores."""
@@ -82,7 +82,7 @@ class DecodeBuffers:
                 owner += [head] * group.config.capacity
                 delay += [group.config.score_delay] * group.config.capacity
         table = upload(torch.tensor([owner, delay]), self.keys.device)
-        self._owner, self._delay = table[0], table[1]
+        self._owner, self._delay = table[0], table[1].int()
         self._first = upload(torch.tensor([starts[head] for head in sorted(starts)]), self.keys.device)
 
     def tensors(self) -> list[torch.Tensor]:
