@@ -45,10 +45,10 @@ def patch_model(
     heads : str or path, optional
         Folder or Hub id of trained heads to load.
     attention : {"auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"} or str
-        Attention kernel for reading, more than one token at a time, of these or of a name given to
-        ``lococo.register_attention``; the step of a single token goes through torch operations that a CUDA graph can
-        record, whatever is chosen here. "auto": torch's own, and on CUDA, in half precision and without gradients,
-        lococo's in Triton for logits biased by mass. What a kernel cannot do (masks, float32) it leaves to torch.
+        Attention kernel. "auto": torch's own, and on CUDA, in half precision and without gradients, lococo's in
+        Triton for logits biased by mass. What a kernel cannot do (masks, float32) it leaves to torch, and of these
+        names each leaves the step of a single token to torch operations that a CUDA graph can record. A name given to
+        ``lococo.register_attention`` is a kernel of one's own, which reads and decodes.
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
         blocks as the device's free memory has room for, up to what no larger chunk is faster than.

@@ -56,7 +56,7 @@ class Patch:
     family : Family
         Knows the decoder and how to call it.
     attention : str
-        Attention kernel for reading.
+        Attention kernel, by its name.
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read. None: by the free memory.
     rotary_tables : dict
