@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from lococo.cache.buffers import KVBuffer
-from lococo.cache.layer import LayerCache
+from lococo.cache.buffers import KVBuffer, LayerModules, TokenStates
+from lococo.cache.layer import LayerCache, heads_of
 from lococo.cache.plan import Plan, RaggedSegment, Segment
 from lococo.compat import AttentionInterface, AttentionMaskInterface
 from lococo.compression.base import Compressor
@@ -19,7 +19,6 @@ from lococo.context import ForwardContext
 from lococo.kernels import scoring
 from lococo.kernels.attention import LogitBias, lower_right, step_kernel
 from lococo.masks import padding_mask, window_of
-from lococo.models.rotary import RotaryTable
 
 NAME = "lococo"
 
@@ -69,12 +68,13 @@ def lococo_attention(
         raise ValueError(f"{type(module).__name__} has attention sinks (s_aux), which lococo does not support")
     window = window_of(attention_mask, sliding_window, type(module).__name__)
     layer = lococo.layer(module.layer_idx, window)
-    head = getattr(module, "lococo_head", None)
+    head, rotary = getattr(module, "lococo_head", None), lococo.rotary_tables.get(module.layer_idx)
+    # A sliding-window layer keeps what its window sees: nothing is fused, and nothing need be foreseen.
+    modules = (None, None) if window is not None else (head, getattr(module, "lococo_score", None))
     reading = LayerReading(
         plan_for=functools.partial(lococo.plan_for, device=query.device),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        head=head if window is None else None,  # a sliding-window layer keeps what its window sees, nothing is fused
-        rotary=lococo.rotary_tables.get(module.layer_idx),
+        modules=LayerModules(*modules, rotary),
         dropout=dropout,
         softcap=softcap,
         kernel=lococo.attention,
@@ -115,10 +115,8 @@ class LayerReading:
         Plan of the call for heads with a config.
     scale : float
         Factor on ``query @ key``.
-    head : Compressor, optional
-        None where nothing is fused.
-    rotary : RotaryTable, optional
-        Moves keys to their places in the cache, with ``positions="slot"``.
+    modules : LayerModules
+        What the layer computes its memory with.
     softcap : float, optional
         As in ``LogitBias``.
     kernel : str
@@ -127,8 +125,7 @@ class LayerReading:
 
     plan_for: Callable[[LoCoCoConfig], Plan]
     scale: float
-    head: Compressor | None = None
-    rotary: RotaryTable | None = None
+    modules: LayerModules = LayerModules()
     dropout: float = 0.0
     softcap: float | None = None
     kernel: str = "auto"
@@ -154,36 +151,35 @@ def read_layer(
         (batch, heads, tokens, head_dim).
     """
     if layer.entries is None:
-        layer.make_buffers(query, key, value)
+        layer.make_buffers(query, key, value, reading.modules.network)
     is_plain = reading.softcap is None and reading.dropout == 0.0
     if is_plain and not torch.is_grad_enabled() and reading.plan_for(layer.config).is_step:
         attend = step_kernel(reading.kernel)
-        return layer.step(query, key, value, reading.plan_for, reading.head, reading.rotary, reading.scale, attend)
-    buffers = layer.begin_call(reading.rotary)
+        return layer.step(query, key, value, reading.plan_for, reading.modules, reading.scale, attend)
+    plan = reading.plan_for(layer.config)
+    buffers = layer.begin_call(plan, reading.modules)
+    states = layer.states(key, value, plan, reading.modules)
     if len(buffers) == 1:
-        output = _GroupReader(reading, buffers[0]).read(query, key, value)
+        output = _GroupReader(reading, buffers[0]).read(query, states)
     else:
-        output = _read_groups(reading, buffers, query, key, value)
+        output = _read_groups(reading, buffers, query, states)
     layer.end_call(buffers)
     return output
 
 
 def _read_groups(
-    reading: LayerReading, buffers: Sequence[KVBuffer], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    reading: LayerReading, buffers: Sequence[KVBuffer], query: torch.Tensor, states: TokenStates
 ) -> torch.Tensor:
-    # Slices, so that no index is uploaded.
-    by_head = [tensor.chunk(key.shape[1], dim=1) for tensor in (query, key, value)]
-    outputs: list[torch.Tensor] = [query] * key.shape[1]
+    num_kv_heads = states.key.shape[1]
+    grouped = query.unflatten(1, (num_kv_heads, -1))
+    outputs: list[torch.Tensor] = [query] * num_kv_heads
     for buffer in buffers:
         heads = buffer.group.heads
-        output = _GroupReader(reading, buffer).read(*(_of_heads(parts, heads) for parts in by_head))
+        of_heads = functools.partial(heads_of, heads=heads)
+        output = _GroupReader(reading, buffer).read(of_heads(grouped).flatten(1, 2), states.map(of_heads))
         for index, part in zip(heads, output.chunk(len(heads), dim=1), strict=True):
             outputs[index] = part
     return torch.cat(outputs, dim=1)
-
-
-def _of_heads(parts: Sequence[torch.Tensor], heads: Sequence[int]) -> torch.Tensor:
-    return parts[heads[0]] if len(heads) == 1 else torch.cat([parts[head] for head in heads], dim=1)
 
 
 def _with_zero_gradients(output: torch.Tensor, head: Compressor) -> torch.Tensor:
@@ -203,13 +199,12 @@ class _GroupReader:
         self.reading, self.buffer = reading, buffer
         self.plan = reading.plan_for(buffer.config)
 
-    def read(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def read(self, query: torch.Tensor, states: TokenStates) -> torch.Tensor:
         """(batch, heads, tokens, head_dim) attention output of a call; the buffer holds its tokens afterwards."""
-        head, rotary = self.reading.head, self.reading.rotary
-        tokens = self.buffer.tokens(query, key, value, self.plan, rotary)
+        tokens = self.buffer.tokens(query, states, self.plan)
         parts = []
         for segment in self.plan.segments:
-            self.buffer.close_block(segment, head, rotary)
+            self.buffer.close_block(segment, self.reading.modules)
             self.buffer.write(segment, tokens)
             parts.append(self._attend(segment, segment.take(query)))
         return self.plan.assemble(parts, query)
@@ -218,7 +213,7 @@ class _GroupReader:
         """(batch, heads, width, head_dim); the attention that entries receive is added to their scores."""
         reading, buffer, stop = self.reading, self.buffer, segment.stop
         keys, values = buffer.keys[:, :, :stop], buffer.values[:, :, :stop]
-        bias = LogitBias(self._mask(segment), buffer.mass_bias(reading.head, stop), reading.softcap)
+        bias = LogitBias(self._mask(segment), buffer.mass_bias(reading.modules.head, stop), reading.softcap)
         call = (query, keys, values, reading.scale, bias, reading.kernel, reading.dropout)
         if buffer.entries.scores is None:
             return scoring.attend(*call)

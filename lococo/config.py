@@ -57,10 +57,11 @@ class LoCoCoConfig:
         Give a slot blended from n tokens the attention mass of n tokens: a bias of a learned scale times log n.
     positions : {"absolute", "slot"}
         Rotary positions of the text, or of the place in the cache (no position past ``num_slots + block_size``).
-    score : {"distant", "mean", "sum", "last"} or str
+    score : {"distant", "learned", "mean", "sum", "last"} or str
         Ranking of heavy hitters, of these or of a name given to ``lococo.register_score``. "distant": mean square of
         the attention from queries at least ``num_recent`` entries later, when the token is a recent no more, older
-        queries fading; "mean": attention per query that could see the token; "sum": in total (H2O); "last": from the
+        queries fading; "learned": the same times a factor that calibration learns to make of the token itself;
+        "mean": attention per query that could see the token; "sum": in total (H2O); "last": from the
         current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
@@ -178,6 +179,11 @@ class LoCoCoConfig:
     def capacity(self) -> int:
         """Entries a layer can hold between two compressions, ``num_slots + block_size``."""
         return self.num_slots + self.block_size
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the score looks at learned features of tokens."""
+        return "features" in SCORES[self.score].needs and self.num_heavy + self.num_fused > 0  # type: ignore[operator]
 
     @property
     def score_delay(self) -> int:

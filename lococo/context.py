@@ -11,7 +11,7 @@ from lococo.cache.cache import LoCoCoCache
 from lococo.cache.layer import LayerCache
 from lococo.cache.plan import Plan, RowState, plan_call
 from lococo.config import LoCoCoConfig
-from lococo.models.rotary import RotaryTable
+from lococo.models.rotary import Rotary
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class ForwardContext:
     cache : LoCoCoCache, optional
         None where nothing is remembered after the forward.
     rotary_tables : dict
-        ``RotaryTable`` (or None) by layer index.
+        ``Rotary`` (or None) by layer index.
     rows, real
         What the plan was made from, as in ``plan_call``, for heads with another number of slots.
     attention : str
@@ -47,7 +47,7 @@ class ForwardContext:
     config: LoCoCoConfig
     plan: Plan
     cache: LoCoCoCache | None
-    rotary_tables: dict[int, RotaryTable | None]
+    rotary_tables: dict[int, Rotary | None]
     rows: Sequence[RowState] = (RowState(),)
     real: Sequence[Sequence[bool]] | None = None
     attention: str = "auto"

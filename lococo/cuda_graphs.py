@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lococo.cache.buffers import is_locked
+from lococo.cache.buffers import LayerModules, is_locked
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.plan import Plan, plan_call
 from lococo.compat import CACHE_NAME, OLD_CACHE_NAME, OUTPUT_CACHE, cache_argument, with_cache
-from lococo.compression.base import Compressor
 from lococo.context import ForwardContext, ForwardRequest
 from lococo.forward import after_forward, ask_for_last_states, before_forward
 from lococo.inputs import padded_columns
-from lococo.state import HEAD, Patch
+from lococo.state import Patch, is_ours
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -108,7 +107,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [module for name, module in model.named_modules() if HEAD not in name.split(".")]
+        modules = [module for name, module in model.named_modules() if not is_ours(name)]
         configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
         self._kept = [(vars(each), _copied(vars(each))) for each in (*modules, *configs.values())]
         tensors = (
@@ -160,7 +159,7 @@ class DecodeGraph:
     ) -> None:
         self.model = weakref.ref(model)
         self.buffers = [layer.decode for layer in cache.layers]
-        self.heads = fusion_heads(patch)
+        self.modules = layer_modules(patch)
         self.input_ids = arguments["input_ids"].clone()
         self.position_ids = torch.zeros_like(self.input_ids)
         plan = Plan((), cache.rows, self.position_ids, self.position_ids, is_step=True)
@@ -237,8 +236,7 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     if graph is None and not _can_record(patch, model):
         _graphs[cache] = None
         return call(**kwargs)
-    heads = fusion_heads(patch) if graph is None else graph.heads
-    cache.make_ready(plan_for, heads, patch.rotary_tables)
+    cache.make_ready(plan_for, layer_modules(patch) if graph is None else graph.modules)
 
     def without_graph(error: Exception) -> Any:
         _graphs[cache] = None
@@ -263,10 +261,10 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     return output
 
 
-def fusion_heads(patch: Patch) -> list[Compressor | None]:
-    """Heads of a patched model's layers in order, None where nothing is fused. It takes too long for every step."""
-    heads = patch.heads
-    return [heads.get(index) for index in patch.layers]
+def layer_modules(patch: Patch) -> list[LayerModules]:
+    """What a patched model's layers compute their memory with, in order. It takes too long for every step."""
+    heads, networks, rotary = patch.heads, patch.networks, patch.rotary_tables
+    return [LayerModules(heads.get(index), networks.get(index), rotary.get(index)) for index in patch.layers]
 
 
 def _can_replay(patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: dict[str, Any]) -> bool:

@@ -31,11 +31,21 @@ CARD_NAME = "README.md"
 FILE_NAMES = (CONFIG_NAME, HEADS_NAME, CARD_NAME)
 ATTACHMENTS = ("calibration.json", "calibration.png")
 FORMAT_VERSION = 1
+NETWORK_PREFIX = "score."
 NO_HEADS = (
     "it has no heads; call lococo.patch_model(model) first, or lococo.patch_model(model, heads=...) to patch and load "
     "at once"
 )
-HEAD_FIELDS = ("compressor", "num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
+HEAD_FIELDS = (
+    "compressor",
+    "num_fused",
+    "kernel_size",
+    "head_rank",
+    "residual",
+    "normalization",
+    "has_mass",
+    "has_features",
+)
 
 
 def save_heads(
@@ -229,11 +239,12 @@ def push_heads(
 
 
 def _head_parameters(patch: Patch) -> dict[str, nn.Parameter]:
-    """Every head parameter by its name in the file, ``layers.{index}.{parameter}``."""
+    """Every learned parameter by its name in the file, ``layers.{index}.{parameter}``, networks' under ``score.``."""
     parameters = {
-        f"layers.{index}.{name}": parameter
-        for index, head in patch.heads.items()
-        for name, parameter in _active_head(head).named_parameters()
+        f"layers.{index}.{prefix}{name}": parameter
+        for modules, prefix in ((patch.heads, ""), (patch.networks, NETWORK_PREFIX))
+        for index, module in modules.items()
+        for name, parameter in _active_head(module).named_parameters()
     }
     for name, parameter in parameters.items():
         if parameter.is_meta:

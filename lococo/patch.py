@@ -21,8 +21,8 @@ from lococo.heads import load_heads, read_heads_config
 from lococo.models import find_family
 from lococo.models.family import execution_device, models_around
 from lococo.models.rotary import rotary_tables
-from lococo.registry import ATTENTIONS, COMPRESSORS
-from lococo.state import HEAD, PATCH, Patch, is_patched, patch_of
+from lococo.registry import ATTENTIONS, COMPRESSORS, SCORES
+from lococo.state import HEAD, NETWORK, PATCH, Patch, is_ours, is_patched, patch_of
 
 
 def patch_model(
@@ -83,7 +83,7 @@ def patch_model(
     family = find_family(model)
     _refuse_distributed(model)
     _check_slots_per_head(config, family.shape)
-    tables = rotary_tables(family, config) if config.positions == "slot" else {}
+    tables = rotary_tables(family, config)
     patch = Patch(config, family, attention, prefill_chunk_size, tables)
     setattr(family.decoder, PATCH, patch)
     try:
@@ -132,18 +132,23 @@ def _apply(patch: Patch, model: nn.Module) -> None:
     decoder, changes = patch.decoder, patch.changes
     patch.family.install(changes, model, NAME)
     whole_text.add_hooks(patch)
+    score, num_kv_heads = SCORES[patch.config.score](), patch.family.shape["num_kv_heads"]
     for index, layer in patch.layers.items():
+        head_dim = patch.family.head_dim(layer)
+        factory: dict[str, Any] = {"device": execution_device(layer), "dtype": decoder.dtype}
         largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
         if largest.num_fused:
-            head = COMPRESSORS[largest.compressor](
-                largest, patch.family.head_dim(layer), device=execution_device(layer), dtype=decoder.dtype
-            )
+            head = COMPRESSORS[largest.compressor](largest, head_dim, **factory)
             setattr(layer, HEAD, head.train(layer.training))
+        if patch.config.has_features:
+            network = score.network(num_kv_heads, head_dim, **factory)
+            assert network is not None, f"{type(score).__name__} needs features and has no network"
+            setattr(layer, NETWORK, network.train(layer.training))
     changes.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
     changes.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True))
     for holder in models_around(model, decoder):
         add_generate_hooks(patch, holder)
-        names = [name for name, _ in holder.named_parameters() if f".{HEAD}." in name]
+        names = [name for name, _ in holder.named_parameters() if is_ours(name)]
         changes.set(holder, "_keys_to_ignore_on_save", [*(holder._keys_to_ignore_on_save or []), *names])
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:
             ask = functools.partial(ask_for_last_states, patch)

@@ -18,9 +18,9 @@ from lococo.config import LoCoCoConfig
 from lococo.context import ForwardContext, ForwardRequest
 from lococo.models import Family
 from lococo.models.changes import Changes
-from lococo.models.rotary import RotaryTable
+from lococo.models.rotary import Rotary
 
-HEAD = "lococo_head"
+HEAD, NETWORK = "lococo_head", "lococo_score"
 PATCH = "lococo_patch"
 
 
@@ -60,7 +60,8 @@ class Patch:
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read. None: by the free memory.
     rotary_tables : dict
-        By layer index, with ``positions="slot"``; None for layers without positions.
+        By layer index, where keys must be rotated: with ``positions="slot"`` or a learned score; None for layers
+        without positions.
     changes : Changes
         All that was put into the model, but for the heads.
     is_suspended : bool
@@ -73,7 +74,7 @@ class Patch:
     family: Family
     attention: str = "auto"
     prefill_chunk_size: int | None = None
-    rotary_tables: dict[int, RotaryTable | None] = dataclasses.field(default_factory=dict)
+    rotary_tables: dict[int, Rotary | None] = dataclasses.field(default_factory=dict)
     changes: Changes = dataclasses.field(default_factory=Changes)
     thread: ThreadState = dataclasses.field(default_factory=ThreadState)
     is_suspended: bool = False
@@ -99,6 +100,11 @@ class Patch:
     def heads(self) -> dict[int, Compressor]:
         """Fusion heads by layer index; empty if nothing is fused."""
         return {index: getattr(layer, HEAD) for index, layer in self.layers.items() if hasattr(layer, HEAD)}
+
+    @property
+    def networks(self) -> dict[int, nn.Module]:
+        """Networks of a learned score by layer index; empty for other scores."""
+        return {index: getattr(layer, NETWORK) for index, layer in self.layers.items() if hasattr(layer, NETWORK)}
 
     def new_cache(self) -> LoCoCoCache:
         """An empty cache."""
@@ -142,9 +148,15 @@ class Patch:
         self.close()
         self.changes.undo()
         for layer in self.layers.values():
-            if hasattr(layer, HEAD):
-                delattr(layer, HEAD)
+            for name in (HEAD, NETWORK):
+                if hasattr(layer, name):
+                    delattr(layer, name)
         delattr(self.decoder, PATCH)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a module or parameter of a patched model, by its name, is none of the model's own."""
+    return not {HEAD, NETWORK}.isdisjoint(name.split("."))
 
 
 def patch_of(model: nn.Module, remedy: str = "call lococo.patch_model first") -> Patch:

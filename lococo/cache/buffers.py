@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from lococo.compression.base import Compressor
 from lococo.compression.entries import Entries, by_group
 from lococo.compression.select import compress
 from lococo.config import LoCoCoConfig
-from lococo.models.rotary import RotaryTable
+from lococo.models.rotary import Rotary
 
 Observer = Callable[["KVBuffer", Entries, "int | torch.Tensor", "Compressor | None"], None]
 
@@ -29,6 +29,50 @@ class HeadGroup(NamedTuple):
     def stop(self) -> int:
         """Where the entries of the last head end."""
         return self.start + len(self.heads) * self.config.capacity
+
+
+class TokenStates(NamedTuple):
+    """What some KV heads make of a call's tokens.
+
+    Attributes
+    ----------
+    key, value : torch.Tensor
+        (batch, kv_heads, tokens, head_dim), keys as the model rotated them.
+    unrotated : torch.Tensor
+        The keys before that; only where somebody asks for them.
+    features : torch.Tensor, optional
+        (batch, kv_heads, tokens, num_features), for a learned score.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    unrotated: torch.Tensor
+    features: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenStates:
+        """The same function on every tensor."""
+        key, value = function(self.key), function(self.value)
+        unrotated = key if self.unrotated is self.key else function(self.unrotated)
+        return TokenStates(key, value, unrotated, None if self.features is None else function(self.features))
+
+
+class LayerModules(NamedTuple):
+    """What a layer computes its memory with.
+
+    Attributes
+    ----------
+    head : Compressor, optional
+        None where nothing is fused.
+    network : callable, optional
+        Makes the features of a learned score, see ``Score.network``.
+    rotary : Rotary, optional
+        Takes the rotation off keys and moves them to their places in the cache; None where nobody asks for it, or keys
+        are not rotated.
+    """
+
+    head: Compressor | None = None
+    network: Any | None = None
+    rotary: Rotary | None = None
 
 
 class KVBuffer:
@@ -66,47 +110,45 @@ class KVBuffer:
         """(batch, kv_heads, capacity, head_dim)."""
         return self.entries.values
 
-    def tokens(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, rotary: RotaryTable | None
-    ) -> Entries:
+    def tokens(self, query: torch.Tensor, states: TokenStates, plan: Plan) -> Entries:
         """The tokens of a call as entries.
 
         Parameters
         ----------
         query : torch.Tensor
             (batch, heads, tokens, head_dim), rotated.
-        key, value : torch.Tensor
-            (batch, kv_heads, tokens, head_dim), keys rotated.
-        rotary : RotaryTable, optional
-            None where keys are not rotated, or stay as they came (``positions="absolute"``).
+        states : TokenStates
+            Of the KV heads of the group.
         """
+        key, nothing = states.key, states.key.new_zeros(())
         shape = (*key.shape[:2], plan.positions.shape[1])
         return Entries(
-            keys=key if rotary is None else rotary.rotate(key, plan.cache_positions, inverse=True),
-            values=value,
-            scores=key.new_zeros(()).expand(shape),
+            keys=key if self.entries.rotated is None else states.unrotated,
+            values=states.value,
+            scores=nothing.expand(shape),
             position=plan.positions[:, None].expand(shape),
-            log_mass=key.new_zeros(()).expand(shape),
+            log_mass=nothing.expand(shape),
             rotated=key,
             queries=None if self.entries.queries is None else by_group(query, key.shape[1]),
+            features=states.features,
         )
 
     def write(self, segment: Segment, tokens: Entries) -> None:
         """Put a segment of the call's tokens into its entries."""
         self.entries = self.entries.combine(tokens, lambda buffer, new: segment.write(buffer, new, self.in_place))
 
-    def close_block(self, segment: Segment, head: Compressor | None, rotary: RotaryTable | None) -> None:
+    def close_block(self, segment: Segment, modules: LayerModules) -> None:
         """Compress what is full before a segment is written; attention of the past counts less from then on."""
         for compression in segment.compressions:
-            self.compress(compression, head, rotary)
+            self.compress(compression, modules)
         scores, per_token = self.entries.scores, self.config.score_fade
         if scores is not None and per_token < 1 and segment.closes_block:
             factor = segment.fading(per_token)
             self.entries.scores = scores.mul_(factor) if self.in_place else scores * factor
 
-    def compress(self, compression: Compression, head: Compressor | None, rotary: RotaryTable | None) -> None:
+    def compress(self, compression: Compression, modules: LayerModules) -> None:
         """Replace the first entries of some rows by their M slots."""
-        rows, num_slots = compression.rows, self.config.num_slots
+        rows, num_slots, (head, _, rotary) = compression.rows, self.config.num_slots, modules
         before = dataclasses.replace(self.entries, rotated=None).map(
             lambda tensor: (tensor if rows is None else tensor[rows])[:, :, : compression.num_entries]
         )

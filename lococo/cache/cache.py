@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lococo.cache.buffers import LayerModules
 from lococo.cache.layer import CROP_ERROR, LayerCache
 from lococo.cache.plan import Plan, RowState
 from lococo.compat import Cache
-from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
-from lococo.models.rotary import RotaryTable
 
 
 class LoCoCoCache(Cache):
@@ -165,8 +164,7 @@ class LoCoCoCache(Cache):
     def make_ready(
         self,
         plan_for: Callable[[LoCoCoConfig], Plan],
-        heads: Sequence[Compressor | None],
-        rotary_tables: Mapping[int, RotaryTable | None],
+        modules: Sequence[LayerModules],
     ) -> None:
         """Prepare every layer for a step that is replayed; if it is launched after all, they are ready for it, too.
 
@@ -174,14 +172,12 @@ class LoCoCoCache(Cache):
         ----------
         plan_for : callable
             Plan of the step for heads with a config.
-        heads : sequence of Compressor, optional
-            Of the layers, None where nothing is fused.
-        rotary_tables : mapping
-            Of the layers, with ``positions="slot"``.
+        modules : sequence of LayerModules
+            Of the layers.
         """
         self.is_reading = True
-        for index, (layer, head) in enumerate(zip(self.layers, heads, strict=True)):
-            layer.prepare_step(plan_for, head, rotary_tables.get(index))
+        for layer, of_layer in zip(self.layers, modules, strict=True):
+            layer.prepare_step(plan_for, of_layer)
         self.rows, self.is_reading = tuple(row.with_block_closed() for row in self.rows), False
 
     def advance(self, plan: Plan, columns: int, ends_in_padding: bool = False) -> None:

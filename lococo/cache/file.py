@@ -15,14 +15,13 @@ from safetensors.torch import save as safetensors_bytes
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.layer import LayerCache
 from lococo.cache.plan import RowState
-from lococo.compression.entries import Entries
+from lococo.compression.entries import ENTRY_FIELDS, Entries
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
 
 KEY = "lococo_cache"
-FORMAT_VERSION = 2
-FIELDS = [field.name for field in dataclasses.fields(Entries)]
-LAYER_FIELDS = ("window", "num_heads", "rotated_from")
+FORMAT_VERSION = 3
+LAYER_FIELDS = ("window", "num_heads", "finished_columns")
 
 
 def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
@@ -35,7 +34,7 @@ def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
     layers = []
     for index, layer in enumerate(cache.layers):
         state = layer.__getstate__()  # outside of any graph
-        for field, tensor in zip(FIELDS, state["entries"].tensors(), strict=True):
+        for field, tensor in zip(ENTRY_FIELDS, state["entries"].tensors(), strict=True):
             if tensor is not None:
                 tensors[f"layers.{index}.{field}"] = tensor.cpu().contiguous()
         layers.append({name: state[name] for name in LAYER_FIELDS})
@@ -80,7 +79,7 @@ def _cache(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LoCoCoC
     cache = LoCoCoCache(config, len(content["layers"]))
     for index, (layer, saved) in enumerate(zip(cache.layers, content["layers"], strict=True)):
         prefix = f"layers.{index}"
-        held = {field: tensors.pop(f"{prefix}.{field}", None) for field in FIELDS}
+        held = {field: tensors.pop(f"{prefix}.{field}", None) for field in ENTRY_FIELDS}
         _restore(layer, prefix, held, {name: saved[name] for name in LAYER_FIELDS})
         layer.columns = content["columns"]
     if tensors:

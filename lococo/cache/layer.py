@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from lococo.cache.buffers import HeadGroup, KVBuffer, Observer, is_locked
+from lococo.cache.buffers import HeadGroup, KVBuffer, LayerModules, Observer, TokenStates, is_locked
 from lococo.cache.decode import DecodeBuffers
-from lococo.cache.plan import AlignedSegment, Plan
+from lococo.cache.plan import Plan, RowState, upload
 from lococo.compat import CacheLayerMixin
-from lococo.compression.base import Compressor
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget
 from lococo.config import LoCoCoConfig
-from lococo.models.rotary import RotaryTable
 from lococo.registry import COMPRESSORS, SCORES
 
 CROP_ERROR = (
@@ -48,8 +47,8 @@ class LayerCache(CacheLayerMixin):
         Called with a ``KVBuffer``, the entries, tokens read and head of every compression, before it is done.
     decode : DecodeBuffers, optional
         The same buffers as a token that comes alone reads and writes them; None while a graph reaches into them.
-    rotated_from : int, optional
-        With ``positions="slot"``: entry from which on only the rotated keys have been written, by steps.
+    finished_columns : int, optional
+        Columns read before the first step of which something is left to write: see ``_finish_steps``.
     """
 
     is_sliding = False
@@ -66,7 +65,7 @@ class LayerCache(CacheLayerMixin):
         self.decode: DecodeBuffers | None = None
         self.observer: Observer | None = None
         self.has_stepped = False  # since the buffers were made
-        self.rotated_from: int | None = None
+        self.finished_columns: int | None = None
         self._views: list[KVBuffer] = []
         self._is_shared = False  # a graph may have saved these entries, or memory of theirs
 
@@ -116,8 +115,10 @@ class LayerCache(CacheLayerMixin):
         bias = [] if self.decode is None else [self.decode.bias]
         return [tensor for tensor in self.entries.tensors() if tensor is not None] + bias
 
-    def make_buffers(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Make all buffers there will be, for tensors as those of ``step``."""
+    def make_buffers(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, network: Any | None = None
+    ) -> None:
+        """Make all buffers there will be, for tensors as those of ``step`` and a learned score's network."""
         batch, num_kv_heads = key.shape[:2]
         self.num_heads, self.groups = query.shape[1], self.group_heads(num_kv_heads)
         config, budgets = self.config, [Budget.of(group.config, self.window) for group in self.groups]
@@ -139,6 +140,8 @@ class LayerCache(CacheLayerMixin):
             log_mass=numbers(config.mass_bias and is_blended),
             rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
         )
+        if network is not None and "features" in needs:
+            entries.features = torch.zeros(*shape, network.num_features, dtype=torch.float16, device=key.device)
         if is_blended and COMPRESSORS[config.compressor].needs_queries:
             entries.queries = keys.new_zeros(*shape, query.shape[1] // num_kv_heads * query.shape[3])
         self._own(entries)
@@ -179,11 +182,11 @@ class LayerCache(CacheLayerMixin):
             view.window, view.observer = self.window, self.observer
         return self._views
 
-    def begin_call(self, rotary: RotaryTable | None) -> list[KVBuffer]:
+    def begin_call(self, plan: Plan, modules: LayerModules) -> list[KVBuffer]:
         """Views to be read and written in a call, with gradients or in place; ``end_call`` takes them back."""
         in_place = not torch.is_grad_enabled()
         self._make_writable(in_place)
-        self._write_unrotated(rotary)
+        self._finish_steps(plan.before, modules)
         self._forget_decode()
         return self.views() if in_place else [self._view(group, in_place=False) for group in self.groups]
 
@@ -220,35 +223,70 @@ class LayerCache(CacheLayerMixin):
         if is_needed or any(map(is_locked, buffers)):
             self._own(self._held.map(lambda each: each.detach().clone(memory_format=torch.contiguous_format)))
 
-    def _write_unrotated(self, rotary: RotaryTable | None) -> None:
-        """Write the un-rotated keys that steps leave to the end of their block."""
-        if self.rotated_from is None:
+    def states(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, modules: LayerModules) -> TokenStates:
+        """What the layer makes of a call's tokens, for keys (rotated) and values of all KV heads."""
+        return self._states(
+            key, value, plan.positions if self._held.rotated is None else plan.cache_positions, modules
+        )
+
+    def _states(
+        self, key: torch.Tensor, value: torch.Tensor, rotated_at: torch.Tensor, modules: LayerModules
+    ) -> TokenStates:
+        entries, unrotated, features = self._held, key, None
+        if modules.rotary is not None and (entries.rotated is not None or entries.features is not None):
+            unrotated = modules.rotary.rotate(key, rotated_at, inverse=True)
+        if entries.features is not None and modules.network is not None:
+            with torch.no_grad():  # which entries are kept has no gradient
+                features = modules.network(unrotated, value)
+        return TokenStates(key, value, unrotated, features)
+
+    @torch.no_grad()
+    def _finish_steps(self, rows: Sequence[RowState], modules: LayerModules) -> None:
+        """Write what steps leave to the end of their block: keys that are not rotated, and features of tokens."""
+        if self.finished_columns is None:
             return
-        (buffer,) = self.views()  # there are no budgets per head with positions="slot"
-        late = slice(self.rotated_from, None)
-        keys, self.rotated_from = buffer.keys[:, :, late], None
-        if rotary is not None:
-            positions = torch.arange(self.config.capacity, device=keys.device)[None, late]
-            keys = rotary.rotate(keys, positions, inverse=True)
-        buffer.entries.keys[:, :, late] = keys
+        count, self.finished_columns = self.columns - self.finished_columns, None
+        late, views = torch.arange(-count, 0), self.views()
+        places = [late + torch.tensor([[row.num_entries(view.config.num_slots)] for row in rows]) for view in views]
+        device = self._held.keys.device
+        index = [upload(place, device)[:, None] for place in places]  # (1 or batch, 1, count)
+        read = [_take(view.keys, at) for view, at in zip(views, index, strict=True)]
+        values = [_take(view.values, at) for view, at in zip(views, index, strict=True)]
+        seen = late + torch.tensor([[row.seen] for row in rows])
+        rotated_at = upload(seen, device) if self._held.rotated is None else index[0][:, 0]
+        states = self._states(self._by_head(read), self._by_head(values), rotated_at, modules)
+        for view, at in zip(views, index, strict=True):
+            mine = states.map(functools.partial(heads_of, heads=view.group.heads))
+            if view.entries.rotated is not None:
+                _put(view.entries.keys, at, mine.unrotated)
+            if view.entries.features is not None and mine.features is not None:
+                _put(view.entries.features, at, mine.features)
+
+    def _by_head(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tensors of the groups as one of all KV heads, in the model's order."""
+        if len(parts) == 1:
+            return parts[0]
+        by_head: dict[int, torch.Tensor] = {}
+        for group, part in zip(self.groups, parts, strict=True):
+            by_head.update(zip(group.heads, part.split(1, dim=1), strict=True))
+        return torch.cat([by_head[head] for head in sorted(by_head)], dim=1)
 
     # Decoding: one token of every row, over all entries at once.
 
-    def prepare_step(
-        self, plan_for: Callable[[LoCoCoConfig], Plan], head: Compressor | None, rotary: RotaryTable | None
-    ) -> DecodeBuffers:
+    def prepare_step(self, plan_for: Callable[[LoCoCoConfig], Plan], modules: LayerModules) -> DecodeBuffers:
         """Close the block if it is complete; the buffers for the step of a plan, in line with all that was written."""
         if plan_for(self.config).closes_block:
-            for view in self.begin_call(rotary):
-                view.close_block(plan_for(view.config).segments[0], head, rotary)
+            for view in self.begin_call(plan_for(self.config), modules):
+                view.close_block(plan_for(view.config).segments[0], modules)
         self._make_writable()
         if self.decode is None:
             self.decode = DecodeBuffers(self._held, self.groups, self.num_heads)
         if not self.decode.is_current:
             plans = [plan_for(group.config) for group in self.groups]
-            self.decode.sync(plans, [view.mass_bias(head) for view in self.views()])
-            if self._held.rotated is not None and self.rotated_from is None:
-                self.rotated_from = cast(AlignedSegment, plans[0].segments[0]).start
+            self.decode.sync(plans, [view.mass_bias(modules.head) for view in self.views()])
+            leaves = self._held.rotated is not None or self._held.features is not None
+            if leaves and self.finished_columns is None:
+                self.finished_columns = self.columns
         return self.decode
 
     def step(
@@ -257,8 +295,7 @@ class LayerCache(CacheLayerMixin):
         key: torch.Tensor,
         value: torch.Tensor,
         plan_for: Callable[[LoCoCoConfig], Plan],
-        head: Compressor | None,
-        rotary: RotaryTable | None,
+        modules: LayerModules,
         scale: float,
         attend: Callable | None = None,
     ) -> torch.Tensor:
@@ -280,7 +317,7 @@ class LayerCache(CacheLayerMixin):
         torch.Tensor
             (batch, heads, 1, head_dim).
         """
-        decode = self.prepare_step(plan_for, head, rotary)
+        decode = self.prepare_step(plan_for, modules)
         window = self.window
         if window is not None and max(row.seen for row in plan_for(self.config).rows) <= window:
             window = None
@@ -315,7 +352,7 @@ class LayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, keep the buffers."""
-        self.columns, self.rotated_from = 0, None
+        self.columns, self.finished_columns = 0, None
         if self.entries is not None:
             self._make_writable()
             self._held.map(torch.Tensor.zero_)
@@ -356,3 +393,25 @@ class LayerCache(CacheLayerMixin):
             return
         self.entries.combine(changed, torch.Tensor.copy_)
         self._forget_decode()
+
+
+def heads_of(tensor: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """The part of (batch, kv_heads, ...) that is of some heads, in their order."""
+    if len(heads) == tensor.shape[1]:
+        return tensor
+    parts = [tensor[:, head : head + 1] for head in heads]  # slices, so that no index is uploaded
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries of (batch, heads, entries, d) at (1 or batch, 1, count) places."""
+    return tensor.gather(2, _expanded(index, tensor))
+
+
+def _put(tensor: torch.Tensor, index: torch.Tensor, part: torch.Tensor) -> None:
+    """Write (batch, heads, count, d) to (1 or batch, 1, count) places, with the same for every head."""
+    tensor.scatter_(2, _expanded(index, tensor), part.to(tensor.dtype))
+
+
+def _expanded(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return index[..., None].expand(*like.shape[:2], index.shape[-1], like.shape[-1])

@@ -174,8 +174,8 @@ class Plan:
 
     Attributes
     ----------
-    rows : tuple of RowState
-        After the call.
+    before, rows : tuple of RowState
+        Before and after the call: one for the whole batch, or one per row.
     cache_positions : torch.Tensor
         (1 or batch, tokens), the entry of each token: its position with ``positions="slot"``.
     positions : torch.Tensor
@@ -190,6 +190,7 @@ class Plan:
     cache_positions: torch.Tensor
     positions: torch.Tensor
     is_step: bool = False
+    before: tuple[RowState, ...] = ()
 
     @property
     def closes_block(self) -> bool:
@@ -254,7 +255,7 @@ def plan_call(
         plan = _plan_ragged(rows, real, config.num_slots, limit, device)
     is_step = num_tokens == 1 and (real is None or all(map(all, real)))
     moves_apart = config.positions == "slot" and any(isinstance(each, RaggedSegment) for each in plan.segments)
-    return dataclasses.replace(plan, is_step=is_step and not moves_apart)
+    return dataclasses.replace(plan, is_step=is_step and not moves_apart, before=tuple(rows))
 
 
 def _plan_aligned(row: RowState, num_tokens: int, num_slots: int, limit: int, device: torch.device | str) -> Plan:

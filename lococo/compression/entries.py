@@ -29,6 +29,9 @@ class Entries:
     queries : torch.Tensor, optional
         (batch, kv_heads, entries, groups * head_dim), rotated queries of the tokens, those of a KV head's group side
         by side, for compressors that ask for them. A blend has those of the entry it begins with.
+    features : torch.Tensor, optional
+        (batch, kv_heads, entries, num_features) in float16, what a learned score made of the tokens when they were
+        read. A blend has those of the entry it begins with.
     """
 
     keys: torch.Tensor
@@ -38,6 +41,7 @@ class Entries:
     log_mass: torch.Tensor | None = None
     rotated: torch.Tensor | None = None
     queries: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
     @property
     def rotated_keys(self) -> torch.Tensor:
@@ -55,10 +59,13 @@ class Entries:
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields in order, None where a configuration has no use for one."""
-        return self.keys, self.values, self.scores, self.position, self.log_mass, self.rotated, self.queries
+        return tuple(getattr(self, name) for name in ENTRY_FIELDS)
 
     def __len__(self) -> int:
         return self.keys.shape[2]
+
+
+ENTRY_FIELDS = tuple(field.name for field in dataclasses.fields(Entries))
 
 
 class Choice(NamedTuple):

@@ -18,7 +18,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
+from lococo.compression.network import ScoreNetwork
 from lococo.registry import SCORES
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ DISTANT_FADE = 0.8
 # Queries that a new token is credited with, so that the attention of one or two does not decide.
 SCORE_PRIOR = 8
 
-NEEDS = frozenset({"attention", "position", "keys", "values"})
+NEEDS = frozenset({"attention", "position", "keys", "values", "features"})
+
+# Attention below which a learned score takes a token's statistic for noise.
+SCORE_FLOOR = 1e-5
 
 
 class Score(abc.ABC):
@@ -40,13 +45,32 @@ class Score(abc.ABC):
     ----------
     needs : frozenset of str
         What ``rank`` looks at: "attention" that entries received (``entries.scores``), their "position" in the text
-        (``age``), "keys", "values". Nothing is summed, or kept, that no score asks for.
+        (``age``), "keys", "values", "features" of its own network. Nothing is summed, made, or kept that no score asks
+        for.
     power : {1, 2}
         Of the attention probabilities that are summed for it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     power: ClassVar[Literal[1, 2]] = 1
+
+    def network(self, num_kv_heads: int, head_dim: int, **factory: Any) -> nn.Module | None:
+        """What makes the features of a layer's tokens, if the score has "features"; None in all others.
+
+        Parameters
+        ----------
+        num_kv_heads, head_dim : int
+            Of the layer.
+        **factory
+            ``device`` and ``dtype``.
+
+        Returns
+        -------
+        torch.nn.Module, optional
+            With ``num_features``, called with (batch, kv_heads, tokens, head_dim) keys, not rotated, and values of all
+            KV heads of the layer. Gives (batch, kv_heads, tokens, num_features) for ``entries.features``.
+        """
+        return None
 
     def delay(self, config: LoCoCoConfig) -> int:
         """Entries between a token and the first query whose attention counts for it."""
@@ -63,7 +87,8 @@ class Score(abc.ABC):
         Parameters
         ----------
         entries : Entries
-            With ``scores`` where the score needs attention.
+            With ``scores`` where the score needs attention, and ``features`` where it needs those and the layer has
+            no sliding window.
         age : torch.Tensor, optional
             (batch, kv_heads, entries), tokens read since an entry's own, 1 for the last. It is there if ``needs`` has
             "position", and in layers with a sliding window.
@@ -118,6 +143,31 @@ class DistantScore(Score):
         assert entries.scores is not None  # it needs attention
         queries = (age - self.delay(config)).clamp_min(0)
         return entries.scores / (_faded_count(queries, self.fade(config)) + SCORE_PRIOR)
+
+
+@register_score("learned")
+class LearnedScore(DistantScore):
+    """The distant score times a factor learned for every token: what will be looked up is foreseen when it is read.
+
+    A token's three features u, a, c change the logarithm of its statistic S, shifted by a floor, to
+    ``(1 + a) log(S + floor) + c log(age) + u``. Features of zero, a new network's, leave the distant score as it is.
+    In layers with a sliding window there are none.
+    """
+
+    needs = DistantScore.needs | {"features"}
+
+    def network(self, num_kv_heads: int, head_dim: int, **factory: Any) -> nn.Module:
+        """Of three features."""
+        return ScoreNetwork(num_kv_heads, head_dim, 3, **factory)
+
+    def rank(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """``(S + floor) factor - floor``, which is S itself, to the last bit, where the factor is 1."""
+        statistic = super().rank(entries, age, config)
+        if entries.features is None:
+            return statistic
+        bias, trust, decay = entries.features.to(statistic.dtype).unbind(-1)
+        change = bias + trust * (statistic + SCORE_FLOOR).log() + decay * age.clamp_min(1).log()
+        return statistic * change.exp() + SCORE_FLOOR * change.expm1()
 
 
 @register_score("mean")

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from lococo.extension.folder import ADAPTER_FOLDER, HEADS_FOLDER, save_parts
 from lococo.extension.sharding import check_sharding, gathered, keep_precision
 from lococo.heads import load_heads
-from lococo.state import HEAD
+from lococo.state import is_ours
 from lococo.training.objectives import NextToken, NextTokenLoss
 from lococo.training.window_trainer import WindowTrainer
 
@@ -62,7 +62,7 @@ class ExtensionTrainer(WindowTrainer):
 
     def learning_rate_of(self, name: str, parameter: nn.Parameter) -> float:
         """Of a parameter of a head, or of the model."""
-        if f".{HEAD}." not in name:
+        if not is_ours(name):
             return self.args.learning_rate
         return self.heads_learning_rate * (1.0 if parameter.dim() > 1 else self.scalar_lr_factor)
 

@@ -99,17 +99,17 @@ class Family(abc.ABC):
         like : torch.Tensor
             Gives the dtype.
         positions : torch.Tensor
-            (1, tokens).
+            (1 or batch, tokens).
 
         Returns
         -------
         tuple of torch.Tensor
-            Each (1, tokens, rotary_dim or half of it), on the embedding's device.
+            Each (1 or batch, tokens, rotary_dim or half of it), on the embedding's device.
 
         Raises
         ------
         ValueError
-            If a key's angle depends on the length of the text.
+            If a key's angle depends on the length of the text; says so after "keys must be moved, ".
         """
 
     @abc.abstractmethod

@@ -145,17 +145,11 @@ class TransformersFamily(Family):
             (HunYuan).
         """
         if _norms_after_rotation(layer):
-            raise ValueError(
-                f"positions='slot' must rotate keys anew, those of {type(layer).__name__} are normed with weights "
-                "after they were rotated; use positions='absolute'"
-            )
+            raise ValueError(f"those of {type(layer).__name__} are normed with weights after they were rotated")
         if hasattr(layer, "use_rope"):
             return bool(layer.use_rope)
         if _may_not_rotate(layer):
-            raise ValueError(
-                f"positions='slot' must know which layers rotate their keys, {type(layer).__name__} decides it in its "
-                "own code; use positions='absolute'"
-            )
+            raise ValueError(f"but which layers rotate theirs {type(layer).__name__} decides in its own code")
         return True
 
     def rotary(self, layer: Any, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,10 +162,7 @@ class TransformersFamily(Family):
             extra["layer_type"] = self.decoder.config.layer_types[layer.layer_idx]
             rope_type = rope_type[extra["layer_type"]]
         if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"positions='slot' needs angles that follow from the position alone, the model's rope type is "
-                f"{rope_type!r}; use positions='absolute'"
-            )
+            raise ValueError(f"by angles that follow from the position alone, the model's rope type is {rope_type!r}")
         device = next(rotary.buffers()).device
         return rotary(like.to(device), positions.to(device), **extra)
 

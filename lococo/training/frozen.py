@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lococo.state import HEAD, Patch, patch_of
+from lococo.state import Patch, is_ours, patch_of
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -92,7 +92,7 @@ def checksums(model: nn.Module) -> dict[str, int]:
     return {
         name: _checksum(parameter)
         for name, parameter in model.named_parameters()
-        if f".{HEAD}." not in name and not parameter.is_meta
+        if not is_ours(name) and not parameter.is_meta
     }
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lococo.attention import LayerReading, read_layer
+from lococo.cache.buffers import LayerModules
 from lococo.cache.layer import LayerCache
 from lococo.cache.plan import Plan, RowState, plan_call
 from lococo.compat import AttentionInterface, AttentionMaskInterface
@@ -171,10 +172,37 @@ def full_attention(
     return kernels.attend(query, key, value, scale, kernels.LogitBias(mask, None, softcap))
 
 
+class RecordedFeatures:
+    """In the place of a score's network: the features that it made of the recorded tokens.
+
+    Parameters
+    ----------
+    features : torch.Tensor
+        (batch, kv_heads, tokens, num_features).
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features, self.num_features = features, features.shape[-1]
+
+    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The same, whatever the keys and values."""
+        return self.features
+
+
 def compressed_output(
-    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int = 0, head: Compressor | None = None
+    entry: LayerRecord,
+    config: LoCoCoConfig,
+    layer_idx: int = 0,
+    head: Compressor | None = None,
+    features: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Output of the recorded layer over a compressed cache, shaped like ``LayerRecord.output``; differentiable."""
+    """Output of the recorded layer over a compressed cache, shaped like ``LayerRecord.output``; differentiable.
+
+    Parameters
+    ----------
+    features : torch.Tensor, optional
+        (batch, kv_heads, tokens, num_features), for a learned score. None: those of a new one.
+    """
 
     @functools.cache
     def plan_for(head_config: LoCoCoConfig) -> Plan:
@@ -182,8 +210,10 @@ def compressed_output(
 
     layer = LayerCache(config, layer_idx)
     layer.window = entry.window
-    fusing = head if entry.window is None else None
-    reading = LayerReading(plan_for, entry.scale, fusing, softcap=entry.softcap)
+    modules = LayerModules()
+    if entry.window is None:
+        modules = LayerModules(head, None if features is None else RecordedFeatures(features))
+    reading = LayerReading(plan_for, entry.scale, modules, softcap=entry.softcap)
     return read_layer(layer, reading, entry.query, entry.key, entry.value)
 
 

@@ -221,8 +221,8 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
         save_file(held, tmp_path / name, {"format": "pt"} | ({"lococo_cache": json.dumps(said)} if said else {}))
         with pytest.raises(ValueError, match=f"{name} is no whole file written by LoCoCoCache.save"):
             LoCoCoCache.load(tmp_path / name)
-    save_file(tensors, tmp_path / "new", {"lococo_cache": json.dumps({**content, "format_version": 3})})
-    with pytest.raises(ValueError, match="format_version=3, this version of lococo reads 2"):
+    save_file(tensors, tmp_path / "new", {"lococo_cache": json.dumps({**content, "format_version": 9})})
+    with pytest.raises(ValueError, match="format_version=9, this version of lococo reads 3"):
         LoCoCoCache.load(tmp_path / "new")
 
 

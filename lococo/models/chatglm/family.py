@@ -71,9 +71,14 @@ class RemoteChatGLM(Family):
         return layer.hidden_size_per_attention_head
 
     def rotary(self, layer: Any, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, each (1, tokens, rotary_dim / 2) in float32."""
-        table = self.decoder.rotary_pos_emb(int(positions.max()) + 1)[positions].float()
-        return table[..., 0], table[..., 1]  # of (1, tokens, rotary_dim / 2, 2)
+        """Cosines and sines, each (1 or batch, tokens, rotary_dim / 2) in float32."""
+        table = self._angles[positions.to(self._angles.device)].float()
+        return table[..., 0], table[..., 1]
+
+    @functools.cached_property
+    def _angles(self) -> torch.Tensor:
+        """(max_positions, rotary_dim / 2, 2): made anew for every call, one would wait for its last position."""
+        return self.decoder.rotary_pos_emb(self.max_positions)
 
     def apply_rotary(self, layer: Any) -> ApplyRotary:
         """The code's own rotation, with the arguments and shapes of Transformers'."""
