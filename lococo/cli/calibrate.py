@@ -21,12 +21,17 @@ def calibrate(
     *,
     num_slots: options.NumSlots = NUM_SLOTS,
     block_size: options.OwnBlockSize = None,
-    recipe: Annotated[str, option(METHOD, "default, or the paper's.", metavar="default|paper")] = "default",
+    recipe: Annotated[
+        str, option(METHOD, "default: scores; blend; or the paper's.", metavar="default|blend|paper")
+    ] = "default",
     length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096,
     first: Annotated[int, option(TEXT, "First token that is measured.")] = 512,
     heldout: Annotated[int, option(TEXT, "Windows to measure on.")] = 8,
     heldout_share: Annotated[
         float | None, option(TEXT, "Share of the documents that is held out.", show_default="at least one document")
+    ] = None,
+    score_texts: Annotated[
+        int | None, option(TRAINING, "Texts that scores learn from; 0: none.", show_default=RECIPE)
     ] = None,
     objective: Annotated[
         str | None, option(TRAINING, "distill, next-token, or none: no end-to-end training.", show_default=RECIPE)
@@ -64,6 +69,7 @@ def calibrate(
         first=first,
         num_heldout=heldout,
         heldout_share=heldout_share,
+        score_texts=score_texts,
         objective=objective,
         steps=steps,
         windows_per_step=windows_per_step,

@@ -99,6 +99,13 @@ class Score(abc.ABC):
             (batch, kv_heads, entries).
         """
 
+    def logits(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """Logits of being looked up, in the order of ``rank``: what a network is trained by.
+
+        Arguments and shapes as of ``rank``; differentiable in ``entries.features``.
+        """
+        return self.rank(entries, age, config)
+
 
 def _check(score: Any) -> None:
     if not (isinstance(score, type) and issubclass(score, Score)):
@@ -149,9 +156,10 @@ class DistantScore(Score):
 class LearnedScore(DistantScore):
     """The distant score times a factor learned for every token: what will be looked up is foreseen when it is read.
 
-    A token's three features u, a, c change the logarithm of its statistic S, shifted by a floor, to
-    ``(1 + a) log(S + floor) + c log(age) + u``. Features of zero, a new network's, leave the distant score as it is.
-    In layers with a sliding window there are none.
+    The logarithm of a token's statistic S, above a floor, gets a sum that is linear in it and in the logarithm of the
+    token's age, with the token's three features u, a, c for coefficients: ``u + a s + c t``, where s and t are these
+    logarithms brought to numbers near zero. Features of zero, a new network's, leave the distant score as it is. In
+    layers with a sliding window there are none.
     """
 
     needs = DistantScore.needs | {"features"}
@@ -165,9 +173,21 @@ class LearnedScore(DistantScore):
         statistic = super().rank(entries, age, config)
         if entries.features is None:
             return statistic
-        bias, trust, decay = entries.features.to(statistic.dtype).unbind(-1)
-        change = bias + trust * (statistic + SCORE_FLOOR).log() + decay * age.clamp_min(1).log()
+        change = self._change(statistic, entries.features, age)
         return statistic * change.exp() + SCORE_FLOOR * change.expm1()
+
+    def logits(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
+        """Logarithm of ``(S + floor) factor``."""
+        statistic = super().rank(entries, age, config)
+        assert entries.features is not None
+        return (statistic + SCORE_FLOOR).log() + self._change(statistic, entries.features, age)
+
+    def _change(self, statistic: torch.Tensor, features: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the factor."""
+        bias, trust, decay = features.to(statistic.dtype).unbind(-1)
+        centred = ((statistic + SCORE_FLOOR).log() + 8) / 4  # from 1e-5 to 1
+        age = (age.clamp_min(1).log() - 6) / 1.5  # of hundreds of tokens
+        return bias + trust * centred + decay * age
 
 
 @register_score("mean")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
 from lococo.training.record import LayerRecord, compressed_output, fisher_error, record
+from lococo.training.scores import ScoreNetworks
 
 STACKED_LAYERS = 10
 STEPS_BETWEEN = 3  # levels put between two measured ones
@@ -35,7 +36,12 @@ def slot_levels(num_slots: int) -> tuple[int, ...]:
 
 
 def eviction_errors(
-    model: PreTrainedModel, windows: torch.Tensor, config: LoCoCoConfig, levels: Sequence[int], measure: Measure
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    config: LoCoCoConfig,
+    levels: Sequence[int],
+    measure: Measure,
+    networks: ScoreNetworks | None = None,
 ) -> torch.Tensor:
     """What it costs the loss that one KV head at a time keeps only so many slots.
 
@@ -56,6 +62,8 @@ def eviction_errors(
         Numbers of slots to try.
     measure : callable
         ``Journal.measure`` of a journal for this model: a killed run goes on at the text where it stopped.
+    networks : ScoreNetworks, optional
+        Of a learned score. None: the score is that of new ones.
 
     Returns
     -------
@@ -68,36 +76,47 @@ def eviction_errors(
         records = functools.cache(functools.partial(record, model, ids[None].long(), gradients=True))
         for index, slots in enumerate(levels):
             head_config = config.with_slots(slots)
-            key = ("eviction_errors", {name: getattr(head_config, name) for name in SELECTION_FIELDS}, ids.tolist())
-            errors = measure(key, functools.partial(_errors, records, head_config))
+            key: tuple = ({name: getattr(head_config, name) for name in SELECTION_FIELDS}, ids.tolist())
+            key = ("eviction_errors", *key, *([] if networks is None else [networks.digest()]))
+            errors = measure(key, functools.partial(_errors, records, head_config, networks))
             total[index] += torch.tensor(errors, dtype=torch.float64)
     return total / len(windows)
 
 
-def _errors(records: Callable[[], dict[int, LayerRecord]], config: LoCoCoConfig) -> list[list[float]]:
-    return [errors for stack in _stacks(list(records().values())) for errors in _stack_errors(stack, config)]
+def _errors(
+    records: Callable[[], dict[int, LayerRecord]], config: LoCoCoConfig, networks: ScoreNetworks | None
+) -> list[list[float]]:
+    errors = []
+    for stack in _stacks(records()):
+        features = None
+        if networks is not None:
+            features = torch.cat([networks.features(index, entry.key, entry.value) for index, entry in stack.items()])
+        errors += _stack_errors(list(stack.values()), config, features)
+    return errors
 
 
 def _kind(entry: LayerRecord) -> tuple:
     return entry.window, entry.scale, entry.softcap, entry.query.shape, entry.query.device
 
 
-def _stacks(layers: Sequence[LayerRecord]) -> Iterator[list[LayerRecord]]:
+def _stacks(layers: dict[int, LayerRecord]) -> Iterator[dict[int, LayerRecord]]:
     """Neighbouring layers of one kind, a few at a time: read together they take little longer than one."""
-    for _, alike in itertools.groupby(layers, key=_kind):
+    for _, alike in itertools.groupby(layers.items(), key=lambda item: _kind(item[1])):
         same = list(alike)
-        yield from (same[start : start + STACKED_LAYERS] for start in range(0, len(same), STACKED_LAYERS))
+        yield from (dict(same[start : start + STACKED_LAYERS]) for start in range(0, len(same), STACKED_LAYERS))
 
 
 @torch.no_grad()
-def _stack_errors(stack: Sequence[LayerRecord], config: LoCoCoConfig) -> list[list[float]]:
-    """Squared error of every KV head, layer by layer."""
+def _stack_errors(
+    stack: Sequence[LayerRecord], config: LoCoCoConfig, features: torch.Tensor | None
+) -> list[list[float]]:
+    """Squared error of every KV head, layer by layer, by (layers, kv_heads, tokens, num_features) features."""
     tensors: Any = {
         name: torch.cat([getattr(entry, name) for entry in stack])
         for name in ("query", "key", "value", "output", "gradient")
     }
     entry = dataclasses.replace(stack[0], **tensors)  # (layers, heads or kv_heads, tokens, head_dim)
-    error = fisher_error(compressed_output(entry, config), entry)  # (layers, heads, tokens)
+    error = fisher_error(compressed_output(entry, config, features=features), entry)  # (layers, heads, tokens)
     return error.double().sum(dim=2).unflatten(1, (entry.key.shape[1], -1)).sum(dim=2).tolist()
 
 

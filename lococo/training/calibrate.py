@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -38,10 +39,13 @@ from lococo.training.runs import (
     weights_identity,
     without_folders,
 )
+from lococo.training.scores import ScoreNetworks, train_scores
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
 Rows = list[dict[str, Any]]
-RECIPE_OPTIONS = {field.name for field in dataclasses.fields(Recipe)} | {"backprop_tokens", "local_steps"}
+SCORE_STATES = ("scores.safetensors", "scores_with_budgets.safetensors")
+ADJUSTMENTS = {"backprop_tokens", "local_steps", "score_texts"}
+RECIPE_OPTIONS = {field.name for field in dataclasses.fields(Recipe)} | ADJUSTMENTS
 
 
 def calibrate(
@@ -57,7 +61,7 @@ def calibrate(
 
     ``lococo.calibrate(model, tokenizer, ["my_texts"], num_slots=256, output="heads")``
 
-    The recipe ``"default"`` finds how many slots each KV head needs, then distils the full cache into the heads.
+    The recipe ``"default"`` learns which tokens will be looked up, and finds how many slots each KV head needs.
 
     Parameters
     ----------
@@ -74,10 +78,11 @@ def calibrate(
         All else, with its default:
 
         - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
-        - ``recipe="default"``: or ``"paper"``, or a ``Recipe``; its fields are options, too: ``objective``
-          (``"distill"``, ``"next-token"``, ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``,
-          ``learning_rate``, ``scalar_lr_factor``, ``budget_texts``, ``local_steps``, ``local_texts``,
-          ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the recipe's.
+        - ``recipe="default"``: or ``"blend"``, ``"paper"``, or a ``Recipe``; its fields are options, too:
+          ``score_texts``, ``budget_texts``, ``objective`` (``"distill"``, ``"next-token"``, ``"none"``),
+          ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
+          ``local_steps``, ``local_texts``, ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the
+          recipe's.
         - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
           half the length if that is less.
         - ``num_windows=None``: to learn from; as many as the recipe reads. ``num_heldout=8``: to measure on.
@@ -179,7 +184,7 @@ class Calibration(TrainingRun):
     dtype: torch.dtype | None = torch.bfloat16
     recordings_dir: Path | None = None
 
-    work_names = (*TrainingRun.work_names, "recordings", "local")
+    work_names = (*TrainingRun.work_names, "recordings", "local", *SCORE_STATES)
     trainer = HeadTrainer
 
     def check(self) -> None:
@@ -193,6 +198,10 @@ class Calibration(TrainingRun):
         length, config = self.data.length, self.config
         if not isinstance(self.first, int) or not 1 <= self.first < length:
             raise ValueError(f"first must lie between 1 and {length - 1} for windows of {length}, got {self.first!r}")
+        if bool(self.recipe.scores) != config.has_features:
+            raise ValueError(
+                f"score_texts are for a score that learns, got {self.recipe.scores} with score={config.score!r}"
+            )
         if not self.data.num_heldout:
             raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
         evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before a compression
@@ -220,14 +229,21 @@ class Calibration(TrainingRun):
             check_same_run(self.work / RUN_NAME, description)
             journal = Journal(self.cache_dir / f"measured-{description['model']}.jsonl", self.deadline)
             gap = baselines(model, heldout.ids, self.config, self.first, journal)
-            config = self._with_budgets(model, train, journal, add)
             if processes.is_main_process:
                 self.begin(description)
+        networks = self._learn_scores(model, train, None, add)
+        with processes.main_process_first():
+            config = self._with_budgets(model, train, journal, networks, add)
+        if networks is not None and config is not self.config:
+            networks = self._learn_scores(model, train, ScoreNetworks(config, networks.by_layer, networks.rotary), add)
+        with processes.main_process_first():
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
             if self.recipe.local:
                 recordings.add(model, train.evenly(self.recipe.local_texts))
         torch.manual_seed(self.data.seed)  # the heads' initial weights
         with patched(model, config):
+            if networks is not None:
+                networks.put_into(patch_of(model))
             add("start", step=0, **gap.measure(model))
             if local := self.recipe.local:
                 with processes.main_process_first():
@@ -253,8 +269,38 @@ class Calibration(TrainingRun):
             {"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, "first": self.first}
         )
 
+    def _learn_scores(
+        self, model: PreTrainedModel, train: Windows, networks: ScoreNetworks | None, add: Callable[..., None]
+    ) -> ScoreNetworks | None:
+        """Networks of a learned score after the first part of the texts, or, given those, after the second."""
+        settings, is_first = self.recipe.scores, networks is None
+        if settings is None:
+            return None
+        if networks is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.data.seed)
+                networks = ScoreNetworks.of(model, self.config)
+        windows = train.evenly(settings.texts)
+        if self.config.slots_per_head is None and self.recipe.budget_texts:
+            half = len(windows) // 2
+            windows = windows[:half] if is_first else windows[half:]
+        state = self.work / SCORE_STATES[not is_first]
+        stage = "scores"
+        tell = functools.partial(self._tell_stage, stage)
+        for row in train_scores(model, networks, windows, settings, state, self.deadline, tell):
+            add(stage, **row)
+        return networks
+
+    def _tell_stage(self, stage: str, **row: Any) -> None:
+        self.tell({"stage": stage, **row})
+
     def _with_budgets(
-        self, model: PreTrainedModel, train: Windows, journal: Journal, add: Callable[..., None]
+        self,
+        model: PreTrainedModel,
+        train: Windows,
+        journal: Journal,
+        networks: ScoreNetworks | None,
+        add: Callable[..., None],
     ) -> LoCoCoConfig:
         """The config with as many slots for each KV head as it needs, if the recipe says so."""
         config = self.config
@@ -262,7 +308,8 @@ class Calibration(TrainingRun):
             return config
         levels = slot_levels(config.num_slots)
         windows = train.evenly(self.recipe.budget_texts)
-        slots = allocate(eviction_errors(model, windows, config, levels, journal.measure), levels, config.num_slots)
+        errors = eviction_errors(model, windows, config, levels, journal.measure, networks)
+        slots = allocate(errors, levels, config.num_slots)
         for layer, counts in enumerate(slots):
             for head, count in enumerate(counts):
                 add("budgets", layer=layer, kv_head=head, slots=count)
@@ -312,8 +359,9 @@ class Calibration(TrainingRun):
 @torch.no_grad()
 def _round_heads(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the heads the values that they have when saved in a dtype."""
-    for head in patch_of(model).heads.values():
-        for parameter in head.parameters():
+    patch = patch_of(model)
+    for module in (*patch.heads.values(), *patch.networks.values()):
+        for parameter in module.parameters():
             parameter.copy_(parameter.to(dtype))
 
 

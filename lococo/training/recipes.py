@@ -107,12 +107,49 @@ class LocalConfig:
         check_ranges(self, {"steps": 1, "num_checked": 1}, ("learning_rate", "scalar_learning_rate"), "local ")
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """How the networks of a learned score learn.
+
+    Parameters
+    ----------
+    texts : int
+        Texts read, each once.
+    texts_per_step : int
+        Texts that are held, and learned from, at once.
+    repeats : int
+        Steps of the optimizer on them.
+    learning_rate : float
+        Of AdamW, falling linearly to 0.
+    weight_decay : float
+        Of matrices.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+    """
+
+    texts: int = 192
+    texts_per_step: int = 4
+    repeats: int = 8
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"texts": 1, "texts_per_step": 1, "repeats": 1}, ("learning_rate",), "score ")
+        if not isinstance(self.weight_decay, int | float) or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"score weight_decay must be at least 0, got {self.weight_decay!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(TrainingRecipe):
     """Stages of a calibration, each left out where its number is 0 or None.
 
     Parameters
     ----------
+    scores : ScoreConfig, optional
+        Training of a learned score, half of it before the slots of each KV head are found and half with them.
     budget_texts : int
         Texts on which the errors are measured that decide how many slots each KV head gets.
     local : LocalConfig, optional
@@ -125,6 +162,7 @@ class Recipe(TrainingRecipe):
         Steps between two measurements of the gap ratio.
     """
 
+    scores: ScoreConfig | None = None
     budget_texts: int = 6
     local: LocalConfig | None = None
     local_texts: int = 12
@@ -138,8 +176,10 @@ class Recipe(TrainingRecipe):
         super().__post_init__()
         if not isinstance(self.objective, Objective | None):
             raise TypeError(f"objective must be Distill(...), NextToken(...) or None, got {self.objective!r}")
-        if not isinstance(self.local, LocalConfig | None):
-            raise TypeError(f"local must be a LocalConfig or None, got {self.local!r}")
+        for name, kind in {"local": LocalConfig, "scores": ScoreConfig}.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind | None):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {value!r}")
         check_ranges(self, {"budget_texts": 0, "local_texts": 1, "steps": 0, "measure_every": 1}, ())
         if self.objective is not None and self.steps == 0:
             raise ValueError("steps must be at least 1 with an objective; for none pass objective=None")
@@ -158,11 +198,19 @@ class Recipe(TrainingRecipe):
     def windows_needed(self) -> int:
         """Training windows that no stage has to read twice."""
         end_to_end = super().windows_needed if self.objective else 0
-        return max(self.budget_texts, self.local_texts if self.local else 0, end_to_end, 1)
+        scores, local = self.scores.texts if self.scores else 0, self.local_texts if self.local else 0
+        return max(self.budget_texts, scores, local, end_to_end, 1)
 
 
 def default_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:
-    """Ours: budgets per head, then distillation of low-rank heads whose gates start a little open."""
+    """Ours: learned scores and, with them, slots per head. Nothing is blended, and nothing goes backward."""
+    config = LoCoCoConfig(num_slots, block_size=block_size, score="learned")
+    heavy = config.num_heavy + config.num_fused  # type: ignore[operator]
+    return dataclasses.replace(config, num_heavy=heavy), Recipe(scores=ScoreConfig(), objective=None, steps=0)
+
+
+def blend_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:
+    """Slots per head, then distillation of low-rank heads whose gates start a little open."""
     recipe = Recipe(objective=Distill(backprop_tokens=max(1024, 2 * block_size)))
     return LoCoCoConfig(num_slots, block_size=block_size, head_rank=16, gate_init=0.05), recipe
 
@@ -180,7 +228,7 @@ def paper_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]
     return LoCoCoConfig.reference(num_slots, block_size=block_size), recipe
 
 
-RECIPES = {"default": default_recipe, "paper": paper_recipe}
+RECIPES = {"default": default_recipe, "blend": blend_recipe, "paper": paper_recipe}
 
 
 def adjusted(
@@ -189,6 +237,7 @@ def adjusted(
     objective: str | None = None,
     backprop_tokens: int | None = None,
     local_steps: int | None = None,
+    score_texts: int | None = None,
     **changes: Any,
 ) -> Recipe:
     """A recipe with some things said otherwise; what is None stays as it is.
@@ -201,6 +250,8 @@ def adjusted(
         Of the objective; 0: through the whole window.
     local_steps : int, optional
         Of layer-local training; 0: none.
+    score_texts : int, optional
+        Texts that a learned score learns from; 0: none.
     **changes
         Other fields of ``Recipe``.
 
@@ -226,4 +277,8 @@ def adjusted(
     if local_steps is not None:
         local = recipe.local or LocalConfig()
         changes["local"] = dataclasses.replace(local, steps=local_steps) if local_steps else None
+    if score_texts is not None:
+        check_count("score_texts", score_texts, least=0)
+        scores = recipe.scores or ScoreConfig()
+        changes["scores"] = dataclasses.replace(scores, texts=score_texts) if score_texts else None
     return dataclasses.replace(recipe, objective=chosen, **changes)

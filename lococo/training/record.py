@@ -85,7 +85,7 @@ def record(model: PreTrainedModel, input_ids: torch.Tensor, *, gradients: bool =
     if is_patched(model):
         raise ValueError(f"{type(model).__name__} is patched: record reads the full cache, call unpatch_model first")
     records: dict[int, LayerRecord] = {}
-    with _attending_by(model, records.__setitem__), torch.set_grad_enabled(gradients):
+    with recording(model, records.__setitem__), torch.set_grad_enabled(gradients):
         input_ids = input_ids.to(model.device)
         logits = model(input_ids, use_cache=False).logits
         if gradients:
@@ -107,7 +107,14 @@ def _cross_entropy_gradient(logits: torch.Tensor, input_ids: torch.Tensor) -> to
 
 
 @contextlib.contextmanager
-def _attending_by(model: PreTrainedModel, keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
+def recording(model: PreTrainedModel, keep: Callable[[int, LayerRecord], None]) -> Iterator[None]:
+    """Forwards of an unpatched model inside a ``with`` block hand over what each layer sees, frozen and in eval mode.
+
+    Parameters
+    ----------
+    keep : callable
+        Called with a layer's index and record as soon as it has attended.
+    """
     family, changes = find_family(model), Changes()
     attend = functools.partial(_recording_attention, lococo_keep=keep)
     try:

@@ -1,0 +1,306 @@
+"""Learned scores from forward passes: networks learn to tell which tokens will be looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lococo.cache.buffers import HeadGroup
+from lococo.cache.layer import LayerCache
+from lococo.compression.entries import Entries
+from lococo.config import LoCoCoConfig
+from lococo.files import write_whole
+from lococo.models import find_family
+from lococo.models.family import execution_device
+from lococo.models.rotary import Rotary, rotary_tables
+from lococo.registry import SCORES
+from lococo.results.deadline import Deadline
+from lococo.state import Patch
+from lococo.training.lookups import Lookups, record_lookups
+from lococo.training.recipes import ScoreConfig
+
+# Log-probability, all but, of a token that is no candidate.
+HIDDEN = -1e4
+# What is closed of the way to the oracle is told as a mean over so many of the last texts.
+TOLD_TEXTS = 32
+
+
+@dataclasses.dataclass
+class ScoreNetworks:
+    """The networks of a model's layers, before they are put into it.
+
+    Attributes
+    ----------
+    config : LoCoCoConfig
+    by_layer : dict of int to torch.nn.Module
+        In float32, on the devices of their layers.
+    rotary : dict
+        What takes the rotation off a layer's keys.
+    """
+
+    config: LoCoCoConfig
+    by_layer: dict[int, nn.Module]
+    rotary: Mapping[int, Rotary | None]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: LoCoCoConfig) -> ScoreNetworks:
+        """New ones for a model that is not patched."""
+        family = find_family(model)
+        score, num_kv_heads = SCORES[config.score](), family.shape["num_kv_heads"]
+        by_layer: dict[int, nn.Module] = {}
+        for index, layer in family.layers.items():
+            network = score.network(num_kv_heads, family.head_dim(layer), device=execution_device(layer))
+            assert network is not None  # config.has_features
+            by_layer[index] = network
+        return cls(config, by_layer, rotary_tables(family, dataclasses.replace(config, positions="absolute")))
+
+    @torch.no_grad()
+    def features(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What a layer's network makes of recorded (batch, kv_heads, tokens, head_dim) keys, rotated, and values."""
+        rotary = self.rotary.get(layer_idx)
+        if rotary is not None:
+            key = rotary.rotate(key, torch.arange(key.shape[2], device=key.device)[None], inverse=True)
+        return self.by_layer[layer_idx](key, value)
+
+    def groups(self, num_kv_heads: int) -> dict[int, tuple[HeadGroup, ...]]:
+        """Heads with the same budget together, for every layer."""
+        return {index: LayerCache(self.config, index).group_heads(num_kv_heads) for index in self.by_layer}
+
+    def digest(self) -> str:
+        """To tell one training from another."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.named_tensors().items()}
+        return hashlib.sha256(save(tensors)).hexdigest()
+
+    @torch.no_grad()
+    def put_into(self, patch: Patch) -> None:
+        """Copy all networks into those of a patched model."""
+        for index, network in patch.networks.items():
+            for mine, its in zip(self.by_layer[index].parameters(), network.parameters(), strict=True):
+                its.copy_(mine)
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """All parameters as ``{layer}.{name}``."""
+        return {
+            f"{index}.{name}": parameter
+            for index, network in self.by_layer.items()
+            for name, parameter in network.named_parameters()
+        }
+
+
+def train_scores(
+    model: PreTrainedModel,
+    networks: ScoreNetworks,
+    windows: torch.Tensor,
+    settings: ScoreConfig,
+    path: Path,
+    deadline: Deadline | None = None,
+    tell: Callable[..., None] | None = None,
+) -> list[dict[str, float]]:
+    """Train networks of a learned score on texts as they come, a few at a time; no backward through the model.
+
+    At the end of every block of a text each token that the score decides about has a logit (``Score.logits``). Their
+    softmax is to be the share of the attention that the token will receive from what comes after; the loss is the
+    cross-entropy, averaged over blocks and KV heads. All layers learn from the same forward passes.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Not patched.
+    networks : ScoreNetworks
+        Changed in place.
+    windows : torch.Tensor
+        (texts, tokens) token ids. Processes of a distributed run share the texts of every step.
+    path : Path
+        File of the state after every step's texts; a killed run goes on from it.
+    deadline : Deadline, optional
+        No text is read after it: ``OutOfTime`` is raised.
+    tell : callable, optional
+        Called with what is known after a step: ``step``, ``loss`` and ``closed``.
+
+    Returns
+    -------
+    list of dict
+        For every layer ``layer``, ``lost_before`` (by a new network), ``lost`` and ``lost_oracle``: the share of later
+        attention to tokens that are not kept, on texts that the network had not learned from when they were measured.
+    """
+    trainer = _Trainer(model, networks, settings, len(windows), path)
+    trainer.load()
+    batches = windows.split(settings.texts_per_step)
+    with tqdm(batches, desc="scores", unit="step", initial=trainer.batch, disable=None) as bar:
+        for batch in batches[trainer.batch :]:
+            (deadline or Deadline()).check()
+            loss = trainer.step(batch)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", closed=f"{trainer.closed:.2f}")
+            if tell is not None:
+                tell(step=trainer.batch, loss=loss, closed=trainer.closed)
+    return trainer.rows()
+
+
+class _Trainer:
+    """The optimizer of all networks, and what is known of them."""
+
+    def __init__(
+        self, model: PreTrainedModel, networks: ScoreNetworks, settings: ScoreConfig, num_texts: int, path: Path
+    ) -> None:
+        self.model, self.networks, self.settings, self.path = model, networks, settings, path
+        self.groups = networks.groups(find_family(model).shape["num_kv_heads"])
+        self.parameters = networks.named_tensors()
+        matrices = [each for each in self.parameters.values() if each.dim() > 1]
+        others = [each for each in self.parameters.values() if each.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.learning_rate,
+        )
+        self.batch = 0
+        self.batches = -(-num_texts // settings.texts_per_step)
+        self.lost: list[list[list[float]]] = []  # of every step, by layer: before, now, oracle
+
+    @property
+    def closed(self) -> float:
+        """How much of the way from a new network to the oracle is gone, on the last texts before they are learned."""
+        recent = torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_per_step, 1) :])
+        before, now, oracle = recent.mean(dim=(0, 1)).tolist()
+        return (before - now) / max(before - oracle, 1e-9)
+
+    def rows(self) -> list[dict[str, float]]:
+        """What ``train_scores`` returns."""
+        recent = torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_per_step, 1) :]).mean(dim=0)
+        return [
+            {"layer": index, "lost_before": before, "lost": now, "lost_oracle": oracle}
+            for index, (before, now, oracle) in zip(self.layers, recent.tolist(), strict=True)
+        ]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers with a network, those with a sliding window included."""
+        return list(self.networks.by_layer)
+
+    def step(self, windows: torch.Tensor) -> float:
+        """Read texts, measure on them, learn from them; save. Returns the loss before."""
+        processes = PartialState()
+        mine = windows[processes.process_index :: processes.num_processes]
+        rotary, groups = self.networks.rotary, self.groups
+        texts = [record_lookups(self.model, ids[None].long(), groups, rotary) for ids in mine]
+        self.lost.append(self._shared([self._lost_shares(text) for text in texts]))
+        losses = []
+        for repeat in range(self.settings.repeats):
+            done = (self.batch * self.settings.repeats + repeat) / (self.batches * self.settings.repeats)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * (1 - done)
+            losses.append(self._learn(texts, len(windows)))
+        self.batch += 1
+        if processes.is_main_process:
+            self.save()
+        return losses[0]
+
+    def _learn(self, texts: Sequence[dict[int, Lookups]], num_texts: int) -> float:
+        """A step of the optimizer; loss over all processes' texts."""
+        self.optimizer.zero_grad()
+        total = 0.0
+        for text in texts:
+            for layer_idx, lookups in text.items():
+                loss = lookup_loss(self.networks.by_layer[layer_idx], lookups, self.groups[layer_idx])
+                (loss / num_texts).backward()
+                total += loss.item() / len(text) / num_texts
+        if not torch.tensor(total).isfinite():
+            raise FloatingPointError(f"scores, step {self.batch + 1}: the loss is {total}")
+        if PartialState().num_processes > 1:
+            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+            for gradient, summed in zip(gradients, reduce(gradients, "sum"), strict=True):
+                gradient.copy_(summed)
+            total = float(reduce(torch.tensor(total, device=PartialState().device), "sum"))
+        self.optimizer.step()
+        return total
+
+    @torch.no_grad()
+    def _lost_shares(self, text: dict[int, Lookups]) -> list[list[float]]:
+        shares = []
+        for layer_idx in self.layers:
+            if layer_idx not in text:
+                shares.append([0.0] * 3)
+                continue
+            lookups, network = text[layer_idx], self.networks.by_layer[layer_idx]
+            features = network(lookups.keys, lookups.values)
+            shares.append(lost_shares(lookups, self.groups[layer_idx], features))
+        return shares
+
+    def _shared(self, shares: list[list[list[float]]]) -> list[list[float]]:
+        """Mean over the texts of all processes."""
+        mean = torch.tensor(shares, device=PartialState().device).mean(dim=0)
+        return (reduce(mean, "mean") if PartialState().num_processes > 1 else mean).tolist()
+
+    def save(self) -> None:
+        """Write everything that a later process goes on from."""
+        tensors = {f"parameter.{name}": tensor.detach().cpu() for name, tensor in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).cpu()
+        facts = {"batch": self.batch, "lost": self.lost}
+        write_whole(self.path, save(tensors, metadata={"facts": json.dumps(facts)}))
+
+    def load(self) -> None:
+        """Go on from what a killed run has saved."""
+        if not self.path.is_file():
+            return
+        with safe_open(self.path, "pt") as file, torch.no_grad():
+            facts = json.loads(file.metadata()["facts"])
+            self.batch, self.lost = facts["batch"], facts["lost"]
+            for name, parameter in self.parameters.items():
+                parameter.copy_(file.get_tensor(f"parameter.{name}"))
+                state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
+
+
+def lookup_loss(network: Any, lookups: Lookups, groups: Sequence[HeadGroup]) -> torch.Tensor:
+    """Cross-entropy between the attention that tokens will receive and the softmax of their scores' logits."""
+    features = network(lookups.keys, lookups.values)
+    losses = []
+    for heads, config, entries, age in _by_group(lookups, groups, features):
+        is_candidate = lookups.is_candidate[:, heads]
+        later = lookups.later[:, heads] * is_candidate
+        total = later.sum(dim=-1, keepdim=True)
+        logits = SCORES[config.score]().logits(entries, age, config).masked_fill(~is_candidate, HIDDEN)
+        losses.append(-(later / total.clamp_min(1e-12) * logits.log_softmax(dim=-1)).sum(dim=-1))
+    return torch.cat([loss.flatten() for loss in losses]).mean()
+
+
+def lost_shares(lookups: Lookups, groups: Sequence[HeadGroup], features: torch.Tensor) -> list[float]:
+    """Share of later attention to candidates that are not kept: by new networks, by features, and by the oracle."""
+    lost: list[list[torch.Tensor]] = [[], [], []]
+    for heads, config, entries, age in _by_group(lookups, groups, features):
+        is_candidate = lookups.is_candidate[:, heads]
+        later = lookups.later[:, heads] * is_candidate
+        kept = min(config.num_heavy + config.num_fused, later.shape[-1])  # type: ignore[operator]
+        score = SCORES[config.score]()
+        new = dataclasses.replace(entries, features=None)
+        for index, ranking in enumerate((score.rank(new, age, config), score.rank(entries, age, config), later)):
+            best = ranking.masked_fill(~is_candidate, float("-inf")).topk(kept, dim=-1).indices
+            share = 1 - later.gather(-1, best).sum(-1) / later.sum(-1).clamp_min(1e-12)
+            # Where everything fits nothing is chosen.
+            lost[index].append(share[(lookups.seen > config.num_slots).expand(*share.shape, 1)[..., 0]].flatten())
+    means = [torch.cat(each).float() for each in lost]
+    return [float(each.mean()) if len(each) else 0.0 for each in means]
+
+
+def _by_group(
+    lookups: Lookups, groups: Sequence[HeadGroup], features: torch.Tensor
+) -> Iterator[tuple[list[int], LoCoCoConfig, Entries, torch.Tensor]]:
+    for group in groups:
+        entries, age = lookups.entries(group, features)
+        yield list(group.heads), group.config, entries, age
