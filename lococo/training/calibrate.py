@@ -202,6 +202,11 @@ class Calibration(TrainingRun):
             raise ValueError(
                 f"score_texts are for a score that learns, got {self.recipe.scores} with score={config.score!r}"
             )
+        if self.recipe.objective is not None and not config.num_fused:
+            raise ValueError(
+                f"an objective trains blends, of which the config has none (num_fused=0): use recipe='blend', or a "
+                f"config with fewer heavy hitters, got {self.recipe.objective_name}"
+            )
         if not self.data.num_heldout:
             raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
         evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before a compression

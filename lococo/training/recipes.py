@@ -210,9 +210,9 @@ def default_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recip
 
 
 def blend_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:
-    """Slots per head, then distillation of low-rank heads whose gates start a little open."""
-    recipe = Recipe(objective=Distill(backprop_tokens=max(1024, 2 * block_size)))
-    return LoCoCoConfig(num_slots, block_size=block_size, head_rank=16, gate_init=0.05), recipe
+    """The default's, then distillation of low-rank heads that blend, whose gates start a little open."""
+    config = LoCoCoConfig(num_slots, block_size=block_size, score="learned", head_rank=16, gate_init=0.05)
+    return config, Recipe(scores=ScoreConfig(), objective=Distill(backprop_tokens=max(1024, 2 * block_size)))
 
 
 def paper_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:
