@@ -249,7 +249,7 @@ bench-extend: $(MODEL)/$(GGUF) ## memory of an extension's step against the wind
 
 # A killed run goes on when it is made again.
 ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of slots, stories260K -> docs/results/ablation
-	$(LOCOCO) eval ablate --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
+	$(EXPERIMENT).ablation --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
 		--data .demo/stories260k/heldout.jsonl --centre 32 21 sinks+heavy+recent+fused --num-slots 16 32 64 128 \
 		--kernel-size 1 3 7 21 61 --combine $(KINDS) --seeds 0 1 2 --block-size 32 --length 512 --first 128 \
 		--documents 24 --steps 30 --windows-per-step 2 --learning-rate 5e-3 --output $(RESULTS)/ablation
@@ -317,7 +317,7 @@ gpu-documents: $(MODEL)/$(GGUF)
 
 gpu-ablate: $(MODEL)/$(GGUF)
 	if test -f $(RESULTS)/ablation_$(DEVICE).json && ! test -d $(RESULTS)/ablation_$(DEVICE).work; then exit 0; fi; \
-	$(within_time); $(LOCOCO) eval ablate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --data $(HELDOUT) \
+	$(within_time); $(EXPERIMENT).ablation $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --data $(HELDOUT) \
 		--num-slots 64 128 256 512 --kernel-size 3 7 17 21 31 41 51 61 --combine $(KINDS) --seeds 0 1 2 \
 		--length 4096 --documents 8 --steps 50 --windows-per-step 8 --time-limit $$left \
 		--output $(RESULTS)/ablation_$(DEVICE)

@@ -27,7 +27,6 @@ COMMANDS = [
     ["eval", "tasks"],
     ["eval", "needles"],
     ["eval", "extended"],
-    ["eval", "ablate"],
     ["inspect"],
     ["bench", "memory"],
     ["bench", "prefill"],
@@ -63,11 +62,11 @@ def test_the_commands_of_the_readme_are_understood():
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("lococo ")]
     assert len(lines) > 12
     given = {line: parsed(shlex.split(line, comments=True)[1:]) for line in lines}
-    assert any(options.get("kernel_size") == [3, 7, 41] for options in given.values())
+    assert any(options.get("lengths") == [4096, 16384] for options in given.values())
 
 
 @pytest.mark.parametrize(
-    ("words", "shown"), [([], "calibrate"), (["eval"], "ablate"), (["bench"], "decode"), (["-h"], "bench")]
+    ("words", "shown"), [([], "calibrate"), (["eval"], "needles"), (["bench"], "decode"), (["-h"], "bench")]
 )
 def test_without_a_command_there_is_help(words, shown, capsys):
     assert main(words) == 0
