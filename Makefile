@@ -61,7 +61,7 @@ within_time = left=$$(($(END) - $$(date +%s))); left=$$((left < $(LIMIT) ? left 
 	if test $$left -lt 30; then echo "no time left for $@: make the same again"; exit 0; fi
 
 # On one thread; a stage that its time limit stopped goes on when it is made again.
-BENCH_CPU = $(LOCOCO) bench $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
+BENCH_CPU = $(EXPERIMENT).benchmarks $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
 # Shapes measured on a GPU. A try of it all elsewhere, in a minute:
 # make bench-cuda DEVICE=cpu SHAPES=tiny TRAIN_SHAPES=tiny SLOTS=16 LENGTHS="64 128" TRAIN_LENGTHS=128 BATCHES="1 2"
 DEVICE ?= cuda
@@ -132,14 +132,14 @@ bench-cuda: ## speed and memory on a GPU, each stage for LIMIT seconds at most -
 
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
-MEASURED := $(wildcard $(addprefix lococo/,attention.py bench cache compression context.py cuda_graphs.py forward.py \
-	inputs.py kernels prefill.py))
+MEASURED := $(wildcard experiments/benchmarks $(addprefix lococo/,attention.py bench cache compression context.py \
+	cuda_graphs.py forward.py inputs.py kernels prefill.py))
 is_current = test -f $(1).json && ! test -f $(1).partial.jsonl && { \
 	commit=$$(sed -n 's/.*"commit": "\([0-9a-f]*\).*/\1/p' $(1).json); \
 	! git cat-file -e "$$commit" 2>/dev/null || git diff --quiet "$$commit" -- $(MEASURED); }
 cuda_result = $(RESULTS)/bench_$(1)_$(DEVICE)_$*
 bench_cuda = if $(call is_current,$(cuda_result)); then exit 0; fi; $(within_time); \
-	$(LOCOCO) bench $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
+	$(EXPERIMENT).benchmarks $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
 	--time-limit $$left --output $(cuda_result)
 
 cuda-decode-%: | $(VENV)/.installed
@@ -244,7 +244,7 @@ extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 
 
 # One process measures all lengths: twenty minutes on one CPU thread.
 bench-extend: $(MODEL)/$(GGUF) ## memory of an extension's step against the window -> docs/results/bench_extend_cpu
-	$(LOCOCO) bench extend $(ON_MODEL) --device cpu --dtype bfloat16 --methods lococo-open-rank16 \
+	$(EXPERIMENT).benchmarks extend $(ON_MODEL) --device cpu --dtype bfloat16 --methods lococo-open-rank16 \
 		--lengths 4096 8192 16384 32768 --repeats 1 --output $(RESULTS)/bench_extend_cpu
 
 # A killed run goes on when it is made again.

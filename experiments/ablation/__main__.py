@@ -12,7 +12,7 @@ import typer
 from lococo.cli import options
 from lococo.cli.main import run
 from lococo.cli.options import TEXT, TRAINING, names_of, option
-from lococo.cli.parsing import add_command, group
+from lococo.cli.parsing import add_command, command_group
 from lococo.cli.terminal import print_table, print_written
 
 VARIED = "What is varied, one thing at a time"
@@ -140,7 +140,7 @@ def ablation(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Bad input ends with one line on stderr and status 2."""
-    app = group("")
+    app = command_group("")
     add_command(app, "ablation", ablation)
     return run(app, "python -m experiments.ablation", arguments)
 

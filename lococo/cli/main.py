@@ -19,7 +19,7 @@ from lococo.cli.extend import extend
 from lococo.cli.generate import generate
 from lococo.cli.inspect import inspect
 from lococo.cli.needles import needles
-from lococo.cli.parsing import add_command, group
+from lococo.cli.parsing import add_command, command_group
 from lococo.version import __version__
 
 # What a wrong value or a missing file, package or device ends in: one line instead of a traceback.
@@ -89,25 +89,22 @@ def _words_of(error: Exception) -> str:
 
 
 def _app() -> typer.Typer:
-    app = group("Long texts in a fixed number of key-value slots.")
+    app = command_group("Long texts in a fixed number of key-value slots.")
     app.callback()(_root)
     add_command(app, "generate", generate)
     add_command(app, "calibrate", calibrate)
     add_command(app, "extend", extend)
-    evaluations = group("Measure quality.")
+    evaluations = command_group("Measure quality.")
     add_command(evaluations, "ppl", evaluate.perplexity)
     add_command(evaluations, "tasks", evaluate.tasks)
     add_command(evaluations, "needles", needles)
     add_command(evaluations, "extended", evaluate.extended)
     app.add_typer(evaluations, name="eval")
     add_command(app, "inspect", inspect)
-    benchmarks = group("Measure speed and memory.")
+    benchmarks = command_group("Measure speed and memory.")
     add_command(benchmarks, "memory", bench.memory)
     add_command(benchmarks, "prefill", bench.prefill)
     add_command(benchmarks, "decode", bench.decode)
-    add_command(benchmarks, "train", bench.train)
-    add_command(benchmarks, "extend", bench.extend)
-    add_command(benchmarks, "score", bench.score)
     app.add_typer(benchmarks, name="bench")
     add_command(app, "convert-chatglm", convert_chatglm)
     return app

@@ -83,7 +83,7 @@ def up_to_missing(words: Sequence[str], counts: Mapping[str, int]) -> list[str]:
     return list(words)
 
 
-def group(help: str) -> typer.Typer:
+def command_group(help: str) -> typer.Typer:
     """An app, or a group of its commands."""
     return typer.Typer(cls=Group, help=help, add_completion=False, rich_markup_mode="rich")
 
