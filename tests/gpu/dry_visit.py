@@ -17,7 +17,7 @@ def run(command, seconds, log, env):
         try:
             if command[1] == "-m":
                 sys.argv = command[2:]
-                runpy.run_module(command[2], run_name="__main__")
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
             else:
                 sys.argv = command[1:]
                 runpy.run_path(command[1], run_name="__main__")
