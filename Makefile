@@ -230,7 +230,7 @@ long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EV
 
 # A window of 2K tokens becomes one of 8K by a few steps of each method, in bfloat16 on one CPU thread. A killed run goes
 # on when it is made again.
-EXTEND = $(LOCOCO) extend $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 --rope-type yarn \
+EXTEND = $(if $(filter longlora,$*),$(EXPERIMENT).longlora,$(LOCOCO) extend) $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 --rope-type yarn \
 	--method $(or $(EXTENDED_AS),$*) --dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
 %/extended/lococo-slot %/extended/lococo-slot/extension.json: EXTENDED_AS = lococo --positions slot
 extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 8K, by method -> docs/results/extension

@@ -21,7 +21,7 @@ def extend(
     text: options.DatasetOptions,
     *,
     method: Annotated[
-        str, option(METHOD, "Cache to learn with: lococo, h2o, streaming, full or longlora.", metavar="METHOD")
+        str, option(METHOD, "Cache to learn with: lococo, h2o, streaming or full.", metavar="METHOD")
     ] = "lococo",
     factor: Annotated[float, option(LENGTH, "New length / old length.")] = 8.0,
     original_length: Annotated[int | None, option(LENGTH, "Old length in tokens.", show_default="the model's")] = None,
