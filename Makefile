@@ -61,7 +61,7 @@ within_time = left=$$(($(END) - $$(date +%s))); left=$$((left < $(LIMIT) ? left 
 	if test $$left -lt 30; then echo "no time left for $@: make the same again"; exit 0; fi
 
 # On one thread; a stage that its time limit stopped goes on when it is made again.
-BENCH_CPU = $(LOCOCO) bench $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
+BENCH_CPU = $(EXPERIMENT).benchmarks $(@:bench-%=%) $(ON_MODEL) --device cpu --num-slots 128 --block-size 128
 # Shapes measured on a GPU. A try of it all elsewhere, in a minute:
 # make bench-cuda DEVICE=cpu SHAPES=tiny TRAIN_SHAPES=tiny SLOTS=16 LENGTHS="64 128" TRAIN_LENGTHS=128 BATCHES="1 2"
 DEVICE ?= cuda
@@ -132,14 +132,14 @@ bench-cuda: ## speed and memory on a GPU, each stage for LIMIT seconds at most -
 
 # A stage is done that has a result, nothing left in its journal, and no change since in what it measures; else it goes
 # on where the last call of it stopped.
-MEASURED := $(wildcard $(addprefix lococo/,attention.py bench cache compression context.py cuda_graphs.py forward.py \
-	inputs.py kernels prefill.py))
+MEASURED := $(wildcard experiments/benchmarks $(addprefix lococo/,attention.py bench cache compression context.py \
+	cuda_graphs.py forward.py inputs.py kernels prefill.py))
 is_current = test -f $(1).json && ! test -f $(1).partial.jsonl && { \
 	commit=$$(sed -n 's/.*"commit": "\([0-9a-f]*\).*/\1/p' $(1).json); \
 	! git cat-file -e "$$commit" 2>/dev/null || git diff --quiet "$$commit" -- $(MEASURED); }
 cuda_result = $(RESULTS)/bench_$(1)_$(DEVICE)_$*
 bench_cuda = if $(call is_current,$(cuda_result)); then exit 0; fi; $(within_time); \
-	$(LOCOCO) bench $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
+	$(EXPERIMENT).benchmarks $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
 	--time-limit $$left --output $(cuda_result)
 
 cuda-decode-%: | $(VENV)/.installed
@@ -230,7 +230,7 @@ long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EV
 
 # A window of 2K tokens becomes one of 8K by a few steps of each method, in bfloat16 on one CPU thread. A killed run goes
 # on when it is made again.
-EXTEND = $(LOCOCO) extend $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 --rope-type yarn \
+EXTEND = $(if $(filter longlora,$*),$(EXPERIMENT).longlora,$(LOCOCO) extend) $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 --rope-type yarn \
 	--method $(or $(EXTENDED_AS),$*) --dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
 %/extended/lococo-slot %/extended/lococo-slot/extension.json: EXTENDED_AS = lococo --positions slot
 extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 8K, by method -> docs/results/extension
@@ -244,12 +244,12 @@ extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 
 
 # One process measures all lengths: twenty minutes on one CPU thread.
 bench-extend: $(MODEL)/$(GGUF) ## memory of an extension's step against the window -> docs/results/bench_extend_cpu
-	$(LOCOCO) bench extend $(ON_MODEL) --device cpu --dtype bfloat16 --methods lococo-open-rank16 \
+	$(EXPERIMENT).benchmarks extend $(ON_MODEL) --device cpu --dtype bfloat16 --methods lococo-open-rank16 \
 		--lengths 4096 8192 16384 32768 --repeats 1 --output $(RESULTS)/bench_extend_cpu
 
 # A killed run goes on when it is made again.
 ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of slots, stories260K -> docs/results/ablation
-	$(LOCOCO) eval ablate --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
+	$(EXPERIMENT).ablation --model .demo/stories260k --dataset .demo/stories260k/train.jsonl \
 		--data .demo/stories260k/heldout.jsonl --centre 32 21 sinks+heavy+recent+fused --num-slots 16 32 64 128 \
 		--kernel-size 1 3 7 21 61 --combine $(KINDS) --seeds 0 1 2 --block-size 32 --length 512 --first 128 \
 		--documents 24 --steps 30 --windows-per-step 2 --learning-rate 5e-3 --output $(RESULTS)/ablation
@@ -317,7 +317,7 @@ gpu-documents: $(MODEL)/$(GGUF)
 
 gpu-ablate: $(MODEL)/$(GGUF)
 	if test -f $(RESULTS)/ablation_$(DEVICE).json && ! test -d $(RESULTS)/ablation_$(DEVICE).work; then exit 0; fi; \
-	$(within_time); $(LOCOCO) eval ablate $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --data $(HELDOUT) \
+	$(within_time); $(EXPERIMENT).ablation $(ON_MODEL) --device $(DEVICE) --dataset $(TRAIN) --data $(HELDOUT) \
 		--num-slots 64 128 256 512 --kernel-size 3 7 17 21 31 41 51 61 --combine $(KINDS) --seeds 0 1 2 \
 		--length 4096 --documents 8 --steps 50 --windows-per-step 8 --time-limit $$left \
 		--output $(RESULTS)/ablation_$(DEVICE)

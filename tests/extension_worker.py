@@ -27,7 +27,6 @@ CONFIGS = {
     "h2o": lococo.LoCoCoConfig.h2o(16, block_size=8),
     "streaming": lococo.LoCoCoConfig.streaming_llm(16, block_size=8),
     "full": None,
-    "longlora": None,
 }
 
 

@@ -28,7 +28,7 @@ from lococo.extension.sharding import gathered, sharded_arguments
 CASES = {
     "lococo": ("lococo", {}, torch.float32),
     "full": ("full", {}, torch.float32),
-    "longlora, tied": ("longlora", {"tie_word_embeddings": True}, torch.float32),
+    "full, tied": ("full", {"tie_word_embeddings": True}, torch.float32),
     "lococo, tied, bfloat16": ("lococo", {"tie_word_embeddings": True}, torch.bfloat16),
 }
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
 
+from experiments.benchmarks.counters import HeldBytes
+from experiments.benchmarks.roofline import Sizes
 from lococo import LoCoCoConfig, patched, prefill
-from lococo.bench.meter import HeldBytes
-from lococo.bench.roofline import Sizes
 from lococo.models import find_family
 from lococo.prefill import FREE_SHARE, chunk_by_memory, chunk_size, decoder_token_bytes, free_memory
 

@@ -1,1 +1,1 @@
-"""``lococo bench``: speed and memory, method against method and against what the device could do."""
+"""``lococo bench``: speed and memory of a model, method beside method."""

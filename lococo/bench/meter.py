@@ -1,4 +1,4 @@
-"""What is measured: time, memory in use, operations dispatched, and bytes of tensors."""
+"""Time taken, and memory in use."""
 
 from __future__ import annotations
 
@@ -8,18 +8,11 @@ import gc
 import re
 import sys
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-KIB, MIB = 2**10, 2**20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
-_SETTLED = 32 * MIB  # glibc's own threshold rises to this while large blocks are freed
 
 
 class Meter:
@@ -114,83 +107,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-@contextlib.contextmanager
-def freed_blocks_returned() -> Iterator[None]:
-    """Blocks of 64 KiB or more go back to the system when they are freed inside a ``with`` block.
-
-    What the process holds is then, but for what had room in the heap, what is in use, and not what lies unused between
-    smaller blocks. It takes time: the system clears every block anew. On glibc; elsewhere nothing happens.
-    """
-    _mallopt(_M_MMAP_THRESHOLD, 64 * KIB)
-    try:
-        yield
-    finally:
-        _mallopt(_M_MMAP_THRESHOLD, _SETTLED)
-        _mallopt(_M_TRIM_THRESHOLD, 2 * _SETTLED)
-
-
 def trim_heap() -> None:
     """Give what is free in the heap back to the system."""
     with contextlib.suppress(AttributeError):  # the C library is another than glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _mallopt(parameter: int, value: int) -> None:
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(parameter, value)
-
-
-class HeldBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside a ``with`` block.
-
-    Attributes
-    ----------
-    held : int
-        Bytes of those that still exist.
-    peak : int
-        Most bytes held at once.
-    largest : int
-        Bytes of the largest tensor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = self.largest = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in given and address not in self._sizes:
-                self._sizes[address] = storage.nbytes()
-                self.held += storage.nbytes()
-                self.peak, self.largest = max(self.peak, self.held), max(self.largest, storage.nbytes())
-                weakref.finalize(storage, self._let_go, address)
-        return result
-
-    def _let_go(self, address: int) -> None:
-        self.held -= self._sizes.pop(address)
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations dispatched inside a ``with`` block.
-
-    Attributes
-    ----------
-    count : int
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

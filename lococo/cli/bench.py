@@ -1,74 +1,35 @@
-"""The commands ``lococo bench memory | prefill | decode | train | extend | score``."""
+"""The commands ``lococo bench memory | prefill | decode``."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lococo.cli import options
-from lococo.cli.options import MEASURED, MODEL, RUN, names_of, option
+from lococo.cli.options import MEASURED, RUN, names_of, option
 from lococo.cli.terminal import print_table, print_written
 
 if TYPE_CHECKING:
-    from lococo.bench.runner import Subject, Topic
+    from lococo.bench.speed import Measurement
 
-# Of a grid's table, the most telling first.
-SUMMARY = ("method", "num_slots", "length", "batch", "unit", "objective", "median", "speedup_over_full", "limit_share")
+# Of a table, the most telling first.
+SUMMARY = ("method", "num_slots", "length", "batch", "unit", "median", "tokens_per_second", "speedup_over_full")
 MEMORY = ("skipped", "peak_bytes", "cache_bytes")
 Lengths = Annotated[list[int], option(MEASURED, "Tokens.", "--lengths")]
-Batches = Annotated[list[int], option(MEASURED, "Texts at once.", "--batches")]
 
 
 @dataclasses.dataclass(frozen=True)
-class SubjectOptions:
-    """A model, or random weights of a shape."""
-
-    model: Annotated[str | None, option(MODEL, "Folder or Hub id of a causal language model.")] = None
-    shape: Annotated[
-        str | None, option(MODEL, "Random weights of a shape such as llama-3.1-8b: nothing is downloaded.")
-    ] = None
-    gguf_file: options.GgufFile = None
-    device: options.Device = "auto"
-    dtype: options.Dtype = "auto"
-
-    def load(self) -> Subject:
-        """The model that is measured."""
-        from lococo import loading
-        from lococo.bench.runner import Subject
-        from lococo.bench.shapes import build
-
-        if self.shape:
-            device, dtype = loading.chosen_device(self.device), loading.chosen_dtype(self.dtype)
-            return Subject(self.shape, build(self.shape, device, dtype))
-        name = str(self.model)
-        model, _ = loading.load_model(name, gguf_file=self.gguf_file, device=self.device, dtype=self.dtype)
-        return Subject(Path(name).name, model)
-
-
-@dataclasses.dataclass(frozen=True)
-class GridOptions:
-    """What every grid of measurements is told."""
+class ComparisonOptions:
+    """What is compared, and how often."""
 
     heads: options.ComparedHeads = dataclasses.field(default_factory=list)
     num_slots: options.SlotCounts = dataclasses.field(default_factory=lambda: [512])
     block_size: options.BlockSize = 512
-    batches: Batches = dataclasses.field(default_factory=lambda: [1])
-    repeats: Annotated[int, option(RUN, "Measurements of each cell.")] = 5
-    no_counts: Annotated[bool, option(RUN, "Times and memory alone, nothing counted apart.", "--no-counts")] = False
-    time_limit: Annotated[float | None, option(RUN, "Seconds after which no measurement begins.")] = None
-    output: Annotated[
-        Path | None,
-        option(
-            RUN,
-            "Name of the files to write, without a suffix.",
-            show_default="bench_COMMAND_DEVICE",
-            callback=options.writable,
-        ),
-    ] = None
+    batches: Annotated[list[int], option(MEASURED, "Texts at once.")] = dataclasses.field(default_factory=lambda: [1])
+    repeats: Annotated[int, option(RUN, "Measurements of each method.", min=1)] = 5
 
 
 def memory(
@@ -98,126 +59,61 @@ def memory(
 
 def prefill(
     context: typer.Context,
-    subject: SubjectOptions,
-    grid: GridOptions,
+    source: options.ModelOptions,
+    comparison: ComparisonOptions,
     *,
-    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open,lococo-open-rank16",
+    methods: options.MethodNames = "full,h2o,lococo-uncalibrated",
     lengths: Lengths = [2048, 4096, 8192, 16384],
+    output: options.Output = Path("prefill"),
 ) -> None:
     """Reading a text: tokens per second, peak memory.
 
-    Example: lococo bench prefill --shape llama-3.1-8b --num-slots 512 --lengths 4096 16384
+    Example: lococo bench prefill --model MODEL --num-slots 256 --lengths 4096 16384
     """
-    from lococo.bench.prefill import Prefill
+    from lococo.bench.speed import Prefill
 
-    _measure(context, subject, grid, Prefill(), methods, lengths)
+    _compare(context, source, comparison, Prefill(), methods, lengths, output)
 
 
 def decode(
     context: typer.Context,
-    subject: SubjectOptions,
-    grid: GridOptions,
+    source: options.ModelOptions,
+    comparison: ComparisonOptions,
     *,
-    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated,lococo-open-rank16",
+    methods: options.MethodNames = "full,h2o,lococo-uncalibrated",
     lengths: Lengths = [512, 8192],
     steps: Annotated[int, option(MEASURED, "Tokens per measurement.")] = 32,
+    output: options.Output = Path("decode"),
 ) -> None:
-    """One token after another: seconds per step, cache bytes.
+    """One token after another: seconds per step, peak memory, cache bytes.
 
-    Example: lococo bench decode --shape llama-3.1-8b --num-slots 512 --batches 1 16
+    Example: lococo bench decode --model MODEL --num-slots 256 --batches 1 16
     """
-    from lococo.bench.decode import Decode
+    from lococo.bench.speed import Decode
 
-    _measure(context, subject, grid, Decode(steps), methods, lengths)
+    _compare(context, source, comparison, Decode(steps), methods, lengths, output)
 
 
-def train(
+def _compare(
     context: typer.Context,
-    subject: SubjectOptions,
-    grid: GridOptions,
-    *,
-    methods: options.MethodNames = "full,streaming,lococo-open-rank16",
-    lengths: Lengths = [2048, 4096],
-    objectives: Annotated[list[str], option(MEASURED, "distill, next-token or both.")] = ["distill"],
-) -> None:
-    """A training step of the heads: seconds per token, peak memory.
-
-    Example: lococo bench train --shape smollm2-135m --objectives distill next-token
-    """
-    from lococo.bench.train import Train
-
-    _measure(context, subject, grid, Train(objectives), methods, lengths)
-
-
-def extend(
-    context: typer.Context,
-    subject: SubjectOptions,
-    grid: GridOptions,
-    *,
-    methods: options.MethodNames = "full,streaming,h2o,lococo-open-rank16",
-    lengths: Lengths = [4096, 8192, 16384, 32768],
-    depth: Annotated[int, option(MEASURED, "Compressions that back-propagation goes through.")] = 2,
-) -> None:
-    """A training step of an extension: seconds per token, peak memory.
-
-    Example: lococo bench extend --shape llama-3.1-8b --lengths 8192 32768
-    """
-    from lococo.bench.extend import Extend
-
-    _measure(context, subject, grid, Extend(depth), methods, lengths)
-
-
-def score(
-    context: typer.Context,
-    subject: SubjectOptions,
-    grid: GridOptions,
-    *,
-    methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
-) -> None:
-    """Scoring of heavy hitters: share of a layer's time, bytes.
-
-    Example: lococo bench score --shape llama-3.1-8b --num-slots 512
-    """
-    from lococo.bench.score import Score
-
-    _measure(context, subject, grid, Score(grid.block_size), methods, [])
-
-
-def _measure(
-    context: typer.Context,
-    subject: SubjectOptions,
-    grid: GridOptions,
-    topic: Topic,
+    source: options.ModelOptions,
+    comparison: ComparisonOptions,
+    measurement: Measurement,
     methods: str,
     lengths: list[int],
+    output: Path,
 ) -> None:
-    """Measure a topic, also after an error or an interrupt write what has been measured, and show it."""
-    from lococo.bench.runner import Grid, write_grid
-    from lococo.loading import chosen_device
+    from lococo.bench.speed import Cell, compare_speed
     from lococo.methods import plan_runs
-    from lococo.results.journal import Journal
-    from lococo.results.tables import beside
+    from lococo.results.tables import write_result
 
-    if (subject.model is None) == (subject.shape is None):
-        raise ValueError("give what is measured: either --model or --shape")
-    if min(grid.batches) < 1:
-        raise ValueError(f"batches must be at least 1, got {min(grid.batches)}")
-    output = grid.output or Path(f"bench_{topic.name}_{chosen_device(subject.device).type}")
-    runs = plan_runs(names_of(methods), grid.num_slots, grid.block_size, grid.heads, name_heads=True)
-    groups = topic.groups(runs, lengths, grid.batches)
+    of_heads = comparison.num_slots, comparison.block_size, comparison.heads
+    runs = plan_runs(names_of(methods), *of_heads, name_heads=True)
+    groups = [[Cell(run, length, batch) for run in runs] for batch in comparison.batches for length in lengths]
     for cell in (cell for group in groups for cell in group):
-        topic.check(cell)
-    journal = Journal(beside(output, ".partial.jsonl"))
-    cells = Grid(subject.load(), topic, groups, grid.repeats, journal, grid.time_limit, not grid.no_counts)
-    try:
-        remaining = cells.run()
-    finally:
-        rows = write_grid(cells, output, context.obj)
-        if rows:
-            print_table(rows, dict.fromkeys((*SUMMARY, *MEMORY, *topic.columns, *rows[0])))
-            print_written(output)
-    if remaining:
-        print(f"{output}: the time limit left {len(remaining)} cells; the same command goes on with", file=sys.stderr)
-        print(*(f"  {cell}" for cell in remaining), sep="\n", file=sys.stderr)
-    else:
-        journal.finish()
+        measurement.check(cell)
+    model, _ = source.load()
+    rows = compare_speed(model, measurement, groups, comparison.repeats)
+    write_result(output, context.obj, model.device, rows)
+    print_table(rows, dict.fromkeys((*SUMMARY, *MEMORY, *rows[0])))
+    print_written(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -13,47 +14,53 @@ from lococo.cli.terminal import print_progress, ratio_text
 RECIPE = "as the recipe says"
 
 
+@dataclasses.dataclass(frozen=True)
+class CalibrationOptions:
+    """Arguments of ``lococo.calibrate``."""
+
+    num_slots: options.NumSlots = NUM_SLOTS
+    block_size: options.OwnBlockSize = None
+    recipe: Annotated[
+        str, option(METHOD, "default: scores; blend; or the paper's.", metavar="default|blend|paper")
+    ] = "default"
+    length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096
+    first: Annotated[int, option(TEXT, "First token that is measured.")] = 512
+    num_heldout: Annotated[int, option(TEXT, "Windows to measure on.", "--heldout")] = 8
+    heldout_share: Annotated[
+        float | None, option(TEXT, "Share of the documents that is held out.", show_default="at least one document")
+    ] = None
+    score_texts: Annotated[
+        int | None, option(TRAINING, "Texts that scores learn from; 0: none.", show_default=RECIPE)
+    ] = None
+    objective: Annotated[
+        str | None, option(TRAINING, "distill, next-token, or none: no end-to-end training.", show_default=RECIPE)
+    ] = None
+    steps: Annotated[int | None, option(TRAINING, "Of end-to-end training.", show_default=RECIPE)] = None
+    windows_per_step: Annotated[int | None, option(TRAINING, "Global batch.", show_default=RECIPE)] = None
+    learning_rate: Annotated[float | None, option(TRAINING, "Of the convolutions.", show_default=RECIPE)] = None
+    backprop_tokens: Annotated[
+        int | None, option(TRAINING, "Length of back-propagation; 0: the whole window.", show_default=RECIPE)
+    ] = None
+    budget_texts: Annotated[
+        int | None,
+        option(TRAINING, "Texts for the slots of each KV head; 0: the same for all.", show_default=RECIPE),
+    ] = None
+    local_steps: Annotated[
+        int | None,
+        option(TRAINING, "Layer-local training first, so many texts per layer; 0: none.", show_default=RECIPE),
+    ] = None
+    local_texts: Annotated[int | None, option(TRAINING, "Texts recorded for it.", show_default=RECIPE)] = None
+    measure_every: Annotated[
+        int | None, option(TRAINING, "Steps between two looks at the gap ratio.", show_default=RECIPE)
+    ] = None
+
+
 def calibrate(
     context: typer.Context,
     source: options.ModelOptions,
     run: options.TrainingRunOptions,
     text: options.DatasetOptions,
-    *,
-    num_slots: options.NumSlots = NUM_SLOTS,
-    block_size: options.OwnBlockSize = None,
-    recipe: Annotated[
-        str, option(METHOD, "default: scores; blend; or the paper's.", metavar="default|blend|paper")
-    ] = "default",
-    length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096,
-    first: Annotated[int, option(TEXT, "First token that is measured.")] = 512,
-    heldout: Annotated[int, option(TEXT, "Windows to measure on.")] = 8,
-    heldout_share: Annotated[
-        float | None, option(TEXT, "Share of the documents that is held out.", show_default="at least one document")
-    ] = None,
-    score_texts: Annotated[
-        int | None, option(TRAINING, "Texts that scores learn from; 0: none.", show_default=RECIPE)
-    ] = None,
-    objective: Annotated[
-        str | None, option(TRAINING, "distill, next-token, or none: no end-to-end training.", show_default=RECIPE)
-    ] = None,
-    steps: Annotated[int | None, option(TRAINING, "Of end-to-end training.", show_default=RECIPE)] = None,
-    windows_per_step: Annotated[int | None, option(TRAINING, "Global batch.", show_default=RECIPE)] = None,
-    learning_rate: Annotated[float | None, option(TRAINING, "Of the convolutions.", show_default=RECIPE)] = None,
-    backprop_tokens: Annotated[
-        int | None, option(TRAINING, "Length of back-propagation; 0: the whole window.", show_default=RECIPE)
-    ] = None,
-    budget_texts: Annotated[
-        int | None,
-        option(TRAINING, "Texts for the slots of each KV head; 0: the same for all.", show_default=RECIPE),
-    ] = None,
-    local_steps: Annotated[
-        int | None,
-        option(TRAINING, "Layer-local training first, so many texts per layer; 0: none.", show_default=RECIPE),
-    ] = None,
-    local_texts: Annotated[int | None, option(TRAINING, "Texts recorded for it.", show_default=RECIPE)] = None,
-    measure_every: Annotated[
-        int | None, option(TRAINING, "Steps between two looks at the gap ratio.", show_default=RECIPE)
-    ] = None,
+    calibration: CalibrationOptions,
 ) -> None:
     """Train heads for a model, on RedPajama or your own texts.
 
@@ -62,23 +69,7 @@ def calibrate(
     from lococo.training.calibrate import plan_calibration
 
     plan = plan_calibration(
-        num_slots=num_slots,
-        block_size=block_size,
-        recipe=recipe,
-        length=length,
-        first=first,
-        num_heldout=heldout,
-        heldout_share=heldout_share,
-        score_texts=score_texts,
-        objective=objective,
-        steps=steps,
-        windows_per_step=windows_per_step,
-        learning_rate=learning_rate,
-        backprop_tokens=backprop_tokens,
-        budget_texts=budget_texts,
-        local_steps=local_steps,
-        local_texts=local_texts,
-        measure_every=measure_every,
+        **dataclasses.asdict(calibration),
         command=context.obj,
         on_progress=print_progress,
         **text.arguments(),

@@ -80,13 +80,16 @@ def extended(
 
     Example: lococo eval extended --model MODEL --extensions longer/ --data heldout.jsonl
     """
+    from lococo.data.texts import Cut, read_windows
     from lococo.evaluation.perplexity import ALL_DOMAINS
     from lococo.extension import evaluate
     from lococo.methods import plan_runs
 
     names, longer = names_of(methods), evaluate.ExtendedRun.of_all(extensions)
     runs = [*(plan_runs(names, [num_slots], block_size) if names or not longer else []), *longer]
-    windows = evaluate.read_alike(data, source.load_tokenizer(), lengths, first, documents, text_column)
+    longest = max(lengths)
+    cut = Cut(tuple(sorted(set(lengths))), first, documents, min_length=longest, sliding=True, most=longest)
+    windows = read_windows(data, source.load_tokenizer(), cut, text_column)
     model, _ = source.load()
     rows = evaluate.evaluate_extended(model, windows, runs, first, output, context.obj)
     print_table([row for row in evaluate.by_length(rows) if row["domain"] == ALL_DOMAINS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated
@@ -14,38 +15,44 @@ from lococo.cli.options import METHOD, NUM_SLOTS, RUN, TEXT, TRAINING, option
 LENGTH = "Length"
 
 
+@dataclasses.dataclass(frozen=True)
+class ExtensionOptions:
+    """Arguments of ``lococo.extend_context``."""
+
+    method: Annotated[
+        str, option(METHOD, "Cache to learn with: lococo, h2o, streaming or full.", metavar="METHOD")
+    ] = "lococo"
+    factor: Annotated[float, option(LENGTH, "New length / old length.")] = 8.0
+    original_length: Annotated[int | None, option(LENGTH, "Old length in tokens.", show_default="the model's")] = None
+    rope_type: Annotated[str, option(LENGTH, "linear, yarn or dynamic.", metavar="TYPE")] = "linear"
+    num_slots: options.NumSlots = NUM_SLOTS
+    block_size: options.OwnBlockSize = None
+    positions: Annotated[str, option(METHOD, "Of lococo: absolute, or slot, which are not stretched.")] = "absolute"
+    heads: Annotated[
+        str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block of lococo.")
+    ] = None
+    length: Annotated[int | None, option(TEXT, "Tokens per window.", show_default="the new length")] = None
+    steps: Annotated[int, option(TRAINING, "Of the optimizer.")] = 1000
+    windows_per_step: Annotated[int, option(TRAINING, "Global batch.")] = 8
+    learning_rate: Annotated[float, option(TRAINING, "Of all but heads.")] = 5e-5
+    heads_learning_rate: Annotated[float, option(TRAINING, "Of heads.")] = 1e-3
+    rank: Annotated[int, option(TRAINING, "LoRA's r.", "--lora-rank")] = 8
+    alpha: Annotated[int, option(TRAINING, "LoRA's alpha.", "--lora-alpha")] = 16
+    depth: Annotated[int, option(TRAINING, "Compressions that back-propagation goes through; 0: all.", min=0)] = 2
+    save_every: Annotated[int, option(TRAINING, "Steps between checkpoints.")] = 100
+    shard: Annotated[bool, option(RUN, "Shard the model over the processes (FSDP2).", "--fsdp")] = False
+    merge_into: Annotated[
+        Path | None, option(RUN, "Write a plain checkpoint and its heads, too.", "--merge", metavar="FOLDER")
+    ] = None
+    time_limit: options.TimeLimit = None
+
+
 def extend(
     context: typer.Context,
     source: options.ModelOptions,
     run: options.TrainingRunOptions,
     text: options.DatasetOptions,
-    *,
-    method: Annotated[
-        str, option(METHOD, "Cache to learn with: lococo, h2o, streaming, full or longlora.", metavar="METHOD")
-    ] = "lococo",
-    factor: Annotated[float, option(LENGTH, "New length / old length.")] = 8.0,
-    original_length: Annotated[int | None, option(LENGTH, "Old length in tokens.", show_default="the model's")] = None,
-    rope_type: Annotated[str, option(LENGTH, "linear, yarn or dynamic.", metavar="TYPE")] = "linear",
-    num_slots: options.NumSlots = NUM_SLOTS,
-    block_size: options.OwnBlockSize = None,
-    positions: Annotated[str, option(METHOD, "Of lococo: absolute, or slot, which are not stretched.")] = "absolute",
-    heads: Annotated[
-        str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block of lococo.")
-    ] = None,
-    length: Annotated[int | None, option(TEXT, "Tokens per window.", show_default="the new length")] = None,
-    steps: Annotated[int, option(TRAINING, "Of the optimizer.")] = 1000,
-    windows_per_step: Annotated[int, option(TRAINING, "Global batch.")] = 8,
-    learning_rate: Annotated[float, option(TRAINING, "Of all but heads.")] = 5e-5,
-    heads_learning_rate: Annotated[float, option(TRAINING, "Of heads.")] = 1e-3,
-    lora_rank: Annotated[int, option(TRAINING, "LoRA's r.")] = 8,
-    lora_alpha: Annotated[int, option(TRAINING, "LoRA's alpha.")] = 16,
-    depth: Annotated[int, option(TRAINING, "Compressions that back-propagation goes through; 0: all.", min=0)] = 2,
-    save_every: Annotated[int, option(TRAINING, "Steps between checkpoints.")] = 100,
-    fsdp: Annotated[bool, option(RUN, "Shard the model over the processes (FSDP2).", "--fsdp")] = False,
-    merge: Annotated[
-        Path | None, option(RUN, "Write a plain checkpoint and its heads, too.", metavar="FOLDER")
-    ] = None,
-    time_limit: options.TimeLimit = None,
+    extension: ExtensionOptions,
 ) -> None:
     """Train a model to read longer texts.
 
@@ -57,43 +64,20 @@ def extend(
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError("accelerate launch was told to use FSDP: leave that out and give lococo extend --fsdp")
-    if fsdp and run.deepspeed:
+    if extension.shard and run.deepspeed:
         raise ValueError("--fsdp and --deepspeed both spread the training over the processes: give one of them")
-    if original_length is None:
-        original_length = longest_text(source.model, source.gguf_file)
-    plan = plan_extension(
-        factor=factor,
-        original_length=original_length,
-        rope_type=rope_type,
-        method=method,
-        num_slots=num_slots,
-        block_size=block_size,
-        positions=positions,
-        heads=heads,
-        length=length,
-        steps=steps,
-        windows_per_step=windows_per_step,
-        learning_rate=learning_rate,
-        heads_learning_rate=heads_learning_rate,
-        rank=lora_rank,
-        alpha=lora_alpha,
-        depth=depth or None,
-        save_every=save_every,
-        shard=fsdp,
-        merge_into=merge,
-        time_limit=time_limit,
-        command=context.obj,
-        **text.arguments(),
-        **run.arguments(),
-    )
+    given = {**dataclasses.asdict(extension), "depth": extension.depth or None}
+    if extension.original_length is None:
+        given["original_length"] = longest_text(source.model, source.gguf_file)
+    plan = plan_extension(**given, command=context.obj, **text.arguments(), **run.arguments())
     process = run.process(source)
     plan.read_data(source.load_tokenizer())
-    model, tokenizer = source.load("cpu" if fsdp else None)
+    model, tokenizer = source.load("cpu" if extension.shard else None)
     try:
         rows = plan.run(model, tokenizer).rows
     except OutOfTime:
         process.print(f"out of time: the same command with --resume goes on from {plan.work}")
         return
     process.print(f"{run.output}: loss {rows[0]['loss']:.3f} at step 1, {rows[-1]['loss']:.3f} at the end")
-    if merge:
-        process.print(f"{merge}: the plain checkpoint, and its heads")
+    if extension.merge_into:
+        process.print(f"{extension.merge_into}: the plain checkpoint, and its heads")

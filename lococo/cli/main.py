@@ -13,26 +13,40 @@ from typing import Annotated, Any
 import typer
 
 from lococo.cli import bench, evaluate
-from lococo.cli.ablate import ablate
 from lococo.cli.calibrate import calibrate
 from lococo.cli.convert_chatglm import convert_chatglm
 from lococo.cli.extend import extend
 from lococo.cli.generate import generate
 from lococo.cli.inspect import inspect
 from lococo.cli.needles import needles
-from lococo.cli.parsing import Group, add_command
+from lococo.cli.parsing import add_command, command_group
 from lococo.version import __version__
 
 # What a wrong value or a missing file, package or device ends in: one line instead of a traceback.
 BAD_INPUT = (ValueError, OSError, ImportError, FloatingPointError)
+HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Bad input ends with one line on stderr and status 2."""
+    return run(_app(), "lococo", arguments)
+
+
+def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> int:
+    """Run an app's command. Bad input ends with one line on stderr and status 2.
+
+    Parameters
+    ----------
+    app : typer.Typer
+    program : str
+        What is typed to start it; commands find it with all that follows in their context's ``obj``.
+    arguments : sequence of str, optional
+        None: those of this process.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    command = typer.main.get_command(_app())
+    command, typed = typer.main.get_command(app), " ".join([program, *map(shlex.quote, words)])
     try:
-        with _plain_warnings(), command.make_context("lococo", words, obj=shlex.join(["lococo", *words])) as context:
+        with _plain_warnings(), command.make_context(program, words, obj=typed, **HELP_OPTIONS) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
@@ -75,26 +89,22 @@ def _words_of(error: Exception) -> str:
 
 
 def _app() -> typer.Typer:
-    app = _group("Long texts in a fixed number of key-value slots.")
+    app = command_group("Long texts in a fixed number of key-value slots.")
     app.callback()(_root)
     add_command(app, "generate", generate)
     add_command(app, "calibrate", calibrate)
     add_command(app, "extend", extend)
-    evaluations = _group("Measure quality.")
+    evaluations = command_group("Measure quality.")
     add_command(evaluations, "ppl", evaluate.perplexity)
     add_command(evaluations, "tasks", evaluate.tasks)
     add_command(evaluations, "needles", needles)
     add_command(evaluations, "extended", evaluate.extended)
-    add_command(evaluations, "ablate", ablate)
     app.add_typer(evaluations, name="eval")
     add_command(app, "inspect", inspect)
-    benchmarks = _group("Measure speed and memory.")
+    benchmarks = command_group("Measure speed and memory.")
     add_command(benchmarks, "memory", bench.memory)
     add_command(benchmarks, "prefill", bench.prefill)
     add_command(benchmarks, "decode", bench.decode)
-    add_command(benchmarks, "train", bench.train)
-    add_command(benchmarks, "extend", bench.extend)
-    add_command(benchmarks, "score", bench.score)
     app.add_typer(benchmarks, name="bench")
     add_command(app, "convert-chatglm", convert_chatglm)
     return app
@@ -104,11 +114,6 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"lococo {__version__}")
         raise typer.Exit
-
-
-def _group(help: str) -> typer.Typer:
-    settings = {"help_option_names": ["-h", "--help"]}
-    return typer.Typer(cls=Group, help=help, add_completion=False, rich_markup_mode="rich", context_settings=settings)
 
 
 def _root(

@@ -83,6 +83,11 @@ def up_to_missing(words: Sequence[str], counts: Mapping[str, int]) -> list[str]:
     return list(words)
 
 
+def command_group(help: str) -> typer.Typer:
+    """An app, or a group of its commands."""
+    return typer.Typer(cls=Group, help=help, add_completion=False, rich_markup_mode="rich")
+
+
 def add_command(app: typer.Typer, name: str, function: Callable[..., Any]) -> None:
     """Make a function a command of an app; its docstring is the help."""
     app.command(name, cls=Command)(laid_out(function))

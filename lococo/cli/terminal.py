@@ -68,7 +68,7 @@ def _width(rows: Sequence[dict[str, Any]], name: str) -> int:
 
 def print_written(output: Path) -> None:
     """Where the files of a result are."""
-    print(f"{output}.json: the result; its table (.md) and pictures (.png) lie beside it")
+    print(f"{output}.json: the result; its table (.md) and what is drawn of it (.png) lie beside it")
 
 
 def print_progress(row: Mapping[str, Any]) -> None:

@@ -97,6 +97,8 @@ class Cut:
         more. With ``sliding`` documents of this many tokens or more are read whole. None: the length.
     sliding : bool
         Slide over whole documents.
+    most : int, optional
+        Tokens of a document that are used, its first. None: all.
 
     Raises
     ------
@@ -109,6 +111,7 @@ class Cut:
     limit: int
     min_length: int | None = None
     sliding: bool = False
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -137,7 +140,8 @@ class Cut:
         ValueError
             If none is long enough.
         """
-        return [window for length in self.lengths for window in self._of_length(source, texts, length)]
+        used = [dataclasses.replace(text, ids=text.ids[: self.most]) for text in texts]
+        return [window for length in self.lengths for window in self._of_length(source, used, length)]
 
     def _least(self, length: int) -> int:
         return max(self.min_length or length, self.first + 1)

@@ -99,25 +99,6 @@ def references(losses: Losses, run: Run, group: tuple[int, str]) -> tuple[Docume
     return full, h2o
 
 
-def gap_change(
-    losses: Losses, run: Run, other: Run, group: tuple[int, str]
-) -> tuple[float | None, float | None, float | None]:
-    """How much larger a run's gap ratio is than another's at as many slots, and the interval of that.
-
-    Both are drawn together in a resample, so that what documents do to both alike is left out. None where there is no
-    gap ratio, or no interval.
-    """
-    full, h2o = references(losses, run, group)
-    if full is None or not h2o:
-        return None, None, None
-    mine, theirs = losses[run][group], losses[other][group]
-    change = mine.table[0] - theirs.table[0] + full.table[0]  # its gap ratio is the difference of both
-    ratio = gap_ratio(mine.mean - theirs.mean + full.mean, full.mean, [each.mean for each in h2o])
-    interval = gap_interval(change, full.table[0], np.stack([each.table[0] for each in h2o]), full.table[1])
-    low, high = interval or (None, None)
-    return ratio, low, high
-
-
 def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> Row:
     """Perplexity and gap ratio of a run, as a row of a result."""
     measured = losses[run][group]

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lococo.data.documents import single_files
-from lococo.data.texts import Cut, Text, Window, read_texts, sliding_windows
+from lococo.data.texts import Window
 from lococo.evaluation.perplexity import Losses, loss_row, measure_losses, plot_by_length
 from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
@@ -68,45 +67,6 @@ class ExtendedRun(Run):
         """The model, extended, inside a ``with`` block; afterwards it is as it was."""
         with restored(model):
             yield load_extended(model, self.folder)
-
-
-def read_alike(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Sequence[int],
-    first: int,
-    limit: int,
-    text_column: str = "text",
-) -> list[Window]:
-    """Windows of every length over the same tokens of some documents of every file, as in ``cut_alike``.
-
-    Raises
-    ------
-    ValueError, OSError, ImportError
-        If a source holds no text, or none that is as long as the longest window.
-    """
-    cut = Cut(tuple(sorted(set(lengths))), first, limit, sliding=True)
-    texts = [read_texts(file, tokenizer, cut, text_column) for file in single_files(sources)]
-    return [window for found in texts for window in cut_alike(found, cut.lengths, first, limit)]
-
-
-def cut_alike(texts: Sequence[Text], lengths: Sequence[int], first: int, limit: int) -> list[Window]:
-    """Windows of every length over the same tokens of the first ``limit`` texts that are long enough.
-
-    Raises
-    ------
-    ValueError
-        If no text is as long as the longest window.
-    """
-    longest = max(lengths)
-    long_enough = [text for text in texts if len(text.ids) >= longest][:limit]
-    if not long_enough:
-        raise ValueError(
-            f"no document of {texts[0].domain} has {longest} tokens, the longest has "
-            f"{max(len(text.ids) for text in texts)}; choose smaller --lengths"
-        )
-    cut = [dataclasses.replace(text, ids=text.ids[:longest]) for text in long_enough]
-    return [window for length in lengths for window in sliding_windows(cut, length, first)]
 
 
 def extended_rows(losses: Losses) -> list[dict[str, Any]]:

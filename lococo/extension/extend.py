@@ -8,25 +8,24 @@ import dataclasses
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.config import LoCoCoConfig, check_count
 from lococo.data.windows import prepare
 from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.extension.folder import (
-    METHODS,
     RECORD_NAMES,
     Extension,
     check_extension_folder,
     merge_extended,
     save_extended,
 )
-from lococo.extension.longlora import shifted_sparse
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.extension.sharding import gathered, sharded_arguments
 from lococo.extension.trainer import ExtensionTrainer, load_parts
@@ -52,6 +51,10 @@ from lococo.training.runs import (
     weights_identity,
 )
 
+COMPRESSED = ("lococo", "h2o", "streaming")
+# Methods that read with the full cache, and what is in force while they are trained: ``with FULL_CACHE[name](model)``.
+FULL_CACHE: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager]] = {"full": contextlib.nullcontext}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtensionRecipe(TrainingRecipe):
@@ -59,14 +62,13 @@ class ExtensionRecipe(TrainingRecipe):
 
     Parameters
     ----------
-    method : {"lococo", "h2o", "streaming", "full", "longlora"}
-        The cache that the model learns to read with. "longlora" trains on shifted sparse attention and reads, as
-        "full", with the full cache.
+    method : {"lococo", "h2o", "streaming", "full"}
+        The cache that the model learns to read with; another of ``FULL_CACHE`` reads as "full" does.
     rope_scaling : RopeScaling
         Positions of the longer texts. A cache with positions of its own ("streaming", ``positions="slot"``) leaves
         them as they are.
     config : LoCoCoConfig, optional
-        The compressed cache. None for "full" and "longlora".
+        The compressed cache. None for the full one.
     rank, alpha : int
         LoRA's r and alpha.
     learning_rate : float
@@ -100,7 +102,7 @@ class ExtensionRecipe(TrainingRecipe):
         check_method(self.method)
         if not isinstance(self.config, LoCoCoConfig | None):
             raise TypeError(f"config must be a LoCoCoConfig, got {self.config!r}")
-        reads_all = self.method in ("full", "longlora")
+        reads_all = self.method in FULL_CACHE
         if reads_all != (self.config is None):
             raise ValueError(f"method={self.method!r} needs {'no config' if reads_all else 'a config'}")
         super().__post_init__()
@@ -130,8 +132,9 @@ def check_method(method: str) -> None:
     ValueError
         Lists those that are.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    methods = (*COMPRESSED, *FULL_CACHE)
+    if method not in methods:
+        raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
 
 
 def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> LoCoCoConfig | None:
@@ -174,8 +177,8 @@ def extend_context(
     **options
         All else, with its default:
 
-        - ``method="lococo"``: or ``"h2o"``, ``"streaming"``, ``"full"``, ``"longlora"``; ``rope_type="linear"``, or
-          ``"yarn"``, ``"dynamic"``.
+        - ``method="lococo"``: or ``"h2o"``, ``"streaming"``, ``"full"``; ``rope_type="linear"``, or ``"yarn"``,
+          ``"dynamic"``.
         - ``num_slots=512``, ``block_size=None`` (as many, at most 512), ``positions="absolute"``: the compressed
           cache. ``heads=None``: folder or Hub id of heads to start from, which say all three. ``config=None``: a
           ``LoCoCoConfig`` in place of these.
@@ -376,10 +379,7 @@ def extended_for_training(
         scale_positions(model, extension.rope_scaling)
     torch.manual_seed(seed)  # first weights of adapters and heads
     learner = adapted(model, adapter_config(model, recipe.rank, recipe.alpha))
-    in_force = patched(learner, recipe.config) if recipe.config else contextlib.nullcontext()
-    if recipe.method == "longlora":
-        in_force = shifted_sparse(learner)
-    with in_force:
+    with patched(learner, recipe.config) if recipe.config else FULL_CACHE[recipe.method](learner):
         if heads is not None:
             load_heads(learner, heads)
         unfreeze(learner)

@@ -25,7 +25,6 @@ from lococo.version import __version__
 EXTENSION_NAME = "extension.json"
 ADAPTER_FOLDER, HEADS_FOLDER = "adapter", "heads"
 RECORD_NAMES = ("training.json", "training.png")
-METHODS = ("lococo", "h2o", "streaming", "full", "longlora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Extension:
 
     Attributes
     ----------
-    method : {"lococo", "h2o", "streaming", "full", "longlora"}
-        How it was trained. "full" and "longlora" read with the full cache.
+    method : str
+        How it was trained.
     length : int
         Tokens of the texts it was trained on.
     rope_scaling : RopeScaling, optional

@@ -1,39 +1,26 @@
-"""Freed memory goes back to the system."""
+"""The peak of memory."""
 
-import platform
-import subprocess
-import sys
+import torch
 
-# Many blocks of 1 MiB with one of 16 KiB between each two, as large and small tensors lie.
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from lococo.bench.meter import freed_blocks_returned, trim_heap
+from lococo.bench.meter import Meter
 
-def resident():
-    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
-
-def kept():
-    before = resident()
-    blocks, pins = [], []
-    for _ in range(400):
-        blocks.append(torch.ones(262144))
-        pins.append(torch.ones(4096))
-    del blocks
-    found = resident() - before
-    trim_heap()
-    return found, resident() - before
-
-with freed_blocks_returned():
-    print(*kept())
-print(*kept())
-"""
+CPU = torch.device("cpu")
 
 
-def test_freed_blocks_are_returned():
-    """Bytes that stay in use after 400 MB were freed, and after a trim: inside and after the block."""
-    output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
-    inside, after = ([int(number) for number in line.split()] for line in output.splitlines())
-    if platform.libc_ver()[0] == "glibc":  # others are told nothing
-        assert max(inside) < 100e6  # what lies free in the heap is still taken first
-        assert after[0] > 300e6 > 100e6 > after[1]
+def test_the_peak_of_memory_counts_from_the_first_to_what_is_set_apart():
+    assert Meter(CPU).peak() is None
+    meter = Meter(CPU, watches_memory=True)
+    before = meter.peak()
+    assert before is not None, "needs Linux, and to write to /proc/self/clear_refs"
+    size = 2**28
+    with meter.apart():
+        held = [torch.ones(size // 4), torch.ones(size // 4)]
+        del held[0]
+    assert before + 0.9 * size <= meter.peak() < before + 1.5 * size
+    held.append(torch.ones(size // 4))
+    held.clear()
+    assert meter.peak() >= before + 1.9 * size
+    with meter.apart():
+        pass
+    assert meter.peak() >= before + 1.9 * size
+    assert Meter(CPU, watches_memory=True).peak() < before + 0.5 * size

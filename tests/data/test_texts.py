@@ -30,6 +30,17 @@ def test_sliding_windows_count_every_token_of_a_document_once(length, first):
         assert counted == list(text.ids[first:])
 
 
+def test_windows_of_all_lengths_count_the_same_tokens():
+    texts = [Text("a", "long", range(100)), Text("a", "short", range(40)), Text("a", "longer", range(200))]
+    found = Cut((16, 64), 4, 2, min_length=64, sliding=True, most=64).windows("a.txt", texts)
+    for length in (16, 64):
+        for document in ("long", "longer"):
+            alike = [each for each in found if each.length == length and each.document == document]
+            assert [token for each in alike for token in each.ids[0, 4:].tolist()] == list(range(4, 64))
+    with pytest.raises(ValueError, match="a.txt: no document has 300 tokens, the longest of 3 has 200"):
+        Cut((300,), 4, 2, min_length=300, sliding=True, most=300).windows("a.txt", texts)
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", '{"no": 1}'), ("a.txt", ""), ("a.csv", "x")])
 def test_files_without_texts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)

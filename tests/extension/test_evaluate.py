@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lococo
 from lococo.cli.main import main
-from lococo.data.texts import Text
-from lococo.extension.evaluate import by_length, cut_alike
+from lococo.extension.evaluate import by_length
 
 LENGTHS = [32, 64]
 
@@ -110,18 +109,6 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
     assert killed == whole
 
 
-def test_windows_of_all_lengths_count_the_same_tokens():
-    texts = [Text("a", "long", range(100)), Text("a", "short", range(40)), Text("a", "longer", range(200))]
-    windows = cut_alike(texts, [16, 64], 4, 2)
-    for length in (16, 64):
-        for document in ("long", "longer"):
-            found = [each for each in windows if each.length == length and each.document == document]
-            counted = [token for each in found for token in each.ids[0, 4:].tolist()]
-            assert counted == list(range(4, 64))
-    with pytest.raises(ValueError, match="no document of a has 300 tokens, the longest has 200"):
-        cut_alike(texts, [300], 4, 2)
-
-
 def test_table_has_a_column_per_length():
     common = {"domain": "all", "trained": None, "method": "full", "num_slots": None}
     rows = [{**common, "length": 32, "ppl": 3.0}, {**common, "length": 64, "ppl": 2.0}]
@@ -137,7 +124,7 @@ def test_table_has_a_column_per_length():
         (["--extensions", "nowhere"], "extension.json does not exist"),
         (["--methods", "fast"], "unknown method 'fast'"),
         (["--lengths", "4"], "--first must lie between 1 and 3"),
-        (["--lengths", "900"], "no document of essays has 900 tokens"),
+        (["--lengths", "900"], "heldout.jsonl: no document has 900 tokens"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )

@@ -314,7 +314,7 @@ def test_recipes_out_of_range_are_refused(changes, message):
 # The function
 
 
-@pytest.mark.parametrize("method", ["lococo", pytest.param("longlora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["lococo", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_function_makes_what_the_command_makes(method, checkpoint, text, tokenizer, tmp_path):
     more = ["--factor", 4, "--device", "cpu", "--method", method]
     assert command(checkpoint, text, tmp_path / "command", *more) == 0

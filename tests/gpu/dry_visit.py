@@ -7,17 +7,17 @@ import sys
 
 import gpu_visit
 
-from lococo.bench import runner
-from lococo.bench.roofline import Limits
+from experiments.benchmarks import runner
+from experiments.benchmarks.roofline import Limits
 
 
 def run(command, seconds, log, env):
     os.environ.update(env)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            if command[1] == "-c":
-                sys.argv = ["-c", *command[3:]]
-                exec(command[2], {})
+            if command[1] == "-m":
+                sys.argv = command[2:]
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
             else:
                 sys.argv = command[1:]
                 runpy.run_path(command[1], run_name="__main__")

@@ -24,7 +24,6 @@ from lococo.results.tables import beside, write_result
 ROOT = Path(__file__).parents[2]
 PASSED, FAILED, STOPPED, LEFT_OUT, NOT_ASKED = "passed", "failed", "stopped", "not reached", "not asked for"
 GRACE = 8  # seconds before the end of a stage's time at which it is interrupted, so that it can write what it has
-CONSOLE = "import sys; from lococo.cli.main import main; sys.exit(main())"
 METHODS = ("full", "streaming", "h2o", "lococo-uncalibrated")
 
 
@@ -101,7 +100,7 @@ def command_of(stage, size, device, output):
     else:
         for option in ("lengths", "batches"):
             grid += [f"--{option}", *map(str, getattr(size, f"{stage.name}_{option}"))]
-    return [*python, "-c", CONSOLE, "bench", stage.name, *to, *grid]
+    return [*python, "-m", "experiments.benchmarks", stage.name, *to, *grid]
 
 
 def environment(device):

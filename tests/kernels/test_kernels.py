@@ -133,7 +133,7 @@ def test_gradients_equal_those_by_hand(name):
 
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_two_tiles_are_held_for_scores(with_lse):
-    from lococo.bench.meter import HeldBytes
+    from experiments.benchmarks.counters import HeldBytes
 
     queries, entries = 1024, 1536
     query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)

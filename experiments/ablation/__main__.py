@@ -1,15 +1,18 @@
-"""The command ``lococo eval ablate``."""
+"""The command ``python -m experiments.ablation``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lococo.cli import options
+from lococo.cli.main import run
 from lococo.cli.options import TEXT, TRAINING, names_of, option
+from lococo.cli.parsing import add_command, command_group
 from lococo.cli.terminal import print_table, print_written
 
 VARIED = "What is varied, one thing at a time"
@@ -29,7 +32,7 @@ SUMMARY = (
 )
 
 
-def ablate(
+def ablation(
     context: typer.Context,
     source: options.ModelOptions,
     *,
@@ -87,10 +90,10 @@ def ablate(
 ) -> None:
     """Memory size, kernel size and kinds of slots compared, each with heads calibrated for it.
 
-    Example: lococo eval ablate --model MODEL --dataset texts.jsonl --data heldout.jsonl --kernel-size 3 7 41
+    Example: python -m experiments.ablation --model MODEL --dataset train.jsonl --data heldout.jsonl --kernel-size 3 7
     """
-    from lococo.ablation.plan import describe, plan_ablation
-    from lococo.ablation.run import COLUMNS, evaluate_ablation, finish, plot_rows, rows_of
+    from experiments.ablation.plan import describe, plan_ablation
+    from experiments.ablation.run import COLUMNS, evaluate_ablation, finish, plot_rows, rows_of
     from lococo.data.texts import Cut, read_windows
     from lococo.results.deadline import Deadline
     from lococo.results.tables import beside, write_result
@@ -133,3 +136,14 @@ def ablate(
         print(f"{output}: no time for {len(remaining)} cells; the same command goes on", file=sys.stderr)
     else:
         finish(state)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Bad input ends with one line on stderr and status 2."""
+    app = command_group("")
+    add_command(app, "ablation", ablation)
+    return run(app, "python -m experiments.ablation", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

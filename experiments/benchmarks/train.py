@@ -1,4 +1,4 @@
-"""``lococo bench train``: a training step."""
+"""``python -m experiments.benchmarks train``: a training step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from experiments.benchmarks.roofline import Least, Sizes, train_memory, train_work
+from experiments.benchmarks.runner import Cell, Topic
+from lococo.bench import speed
 from lococo.bench.meter import Meter
-from lococo.bench.roofline import Least, Sizes, train_memory, train_work
-from lococo.bench.runner import Cell, Topic, random_ids
+from lococo.bench.speed import random_ids
 from lococo.config import LoCoCoConfig
 from lococo.methods import Run
 from lococo.state import is_patched, patch_of
@@ -53,8 +55,9 @@ class Train(Topic):
         """Cells of methods with heads once for each objective."""
         return [with_objectives(group, self.objectives) for group in super().groups(runs, lengths, batches)]
 
-    def check(self, cell: Cell) -> None:
+    def check(self, cell: speed.Cell) -> None:
         """Refuse a window without a token to predict."""
+        super().check(cell)
         if cell.length < 2:
             raise ValueError(f"lengths must be at least 2, one token to read and one to predict, got {cell.length}")
 
@@ -65,7 +68,10 @@ class Train(Topic):
         step = train_work(sizes, config, tokens, cell.batch, distills=cell.objective == "distill")
         return Least(1, step.over(cell.batch * tokens), train_memory(sizes, config, tokens, cell.batch, chunk))
 
-    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+    # Every cell is one of this package.
+    def take(  # type: ignore[override]
+        self, model: PreTrainedModel, cell: Cell, meter: Meter
+    ) -> dict[str, float | None]:
         """Take one step of size zero."""
         ids = random_ids(model, cell.batch, cell.length)
         caches = Caches(model) if is_patched(model) else None

@@ -1,4 +1,4 @@
-"""``lococo eval ablate``: what is varied is varied alone, figures are true, and a stopped run goes on."""
+"""``python -m experiments.ablation``: what is varied is varied alone, figures are true, and a stopped run goes on."""
 
 import json
 import math
@@ -10,12 +10,12 @@ import torch
 from tiny import tiny_llama
 from words import WORDS, word_tokenizer
 
-from lococo.ablation import run
-from lococo.ablation.grid import KINDS, combined, grid_cells
-from lococo.ablation.run import plot_rows
-from lococo.cli.main import main
+from experiments.ablation import run
+from experiments.ablation.__main__ import main
+from experiments.ablation.grid import KINDS, combined, grid_cells
+from experiments.ablation.run import gap_change, plot_rows
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.perplexity import DocumentLosses, gap_change
+from lococo.evaluation.perplexity import DocumentLosses
 from lococo.methods import Run, as_method
 from lococo.metrics import gap_ratio, token_nlls
 from lococo.results.deadline import Deadline, OutOfTime
@@ -179,7 +179,7 @@ def ablate(checkpoint, texts):
     def call(output, *options):
         given = ["--model", checkpoint, "--device", "cpu", "--dataset", texts / "train.jsonl", "--output", output]
         given += ["--data", texts / "heldout.jsonl", "--length", LENGTH, "--first", FIRST, "--block-size", BLOCK]
-        return main(["eval", "ablate", *map(str, [*given, *options])])
+        return main(list(map(str, [*given, *options])))
 
     return call
 

@@ -5,8 +5,7 @@ import torch
 from tiny import tiny_ids, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 
-from lococo import LoCoCoConfig, patched
-from lococo.bench.roofline import (
+from experiments.benchmarks.roofline import (
     Sizes,
     cache_size,
     decode_memory,
@@ -18,8 +17,9 @@ from lococo.bench.roofline import (
     train_memory,
     train_work,
 )
-from lococo.bench.shapes import SHAPES, build
-from lococo.bench.train import learning
+from experiments.benchmarks.shapes import SHAPES, build
+from experiments.benchmarks.train import learning
+from lococo import LoCoCoConfig, patched
 
 M, B = 16, 8
 WINDOW = LoCoCoConfig.streaming_llm(M, block_size=B, positions="absolute")

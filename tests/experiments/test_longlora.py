@@ -1,12 +1,19 @@
 """Shifted sparse attention against a naive one, and that it never looks ahead."""
 
+import json
+
 import pytest
 import torch
+from extended import write_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
+from transformers import AutoModelForCausalLM
 
-from lococo.extension.longlora import shifted_sparse, shifted_sparse_attention
+import lococo
+from experiments.longlora import main, shifted_sparse, shifted_sparse_attention
+
+RECORD = "training.json"
 
 
 def naive(query, key, value, scale, group):
@@ -83,3 +90,16 @@ def test_padding_and_caches_are_refused():
         cache = model(ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="whole texts"):
             model(ids[:, :4], past_key_values=cache)
+
+
+def test_its_command_trains_a_model_that_reads_with_the_full_cache(checkpoint, tmp_path, capsys):
+    text = write_documents(tmp_path / "text.jsonl", tiny_ids(4, 96, seed=1).tolist())
+    given = ["--model", checkpoint, "--dataset", text, "--output", tmp_path / "out", "--cache-dir", tmp_path]
+    given += ["--factor", 4, "--original-length", 16, "--steps", 2, "--windows-per-step", 1, "--device", "cpu"]
+    assert main(list(map(str, given))) == 0
+    extension, record = (json.loads((tmp_path / "out" / name).read_text()) for name in ("extension.json", RECORD))
+    assert extension["extension"]["method"] == record["recipe"]["method"] == "longlora"
+    assert record["command"].startswith("python -m experiments.longlora --method longlora --model ")
+    model, plain = lococo.load_extended(checkpoint, tmp_path / "out"), AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert not lococo.is_patched(model) and model.config._attn_implementation == plain.config._attn_implementation
+    assert not torch.equal(model(tiny_ids()).logits, plain(tiny_ids()).logits)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lococo.ablation.grid import grid_cells
-from lococo.ablation.run import Plan
+from experiments.ablation.grid import grid_cells
+from experiments.ablation.run import Plan
 from lococo.data.documents import local_files
 from lococo.data.windows import DEFAULT_DATASET, DataConfig
 from lococo.methods import plan_runs

@@ -17,8 +17,9 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from experiments.benchmarks.roofline import Least, Limits, Sizes, device_memory, measure_limits
+from lococo.bench import speed
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
-from lococo.bench.roofline import Least, Limits, Sizes, device_memory, measure_limits
 from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.results.deadline import Deadline, OutOfTime
@@ -31,7 +32,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(speed.Cell):
     """A method at a length of text and a batch size.
 
     Attributes
@@ -40,9 +41,6 @@ class Cell:
         What heads are trained for, where they are trained.
     """
 
-    run: Run
-    length: int
-    batch: int
     objective: str | None = None
 
     def __str__(self) -> str:
@@ -51,15 +49,11 @@ class Cell:
         return f"{self.run.name}{slots}{objective} length={self.length} batch={self.batch}"
 
 
-class Topic(abc.ABC):
-    """A thing to measure.
+class Topic(speed.Measurement):
+    """A thing to measure, with what is told of it.
 
     Attributes
     ----------
-    name : str
-        As on the command line.
-    unit : str
-        What the seconds of a row are for.
     held : tuple of str
         What of a measurement's findings is about memory, told where memory is watched.
     columns : tuple of str
@@ -68,8 +62,6 @@ class Topic(abc.ABC):
         What a picture's length and time are called.
     """
 
-    name: ClassVar[str]
-    unit: ClassVar[str]
     held: ClassVar[tuple[str, ...]] = ("cache_bytes",)
     columns: ClassVar[tuple[str, ...]] = ()
     axes: ClassVar[tuple[str, str]] = ("tokens in a window", "milliseconds per token")
@@ -78,17 +70,6 @@ class Topic(abc.ABC):
         """Options that the outcome of a cell depends on, as plain JSON values."""
         return {}
 
-    def check(self, cell: Cell) -> None:
-        """Refuse a cell that cannot be measured, before any work.
-
-        Raises
-        ------
-        ValueError
-            If the text is too short.
-        """
-        if cell.length < 1:
-            raise ValueError(f"lengths must be at least 1, got {cell.length}")
-
     def groups(self, runs: Sequence[Run], lengths: Sequence[int], batches: Sequence[int]) -> list[list[Cell]]:
         """The cells to measure, in groups that are compared with each other."""
         return [[Cell(run, length, batch) for run in runs] for batch in batches for length in lengths]
@@ -96,16 +77,6 @@ class Topic(abc.ABC):
     @abc.abstractmethod
     def least(self, sizes: Sizes, cell: Cell) -> Least:
         """What a unit takes at the least."""
-
-    @abc.abstractmethod
-    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
-        """Measure a cell once on a model with the cell's method in force.
-
-        Returns
-        -------
-        dict
-            ``seconds`` of a unit, ``cache_bytes``, and what else the topic tells; the same keys for every cell.
-        """
 
     def count(self, model: PreTrainedModel, cell: Cell) -> dict[str, float]:
         """What is counted, not timed, once for a cell, on a model with the cell's method in force."""
@@ -160,13 +131,6 @@ def line_name(row: Row) -> str:
     slots = f", {row['num_slots']} slots" if row["num_slots"] else ""
     objective = f", {row['objective']}" if row["objective"] else ""
     return f"{row['method']}{slots}{objective}"
-
-
-def random_ids(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
-    """(batch, tokens) ids where the model is, the same ones at every call."""
-    generator = torch.Generator(model.device).manual_seed(0)
-    size = model.config.get_text_config().vocab_size
-    return torch.randint(0, size, (batch, tokens), generator=generator, device=model.device)
 
 
 @dataclasses.dataclass(frozen=True)

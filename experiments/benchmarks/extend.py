@@ -1,18 +1,19 @@
-"""``lococo bench extend``: a step of an extension."""
+"""``python -m experiments.benchmarks extend``: a step of an extension."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from lococo.bench.meter import Meter, freed_blocks_returned
-from lococo.bench.roofline import Least, Sizes, train_memory, train_work
-from lococo.bench.runner import Cell, Topic, random_ids
-from lococo.bench.train import Train
+from experiments.benchmarks.counters import SavedBytes, freed_blocks_returned, saved_bytes
+from experiments.benchmarks.roofline import Least, Sizes, train_memory, train_work
+from experiments.benchmarks.runner import Cell, Topic
+from experiments.benchmarks.train import Train
+from lococo.bench.meter import Meter
+from lococo.bench.speed import random_ids
 from lococo.extension.adapters import adapted, adapter_config, checkpoint_layers, restored, unfreeze
 from lococo.methods import Run
 from lococo.state import is_patched
@@ -58,7 +59,10 @@ class Extend(Train):
         backprop_tokens = self._objective(cell).backprop_tokens
         return Least(1, work, train_memory(sizes, config, tokens, cell.batch, backprop_tokens))
 
-    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+    # Every cell is one of this package.
+    def take(  # type: ignore[override]
+        self, model: PreTrainedModel, cell: Cell, meter: Meter
+    ) -> dict[str, float | None]:
         """Take one step; ``saved_bytes`` is the most that autograd keeps at once, counted where memory is watched.
 
         While it is watched, freed memory of a CPU goes back at once: only what is in use counts, as on a GPU.
@@ -93,34 +97,3 @@ class Extend(Train):
     def _objective(self, cell: Cell) -> NextToken:
         config = cell.run.config
         return NextToken(backprop_tokens=None if config is None else self.depth * config.block_size)
-
-
-class SavedBytes:
-    """Bytes of the tensors that autograd keeps: now, and at the most."""
-
-    def __init__(self, most: int | None = 0) -> None:
-        self.now, self.most = 0, most
-
-    def keep(self, tensor: torch.Tensor) -> _Kept:
-        """Count a tensor until nobody keeps it any more."""
-        kept = _Kept(tensor.detach())  # with its graph, it would hold the node that holds it
-        self._add(tensor.nbytes)
-        weakref.finalize(kept, self._add, -tensor.nbytes)
-        return kept
-
-    def _add(self, count: int) -> None:
-        self.now += count
-        self.most = max(self.most or 0, self.now)
-
-
-class _Kept:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-@contextlib.contextmanager
-def saved_bytes() -> Iterator[SavedBytes]:
-    """Count what autograd keeps inside a ``with`` block."""
-    saved = SavedBytes()
-    with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda kept: kept.tensor):
-        yield saved

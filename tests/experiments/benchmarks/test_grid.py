@@ -1,4 +1,7 @@
-"""The grids of ``lococo bench``: order, ratios, resuming, limits, and the command. No absolute times."""
+"""The grids of ``python -m experiments.benchmarks``: order, ratios, resuming, limits, and the commands.
+
+No absolute times.
+"""
 
 import importlib.util
 import json
@@ -9,14 +12,14 @@ import torch
 from tiny import tiny_llama
 
 import lococo
+from experiments.benchmarks import runner
+from experiments.benchmarks.__main__ import main
+from experiments.benchmarks.decode import Decode
+from experiments.benchmarks.extend import Extend
+from experiments.benchmarks.prefill import Prefill
+from experiments.benchmarks.roofline import Least, Limits, Work
+from experiments.benchmarks.runner import Cell, Grid, Subject, Topic, plot, rows_of
 from lococo.bench import meter as meter_module
-from lococo.bench import runner
-from lococo.bench.decode import Decode
-from lococo.bench.extend import Extend
-from lococo.bench.prefill import Prefill
-from lococo.bench.roofline import Least, Limits, Work
-from lococo.bench.runner import Cell, Grid, Subject, Topic, plot, rows_of
-from lococo.cli.main import main
 from lococo.methods import plan_runs
 from lococo.results.journal import Journal
 from lococo.results.plots import thousands
@@ -194,7 +197,7 @@ def test_other_errors_are_not_swallowed(model, tmp_path):
 
 def bench(topic, output, *arguments):
     slots = ["--num-slots", str(M), "--block-size", str(B), "--repeats", "2"]
-    return main(["bench", topic, "--shape", "tiny", "--device", "cpu", *slots, "--output", str(output), *arguments])
+    return main([topic, "--shape", "tiny", "--device", "cpu", *slots, "--output", str(output), *arguments])
 
 
 ARGUMENTS = {

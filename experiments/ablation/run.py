@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.ablation.grid import CENTRE, Cell
+from experiments.ablation.grid import CENTRE, Cell
 from lococo.config import CONFIG_NAME
 from lococo.data.texts import Window
 from lococo.data.windows import DataConfig
-from lococo.evaluation.perplexity import ALL_DOMAINS, Losses, gap_change, loss_row, measure_losses
+from lococo.evaluation.perplexity import ALL_DOMAINS, Losses, loss_row, measure_losses, references
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
 from lococo.methods import Run
+from lococo.metrics import gap_interval, gap_ratio
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Band, Bars, Lines, Panel, Series, picture
@@ -237,6 +239,25 @@ def rows_of(losses: Losses, methods: Sequence[Run], finished: Sequence[Measured]
             row["change"], row["change_low"], row["change_high"] = changes
         rows.append(row)
     return rows
+
+
+def gap_change(
+    losses: Losses, run: Run, other: Run, group: tuple[int, str]
+) -> tuple[float | None, float | None, float | None]:
+    """How much larger a run's gap ratio is than another's at as many slots, and the interval of that.
+
+    Both are drawn together in a resample, so that what documents do to both alike is left out. None where there is no
+    gap ratio, or no interval.
+    """
+    full, h2o = references(losses, run, group)
+    if full is None or not h2o:
+        return None, None, None
+    mine, theirs = losses[run][group], losses[other][group]
+    change = mine.table[0] - theirs.table[0] + full.table[0]  # its gap ratio is the difference of both
+    ratio = gap_ratio(mine.mean - theirs.mean + full.mean, full.mean, [each.mean for each in h2o])
+    interval = gap_interval(change, full.table[0], np.stack([each.table[0] for each in h2o]), full.table[1])
+    low, high = interval or (None, None)
+    return ratio, low, high
 
 
 def _row(measured: Row, varied: str, method: str, config: Any, combination: str | None, seed: int | None) -> Row:

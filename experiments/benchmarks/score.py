@@ -1,4 +1,4 @@
-"""``lococo bench score``: what choosing heavy hitters costs."""
+"""``python -m experiments.benchmarks score``: what choosing heavy hitters costs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lococo.bench.decode import compressed_cache, random_full_cache
-from lococo.bench.meter import HeldBytes, Meter
-from lococo.bench.roofline import Least, Sizes, decode_memory, segment_work
-from lococo.bench.runner import Cell, Row, Topic, line_name, random_ids
+from experiments.benchmarks.counters import HeldBytes
+from experiments.benchmarks.roofline import Least, Sizes, decode_memory, segment_work
+from experiments.benchmarks.runner import Cell, Row, Topic, line_name
+from lococo.bench import speed
+from lococo.bench.meter import Meter
 from lococo.cache.buffers import KVBuffer
 from lococo.cache.cache import LoCoCoCache
 from lococo.compat import with_cache
@@ -68,15 +69,15 @@ class Score(Topic):
         return Least(None, work, decode_memory(sizes, cell.run.config, cell.length, cell.batch))
 
     @torch.no_grad()
-    def take(self, model: PreTrainedModel, cell: Cell, meter: Meter) -> dict[str, float | None]:
+    def take(self, model: PreTrainedModel, cell: speed.Cell, meter: Meter) -> dict[str, float | None]:
         """Read a block with all layers, then score for the first of them alone."""
         config = cell.run.config
         with meter.apart():
             if config is None:
-                cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
+                cache: Any = speed.random_full_cache(model, cell.length - self.block_size, cell.batch)
             else:
-                cache = compressed_cache(model, config, cell.batch)
-        decoder, ids = find_family(model).decoder, random_ids(model, cell.batch, self.block_size)
+                cache = speed.compressed_cache(model, config, cell.batch)
+        decoder, ids = find_family(model).decoder, speed.random_ids(model, cell.batch, self.block_size)
         with meter.lap():
             decoder(input_ids=ids, **with_cache(decoder, cache), use_cache=True)
         seconds = meter.seconds()[0] / base_shape(model)["num_layers"]

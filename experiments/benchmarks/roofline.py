@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lococo.bench.meter import Meter
+from lococo.bench.speed import open_block
 from lococo.config import LoCoCoConfig
 from lococo.models import base_config, base_shape, find_family
 from lococo.prefill import token_bytes
@@ -136,11 +137,6 @@ def read_pairs(tokens: int, num_slots: int | None, block_size: int = 1, past: in
         width = min(block_size, past + tokens - start)
         pairs += width * min(start, num_slots) + width * (width + 1) // 2
     return pairs
-
-
-def open_block(config: LoCoCoConfig | None) -> int:
-    """Tokens between two compressions while tokens come one by one; 1 where nothing is compressed."""
-    return 1 if config is None else config.decode_block_size or config.block_size
 
 
 def read_work(sizes: Sizes, config: LoCoCoConfig | None, tokens: int, batch: int = 1) -> Work:

@@ -1,17 +1,26 @@
-"""Shifted sparse attention, the way of training of LongLoRA (Chen et al. 2023): short groups of tokens."""
+"""Extension with shifted sparse attention, short groups of tokens, the way of training of LongLoRA (Chen et al. 2023).
+
+``python -m experiments.longlora --model MODEL --factor 8 ...``: ``lococo extend`` with ``--method longlora``. The
+model reads with its full cache afterwards.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lococo.cli.extend import extend
+from lococo.cli.main import run
+from lococo.cli.parsing import add_command, command_group
 from lococo.compat import AttentionInterface, AttentionMaskInterface
+from lococo.extension.extend import FULL_CACHE
 from lococo.models import find_family
 
 NAME = "lococo_longlora"
@@ -142,3 +151,16 @@ def shifted_sparse(model: nn.Module) -> Iterator[nn.Module]:
 
 AttentionInterface.register(NAME, longlora_attention)
 AttentionMaskInterface.register(NAME, no_mask)
+FULL_CACHE["longlora"] = shifted_sparse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Bad input ends with one line on stderr and status 2."""
+    app = command_group("")
+    add_command(app, "longlora", extend)
+    words = sys.argv[1:] if arguments is None else arguments
+    return run(app, "python -m experiments.longlora", ["--method", "longlora", *words])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
