@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import heapq
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lococo.compression.entries import Entries
+from lococo.compression.select import Budget, rank
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
-from lococo.training.record import LayerRecord, compressed_output, fisher_error, record
+from lococo.registry import SCORES
+from lococo.training.lookups import fast_products
+from lococo.training.record import LayerRecord, record
 from lococo.training.scores import ScoreNetworks
 
-STACKED_LAYERS = 10
-STEPS_BETWEEN = 3  # levels put between two measured ones
+STEPS_BETWEEN = 1  # levels put between two measured ones
 STEEPEST = 4  # power of the slots by which an error may fall between them
 
 # What decides which tokens stay.
@@ -30,9 +30,8 @@ Measure = Callable[[Sequence, Callable[[], list]], list]
 
 
 def slot_levels(num_slots: int) -> tuple[int, ...]:
-    """Numbers of slots a head may get, a sixteenth of the average to eight times as many."""
-    steps = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
-    return tuple(sorted({max(1, round(num_slots * step)) for step in steps}))
+    """Numbers of slots a head may get, from a sixteenth of the average to sixteen times it, by half octaves."""
+    return tuple(sorted({max(1, round(num_slots * 2 ** (half / 2))) for half in range(-8, 9)}))
 
 
 def eviction_errors(
@@ -47,7 +46,8 @@ def eviction_errors(
 
     For every text, layer and KV head the attention output with evicted tokens is compared with the full cache's. Its
     difference, projected on the gradient of the next-token loss, is squared and summed over tokens and query heads:
-    the diagonal of the loss' (empirical) Fisher information along the error.
+    the diagonal of the loss' (empirical) Fisher information along the error. A text is read once for all levels, with
+    the full cache's attention for the score's statistics.
 
     Parameters
     ----------
@@ -68,56 +68,122 @@ def eviction_errors(
     Returns
     -------
     torch.Tensor
-        (levels, layers, kv_heads) in float64, a mean over texts.
+        (levels, layers, kv_heads) in float64, a mean over texts, of which each counts as much: those of a text are
+        relative to their sum over layers and heads at the level closest to ``config.num_slots``.
     """
     shape = base_shape(model)
     total = torch.zeros(len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
+    middle = min(range(len(levels)), key=lambda index: abs(levels[index] - config.num_slots))
+    configs = [config.with_slots(slots) for slots in levels]
+    chosen = [{name: getattr(each, name) for name in SELECTION_FIELDS} for each in configs]
+    known = None if networks is None else networks.digest()
     for ids in tqdm(windows, desc="slots per head", unit="text", disable=None):
-        records = functools.cache(functools.partial(record, model, ids[None].long(), gradients=True))
-        for index, slots in enumerate(levels):
-            head_config = config.with_slots(slots)
-            key: tuple = ({name: getattr(head_config, name) for name in SELECTION_FIELDS}, ids.tolist())
-            key = ("eviction_errors", *key, *([] if networks is None else [networks.digest()]))
-            errors = measure(key, functools.partial(_errors, records, head_config, networks))
-            total[index] += torch.tensor(errors, dtype=torch.float64)
+        key = ("eviction_errors", chosen, ids.tolist(), known)
+        found = measure(key, functools.partial(_text_errors, model, ids, configs, networks))
+        errors = torch.tensor(found, dtype=torch.float64)
+        total += errors / errors[middle].sum().clamp_min(1e-30)
     return total / len(windows)
 
 
-def _errors(
-    records: Callable[[], dict[int, LayerRecord]], config: LoCoCoConfig, networks: ScoreNetworks | None
-) -> list[list[float]]:
+def _text_errors(
+    model: PreTrainedModel, ids: torch.Tensor, configs: Sequence[LoCoCoConfig], networks: ScoreNetworks | None
+) -> list:
+    """(levels, layers, kv_heads) of a text, as lists."""
+    smaller = [config for config in configs if config.num_slots < len(ids)]  # with more nothing is evicted
     errors = []
-    for stack in _stacks(records()):
+    with fast_products(model):
+        records = record(model, ids[None].long(), gradients=True)
+    for layer_idx, entry in records.items():
         features = None
-        if networks is not None:
-            features = torch.cat([networks.features(index, entry.key, entry.value) for index, entry in stack.items()])
-        errors += _stack_errors(list(stack.values()), config, features)
-    return errors
-
-
-def _kind(entry: LayerRecord) -> tuple:
-    return entry.window, entry.scale, entry.softcap, entry.query.shape, entry.query.device
-
-
-def _stacks(layers: dict[int, LayerRecord]) -> Iterator[dict[int, LayerRecord]]:
-    """Neighbouring layers of one kind, a few at a time: read together they take little longer than one."""
-    for _, alike in itertools.groupby(layers.items(), key=lambda item: _kind(item[1])):
-        same = list(alike)
-        yield from (dict(same[start : start + STACKED_LAYERS]) for start in range(0, len(same), STACKED_LAYERS))
+        if networks is not None and entry.window is None:
+            features = networks.features(layer_idx, entry.key, entry.value)
+        errors.append(layer_errors(entry, smaller, features).cpu())
+    found = torch.stack(errors, dim=1)
+    return torch.cat([found, found.new_zeros(len(configs) - len(smaller), *found.shape[1:])]).tolist()
 
 
 @torch.no_grad()
-def _stack_errors(
-    stack: Sequence[LayerRecord], config: LoCoCoConfig, features: torch.Tensor | None
-) -> list[list[float]]:
-    """Squared error of every KV head, layer by layer, by (layers, kv_heads, tokens, num_features) features."""
-    tensors: Any = {
-        name: torch.cat([getattr(entry, name) for entry in stack])
-        for name in ("query", "key", "value", "output", "gradient")
-    }
-    entry = dataclasses.replace(stack[0], **tensors)  # (layers, heads or kv_heads, tokens, head_dim)
-    error = fisher_error(compressed_output(entry, config, features=features), entry)  # (layers, heads, tokens)
-    return error.double().sum(dim=2).unflatten(1, (entry.key.shape[1], -1)).sum(dim=2).tolist()
+def layer_errors(
+    entry: LayerRecord, configs: Sequence[LoCoCoConfig], features: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``fisher_error`` of one layer's KV heads, summed over tokens, for several numbers of slots at once.
+
+    Without the evicted tokens D a query's output changes by ``-sum_D p (v - o) / (1 - sum_D p)``.
+
+    Parameters
+    ----------
+    entry : LayerRecord
+        Of one text, with gradients.
+    configs : sequence of LoCoCoConfig
+        Alike but for the slots.
+    features : torch.Tensor, optional
+        (1, kv_heads, tokens, num_features), for a learned score. None: those of a new one.
+
+    Returns
+    -------
+    torch.Tensor
+        (configs, kv_heads) in float64.
+    """
+    assert entry.gradient is not None, "record(..., gradients=True)"
+    kv_heads, tokens = entry.key.shape[1:3]
+    size, score = configs[0].block_size, SCORES[configs[0].score]()
+    query, gradient, output = (
+        each[0].float().unflatten(0, (kv_heads, -1))
+        for each in (entry.query * entry.scale, entry.gradient, entry.output)
+    )
+    key, value = entry.key[0].float(), entry.value[0].float()
+    along = (gradient * output).sum(dim=-1)  # (kv_heads, groups, tokens)
+    errors = torch.zeros(len(configs), kv_heads, dtype=torch.float64, device=key.device)
+    sums = key.new_zeros(len(configs), kv_heads, tokens)
+    is_kept = torch.ones_like(sums, dtype=torch.bool)
+    position = torch.arange(tokens, device=key.device)
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
+        for index, config in enumerate(configs if start else ()):
+            every = Entries(
+                entry.key[:, :, :start],
+                entry.value[:, :, :start],
+                sums[None, index, :, :start],
+                position[:start].expand(1, kv_heads, start),
+                features=None if features is None else features[:, :, :start],
+            )
+            is_kept[index, :, :start] = _kept(every, is_kept[index, :, :start], config, entry.window)
+            sums[index] *= config.score_fade**size
+        logits = query[:, :, start:stop].flatten(1, 2) @ key[:, :stop].transpose(1, 2)
+        if entry.softcap is not None:
+            logits.div_(entry.softcap).tanh_().mul_(entry.softcap)
+        distance = position[start:stop, None] - position[:stop]
+        is_hidden = (distance < 0) if entry.window is None else (distance < 0) | (distance >= entry.window)
+        probs = logits.unflatten(1, (-1, stop - start)).masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+        if start:
+            gained = gradient[:, :, start:stop].flatten(1, 2) @ value[:, :start].transpose(1, 2)
+            gained = (gained.unflatten(1, (-1, stop - start)) - along[:, :, start:stop, None]) * probs[..., :start]
+            kept = is_kept[:, :, :stop].permute(1, 2, 0).to(probs.dtype)  # (kv_heads, entries, configs)
+            change = gained.flatten(1, 2) @ (1 - kept[:, :start])
+            change /= (probs.flatten(1, 2) @ kept).clamp_min(1e-6)
+            errors += change.double().square().sum(dim=1).T
+        received = (probs.square_() if score.power == 2 else probs).sum(dim=1)
+        sums[:, :, :stop] += received.sum(dim=1)
+        for index, config in enumerate(configs):
+            near = slice(max(start - config.score_delay + 1, 0), stop)
+            is_early = distance[:, near] < config.score_delay
+            sums[index, :, near] -= (received[..., near] * is_early).sum(dim=1)
+    return errors
+
+
+def _kept(entries: Entries, is_kept: torch.Tensor, config: LoCoCoConfig, window: int | None) -> torch.Tensor:
+    """Which of the tokens read, (kv_heads, tokens) of those still kept, a compression keeps."""
+    seen = is_kept.shape[-1]
+    sinks, heavy, recent, fused = Budget.of(config, window)
+    if seen <= config.num_slots:
+        return is_kept
+    ranking = rank(entries, seen, config, window)
+    number = torch.arange(seen, device=is_kept.device)
+    order = -number.float().expand(is_kept.shape) if ranking is None else ranking[0]
+    order = order.masked_fill(~is_kept, float("-inf"))
+    order = order.masked_fill((number < sinks) | (number >= seen - recent), float("inf"))
+    best = order.sort(dim=-1, descending=True, stable=True).indices[:, : sinks + heavy + recent + fused]
+    return torch.zeros_like(is_kept).scatter_(-1, best, True) & is_kept
 
 
 def allocate(errors: torch.Tensor, levels: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:

@@ -115,10 +115,12 @@ class ScoreConfig:
     ----------
     texts : int
         Texts read, each once.
+    texts_at_once : int
+        Texts that are held, and learned from in turn.
     texts_per_step : int
-        Texts that are held, and learned from, at once.
+        Those that a step of the optimizer learns from.
     repeats : int
-        Steps of the optimizer on them.
+        Steps on each text.
     learning_rate : float
         Of AdamW, falling linearly to 0.
     weight_decay : float
@@ -130,14 +132,16 @@ class ScoreConfig:
         If a value is out of range.
     """
 
-    texts: int = 192
-    texts_per_step: int = 4
-    repeats: int = 8
-    learning_rate: float = 2e-3
+    texts: int = 96
+    texts_at_once: int = 8
+    texts_per_step: int = 2
+    repeats: int = 12
+    learning_rate: float = 1e-3
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
         check_ranges(self, {"texts": 1, "texts_per_step": 1, "repeats": 1}, ("learning_rate",), "score ")
+        check_ranges(self, {"texts_at_once": self.texts_per_step}, (), "score ")
         if not isinstance(self.weight_decay, int | float) or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"score weight_decay must be at least 0, got {self.weight_decay!r}")
 
