@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lococo.compression.offloading import onloaded
+
 HIDDEN_SIZE = 64
 
 
@@ -50,7 +52,13 @@ class ScoreNetwork(nn.Module):
         """
         wide = torch.promote_types(keys.dtype, torch.float32)
         tokens = torch.cat([keys, values.to(keys.dtype)], dim=1).transpose(1, 2).flatten(2).to(wide)
-        tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm.weight.to(wide), self.norm.bias.to(wide))
-        tokens = F.silu(F.linear(tokens, self.hidden.weight.to(wide), self.hidden.bias.to(wide)))
-        tokens = F.linear(tokens, self.output.weight.to(wide), self.output.bias.to(wide))
+        with onloaded(self.norm):
+            tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm.weight.to(wide), self.norm.bias.to(wide))
+        tokens = _linear(self.output, F.silu(_linear(self.hidden, tokens)))
         return tokens.unflatten(-1, (keys.shape[1], self.num_features)).transpose(1, 2)
+
+
+def _linear(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """A layer in the dtype of its inputs."""
+    with onloaded(layer):
+        return F.linear(inputs, layer.weight.to(inputs.dtype), layer.bias.to(inputs.dtype))
