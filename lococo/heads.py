@@ -44,7 +44,6 @@ HEAD_FIELDS = (
     "residual",
     "normalization",
     "has_mass",
-    "has_features",
 )
 
 
@@ -341,7 +340,8 @@ def _local_folder(folder_or_id: str | os.PathLike, revision: str | None, token: 
 
 
 def _check_config(saved: LoCoCoConfig, current: LoCoCoConfig, folder: Path) -> None:
-    for field in HEAD_FIELDS:
+    learned_score = ("score",) if saved.has_features or current.has_features else ()
+    for field in HEAD_FIELDS + learned_score:
         theirs, ours = getattr(saved, field), getattr(current, field)
         if theirs != ours:
             raise ValueError(

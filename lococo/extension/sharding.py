@@ -74,9 +74,11 @@ def gathered(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
             module.reshard()
     whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied one only once
     sharded: list[tuple[nn.Module, str, Any]] = []  # and the sharded parameter, which is a DTensor
+    parameter: Any
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor) and (parameter.requires_grad or is_ours(path)):
+            is_part = isinstance(parameter, DTensor)
+            if is_part and (parameter.requires_grad or is_ours(path)):
                 if parameter not in whole:
                     whole[parameter] = nn.Parameter(parameter.detach().full_tensor())
                 module._parameters[name] = whole[parameter]
