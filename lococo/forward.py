@@ -112,7 +112,7 @@ def _context(
         kwargs["position_ids"] = plan.cache_positions
     elif kwargs.get("position_ids") is None:
         kwargs["position_ids"] = plan.positions
-    elif config.has_features:
+    elif config.has_features and is_whole:  # once a text: a GPU is waited for
         _say_keys_are_rotated_elsewhere(patch, kwargs["position_ids"], plan, real)
     seen = max(row.seen for row in plan.rows)
     check_positions(patch.family, config.capacity if config.positions == "slot" else seen)

@@ -58,9 +58,9 @@ def save_heads(
 ) -> Path:
     """Write the heads of a patched model into a folder, whole or not at all.
 
-    The folder holds ``lococo_config.json``, ``lococo_heads.safetensors`` (tensors ``layers.{index}.{parameter}``) and
-    a ``README.md`` model card. An existing heads folder is replaced. Of a base model loaded from a local path only
-    the last part of that path is written.
+    The folder holds ``lococo_config.json``, ``lococo_heads.safetensors`` (tensors ``layers.{index}.{parameter}``, of a
+    learned score's networks ``layers.{index}.score.{parameter}``) and a ``README.md`` model card. An existing heads
+    folder is replaced. Of a base model loaded from a local path only the last part of that path is written.
 
     Parameters
     ----------
