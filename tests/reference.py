@@ -117,7 +117,7 @@ def naive_features(
         seen = [vector[token] for vector in (*keys.detach().double(), *values.detach().double())]
         inputs = torch.cat(seen)
         inputs = (inputs - inputs.mean()) / (inputs.var(correction=0) + 1e-5).sqrt()
-        inputs = inputs * weights["norm.weight"] + weights["norm.bias"]
+        inputs = inputs * weights["normed.weight"] + weights["normed.bias"]
         hidden = weights["hidden.weight"] @ inputs + weights["hidden.bias"]
         said = weights["output.weight"] @ (hidden / (1 + (-hidden).exp())) + weights["output.bias"]
         for of_head, part in zip(features, said.chunk(num_kv_heads), strict=True):

@@ -110,7 +110,7 @@ class TestRoundTrip:
         model = make_model(LEARNED)
         names = load_file(lococo.save_heads(model, saved) / HEADS_NAME).keys()
         assert names == head_values(model).keys()
-        parts = [f"{part}.{kind}" for part in ("norm", "hidden", "output") for kind in ("weight", "bias")]
+        parts = [f"{part}.{kind}" for part in ("normed", "hidden", "output") for kind in ("weight", "bias")]
         assert {f"layers.{index}.score.{part}" for index in (0, 1) for part in parts} < names
 
     def test_bfloat16_file_and_model(self, model, tmp_path):
@@ -344,8 +344,8 @@ class TestLoadRefuses:
         model = make_model(LEARNED)
         saved = lococo.save_heads(model, tmp_path / "heads")
         tensors = load_file(saved / HEADS_NAME)
-        rewrite(saved, **{"layers.1.score.norm.bias": None, "layers.1.score.gate": torch.ones(1)})
-        assert_refused(model, saved, r"missing: layers\.1\.score\.norm\.bias; surplus: layers\.1\.score\.gate")
+        rewrite(saved, **{"layers.1.score.normed.bias": None, "layers.1.score.gate": torch.ones(1)})
+        assert_refused(model, saved, r"missing: layers\.1\.score\.normed\.bias; surplus: layers\.1\.score\.gate")
         save_file({**tensors, "layers.0.score.hidden.bias": torch.ones(63)}, saved / HEADS_NAME)
         assert_refused(
             model, saved, r"layers\.0\.score\.hidden\.bias has shape \(63,\) in .* shape \(64,\) in the model"

@@ -80,7 +80,7 @@ def gathered(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
             is_part = isinstance(parameter, DTensor)
             if is_part and (parameter.requires_grad or is_ours(path)):
                 if parameter not in whole:
-                    whole[parameter] = nn.Parameter(parameter.detach().full_tensor())
+                    whole[parameter] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
                 module._parameters[name] = whole[parameter]
                 sharded.append((module, name, parameter))
     try:

@@ -123,11 +123,13 @@ def test_a_saved_model_has_no_networks(tmp_path):
     assert torch.equal(read(loaded), read(tiny_llama()))
 
 
-@pytest.mark.parametrize("copied", [[], [NETWORK], [NETWORK, "lococo_head"]], ids=str)
-def test_adapters_around_it_change_nothing(copied, tmp_path):
+@pytest.mark.parametrize("copied", [[], [NETWORK, "lococo_head"], ["norm", "input_layernorm"]], ids=str)
+@pytest.mark.parametrize("adapted", [["q_proj"], "all-linear"], ids=str)
+def test_adapters_around_it_change_nothing(adapted, copied, tmp_path):
+    """None are put into networks, which are no linear layers or norms of the model's own."""
     model = patched_llama(CONFIGS["learned"])
     expected = read(model)
-    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=copied))
+    tuned = get_peft_model(model, LoraConfig(target_modules=adapted, modules_to_save=copied, task_type="CAUSAL_LM"))
     assert torch.equal(read(tuned), expected)
     folder = lococo.save_heads(tuned, tmp_path / "heads")
     assert torch.equal(read(lococo.patch_model(tiny_llama(), heads=folder)), expected)
