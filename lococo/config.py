@@ -183,7 +183,8 @@ class LoCoCoConfig:
     @property
     def has_features(self) -> bool:
         """Whether the score looks at learned features of tokens."""
-        return "features" in SCORES[self.score].needs and self.num_heavy + self.num_fused > 0  # type: ignore[operator]
+        is_ranked = self.num_heavy > 0 or (self.num_fused > 0 and self.residual != "none")  # type: ignore[operator]
+        return is_ranked and "features" in SCORES[self.score].needs
 
     @property
     def score_delay(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from lococo import whole_text
 from lococo.attention import lococo_attention
 from lococo.cache.cache import LoCoCoCache
-from lococo.cache.plan import RowState, plan_call
+from lococo.cache.plan import Plan, RowState, plan_call
 from lococo.compat import cache_argument
 from lococo.context import ForwardContext, ForwardRequest
 from lococo.inputs import (
@@ -112,6 +112,8 @@ def _context(
         kwargs["position_ids"] = plan.cache_positions
     elif kwargs.get("position_ids") is None:
         kwargs["position_ids"] = plan.positions
+    elif config.has_features and is_whole:  # once a text: a GPU is waited for
+        _say_keys_are_rotated_elsewhere(patch, kwargs["position_ids"], plan, real)
     seen = max(row.seen for row in plan.rows)
     check_positions(patch.family, config.capacity if config.positions == "slot" else seen)
     return ForwardContext(
@@ -150,6 +152,22 @@ def _say_positions_are_ours(patch: Patch, given: torch.Tensor | None, real: Sequ
         patch.say_once(
             "position_ids that are not one after another are not used: with positions='slot' tokens have the "
             "positions of their places in the cache"
+        )
+
+
+def _say_keys_are_rotated_elsewhere(
+    patch: Patch, given: torch.Tensor, plan: Plan, real: Sequence[Sequence[bool]] | None
+) -> None:
+    """Tell of positions other than the tokens' places in their texts, which a score's network cannot know of."""
+    if given.shape[1] < 2:  # a step, which must not wait for a GPU
+        return
+    differs = given != plan.positions
+    if real is not None:
+        differs = differs & torch.tensor(real, device=given.device)
+    if differs.any():
+        patch.say_once(
+            f"position_ids are not the places of tokens in their text: score={patch.config.score!r} looks at keys as "
+            "they were before they were rotated, and takes them for rotated at those places"
         )
 
 

@@ -44,7 +44,6 @@ HEAD_FIELDS = (
     "residual",
     "normalization",
     "has_mass",
-    "has_features",
 )
 
 
@@ -59,9 +58,9 @@ def save_heads(
 ) -> Path:
     """Write the heads of a patched model into a folder, whole or not at all.
 
-    The folder holds ``lococo_config.json``, ``lococo_heads.safetensors`` (tensors ``layers.{index}.{parameter}``) and
-    a ``README.md`` model card. An existing heads folder is replaced. Of a base model loaded from a local path only
-    the last part of that path is written.
+    The folder holds ``lococo_config.json``, ``lococo_heads.safetensors`` (tensors ``layers.{index}.{parameter}``, of a
+    learned score's networks ``layers.{index}.score.{parameter}``) and a ``README.md`` model card. An existing heads
+    folder is replaced. Of a base model loaded from a local path only the last part of that path is written.
 
     Parameters
     ----------
@@ -341,7 +340,8 @@ def _local_folder(folder_or_id: str | os.PathLike, revision: str | None, token: 
 
 
 def _check_config(saved: LoCoCoConfig, current: LoCoCoConfig, folder: Path) -> None:
-    for field in HEAD_FIELDS:
+    learned_score = ("score",) if saved.has_features or current.has_features else ()
+    for field in HEAD_FIELDS + learned_score:
         theirs, ours = getattr(saved, field), getattr(current, field)
         if theirs != ours:
             raise ValueError(

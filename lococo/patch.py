@@ -132,18 +132,13 @@ def _apply(patch: Patch, model: nn.Module) -> None:
     decoder, changes = patch.decoder, patch.changes
     patch.family.install(changes, model, NAME)
     whole_text.add_hooks(patch)
-    score, num_kv_heads = SCORES[patch.config.score](), patch.family.shape["num_kv_heads"]
     for index, layer in patch.layers.items():
-        head_dim = patch.family.head_dim(layer)
-        factory: dict[str, Any] = {"device": execution_device(layer), "dtype": decoder.dtype}
         largest = max(patch.config.layer_configs(index), key=lambda config: config.num_fused)
         if largest.num_fused:
-            head = COMPRESSORS[largest.compressor](largest, head_dim, **factory)
+            head = COMPRESSORS[largest.compressor](largest, patch.family.head_dim(layer), **_factory(patch, layer))
             setattr(layer, HEAD, head.train(layer.training))
-        if patch.config.has_features:
-            network = score.network(num_kv_heads, head_dim, **factory)
-            assert network is not None, f"{type(score).__name__} needs features and has no network"
-            setattr(layer, NETWORK, network.train(layer.training))
+    if patch.config.has_features:
+        _add_networks(patch)
     changes.hooks.append(decoder.register_forward_pre_hook(before_forward, with_kwargs=True))
     changes.hooks.append(decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True))
     for holder in models_around(model, decoder):
@@ -153,6 +148,24 @@ def _apply(patch: Patch, model: nn.Module) -> None:
         if holder is not decoder and "logits_to_keep" in inspect.signature(type(holder).forward).parameters:
             ask = functools.partial(ask_for_last_states, patch)
             changes.hooks.append(holder.register_forward_pre_hook(ask, with_kwargs=True))
+
+
+def _factory(patch: Patch, layer: Any) -> dict[str, Any]:
+    return {"device": execution_device(layer), "dtype": patch.decoder.dtype}
+
+
+def _add_networks(patch: Patch) -> None:
+    """Put the network of a learned score into every layer; after all heads, whose weights do not depend on it."""
+    score, num_kv_heads = SCORES[patch.config.score](), patch.family.shape["num_kv_heads"]
+    for layer in patch.layers.values():
+        network = score.network(num_kv_heads, patch.family.head_dim(layer), **_factory(patch, layer))
+        if network is None:
+            raise ValueError(
+                f"score={patch.config.score!r} needs features, but {type(score).__name__}.network gives nothing that "
+                "makes them: let it return a module with num_features"
+            )
+        # Which entries are kept has no gradient. Frozen, networks are nothing that DDP or an optimizer waits for.
+        setattr(layer, NETWORK, network.train(layer.training).requires_grad_(False))
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

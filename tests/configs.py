@@ -5,8 +5,26 @@ Each feature of a configuration is in one of them, alone where that can be. All 
 """
 
 import pytest
+import torch
 
-from lococo import LoCoCoConfig
+from lococo import LoCoCoConfig, register_score
+from lococo.compression.scores import LearnedScore
+
+FORESEEN = "foreseen"
+
+
+@register_score(FORESEEN)
+class Foreseen(LearnedScore):
+    """The learned score as if it had been learned: a new network's features are zero, these choose otherwise."""
+
+    def network(self, num_kv_heads, head_dim, **factory):
+        network, generator = super().network(num_kv_heads, head_dim, **factory), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                inputs = parameter.shape[-1] if parameter.dim() > 1 else 1
+                numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.copy_(numbers / inputs**0.5)
+        return network
 
 
 def opened(**changes):
@@ -36,13 +54,19 @@ CONFIGS = {
     "score-mean": opened(score="mean"),
     "score-sum": opened(score="sum"),
     "score-last": opened(score="last"),
+    "learned": opened(score=FORESEEN),
+    "learned-new": opened(score="learned"),
+    "learned-slot": opened(score=FORESEEN, num_slots=14, block_size=6, positions="slot"),
+    "learned-per-head": opened(score=FORESEEN, slots_per_head=((24, 8), (6, 26))),
+    "learned-selection": LoCoCoConfig(12, block_size=5, num_sinks=1, num_heavy=7, num_recent=4, score=FORESEEN),
     "slots-no-multiple-of-block": opened(num_slots=13, num_sinks=2),
     "block-larger-than-slots": opened(num_slots=6, block_size=11, num_sinks=1, num_recent=2, num_heavy=1),
     "one-token-blocks": opened(block_size=1),
     "decode-block-1": opened(decode_block_size=1),
 }
 # For tests that are dear, or do not touch what the others differ in: one of each way through the code.
-FEW = ("open", "open-slot", "slots-per-head", "h2o")
+FEW = ("open", "open-slot", "slots-per-head", "h2o", "learned")
+LEARNED = tuple(name for name, config in CONFIGS.items() if config.score == FORESEEN)
 # What is read does not depend on the lengths of the calls.
 ANY_SPLIT = tuple(name for name, config in CONFIGS.items() if config.decode_block_size is None)
 BLENDED = tuple(name for name, config in CONFIGS.items() if config.num_fused)

@@ -3,10 +3,12 @@
 As a script, ``extension_worker.py RANK FOLDER``: one of the two processes, which writes ``FOLDER/RANK.pt``.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
+from configs import FORESEEN
 from tiny import tiny_ids, tiny_llama
 from torch import distributed
 from training_worker import join
@@ -21,6 +23,7 @@ from lococo.extension.trainer import ExtensionTrainer
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
 )
+LEARNED = dataclasses.replace(CONFIG, score=FORESEEN)
 SCALING = RopeScaling(4, 16)
 CONFIGS = {
     "lococo": CONFIG,

@@ -1,7 +1,9 @@
 """Gradients of a tiny patched model by the naive reference, token by token and in float64."""
 
+import dataclasses
+
 import torch
-from reference import naive_head, naive_lococo
+from reference import naive_head, naive_lococo, naive_network
 
 from lococo.state import patch_of
 
@@ -33,10 +35,13 @@ def naive_logits(model, ids, cuts=()):
         )  # (rows, heads, tokens, head_dim)
         if config.positions == "absolute":
             query, key = rotate(query, places), rotate(key, places)
-        head, outputs = naive_head(patch.heads.get(index)), []
+        head, network = naive_head(patch.heads.get(index)), naive_network(patch.networks.get(index))
+        of_layer, outputs = config, []
+        if config.slots_per_head is not None:
+            of_layer = dataclasses.replace(config, slots_per_head=config.slots_per_head[index : index + 1])
         for row in range(len(ids)):
             parts = query[row], key[row], value[row]
-            outputs.append(naive_lococo(*parts, config, head, rotate, cuts=cuts)[0])
+            outputs.append(naive_lococo(*parts, of_layer, head, rotate, cuts=cuts, network=network)[0])
         output = torch.stack(outputs).transpose(1, 2).flatten(2)  # (rows, tokens, heads * head_dim)
         hidden = hidden + attention.o_proj(output)
         hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))

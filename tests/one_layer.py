@@ -9,6 +9,7 @@ from lococo.attention import lococo_attention
 from lococo.cache.plan import RowState, plan_call
 from lococo.compression.fusion import FusionHead
 from lococo.context import ForwardContext
+from lococo.registry import SCORES
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 45
 
@@ -37,14 +38,19 @@ def random_head(config, seed=0):
     return FusionHead(largest, DIM, dtype=torch.float64)
 
 
-def read(config, q, k, v, head=None, scale=DIM**-0.5):
+def random_network(config, seed=0):
+    """Of the config's score; None for one that has no features."""
+    torch.manual_seed(seed)
+    return SCORES[config.score]().network(KV_HEADS, DIM, dtype=torch.float64)
+
+
+def read(config, q, k, v, head=None, scale=DIM**-0.5, network=None):
     """One layer over a batch of one, as the model calls it: keys and queries rotated at the positions it was given."""
     plan = plan_call([RowState()], q.shape[1], config)
-    rotary = {}
+    rotary = {0: ReferenceRotary()}
     if config.positions == "slot":
-        rotary = {0: ReferenceRotary()}
         q, k = (rotary[0].rotate(tensor, plan.cache_positions) for tensor in (q, k))
-    module = types.SimpleNamespace(layer_idx=0, lococo_head=head)
+    module = types.SimpleNamespace(layer_idx=0, lococo_head=head, lococo_score=network)
     call = ForwardContext(config, plan, cache=None, rotary_tables=rotary)
     output, _ = lococo_attention(module, q[None], k[None], v[None], scaling=scale, lococo=call)
     return output[0].transpose(0, 1)

@@ -15,6 +15,7 @@ import torch
 if TYPE_CHECKING:
     from lococo.config import LoCoCoConfig
 
+DISTANT = ("distant", "learned", "foreseen")  # the scores that sum the attention of distant queries
 Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -34,6 +35,8 @@ class Entry:
         Differentiable. 0 for a token.
     tokens : Tensor (L)
         Weight of every token of the text in it.
+    features : list of float
+        Of the token it begins with, for a learned score.
     """
 
     key: torch.Tensor
@@ -42,6 +45,7 @@ class Entry:
     born: float
     log_mass: torch.Tensor
     tokens: torch.Tensor
+    features: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -84,6 +88,49 @@ def naive_head(head) -> NaiveHead | None:
     )
 
 
+def naive_network(network) -> dict[str, torch.Tensor] | None:
+    """The parameters of a learned score's network; None for a layer without one."""
+    return None if network is None else dict(network.named_parameters())
+
+
+def naive_features(
+    keys: torch.Tensor, values: torch.Tensor, network: dict[str, torch.Tensor]
+) -> list[list[list[float]]]:
+    """What a learned score's network says of tokens: layer norm, a layer with SiLU, a linear layer, in float16.
+
+    Parameters
+    ----------
+    keys, values : Tensor (num_kv_heads, L, d)
+        Keys un-rotated.
+    network : dict
+        Its parameters by name.
+
+    Returns
+    -------
+    list
+        Features of every token of every KV head.
+    """
+    num_kv_heads, length, _ = keys.shape
+    weights = {name: parameter.detach().double() for name, parameter in network.items()}
+    features: list[list[list[float]]] = [[] for _ in range(num_kv_heads)]
+    for token in range(length):
+        seen = [vector[token] for vector in (*keys.detach().double(), *values.detach().double())]
+        inputs = torch.cat(seen)
+        inputs = (inputs - inputs.mean()) / (inputs.var(correction=0) + 1e-5).sqrt()
+        inputs = inputs * weights["normed.weight"] + weights["normed.bias"]
+        hidden = weights["hidden.weight"] @ inputs + weights["hidden.bias"]
+        said = weights["output.weight"] @ (hidden / (1 + (-hidden).exp())) + weights["output.bias"]
+        for of_head, part in zip(features, said.chunk(num_kv_heads), strict=True):
+            of_head.append(part.half().tolist())
+    return features
+
+
+def foreseen(statistic: float, age: float, features: list[float]) -> float:
+    """What features make of a token's distant score: the one place where the learned score's formula is."""
+    bias, trust, decay = features
+    return (statistic + 1e-5) ** (1 + trust) * max(age, 1.0) ** decay * math.exp(bias)
+
+
 def naive_lococo(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -95,6 +142,7 @@ def naive_lococo(
     blocks: list[int] | None = None,
     window: int | None = None,
     cuts: Collection[int] = (),
+    network: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[list[Entry]]]:
     """One attention layer over a compressed cache.
 
@@ -108,7 +156,7 @@ def naive_lococo(
     head : NaiveHead, optional
         Needed where slots are fused; heads that fuse fewer slots use its first channels.
     rotate : callable, optional
-        ``rotate(x (..., n, d), positions (n))``, needed for slot positions and used for them only.
+        ``rotate(x (..., n, d), positions (n))``, needed for slot positions and a learned score's network.
     scale : float, optional
         Factor on ``q . k``; default ``d ** -0.5``.
     blocks : list of int, optional
@@ -119,6 +167,8 @@ def naive_lococo(
     cuts : collection of int
         Tokens before which back-propagation ends: what is held when one comes is cut from its graph. A block that
         ends there is compressed after the cut.
+    network : dict, optional
+        Parameters of a learned score's network by name. Not used in layers with a window.
 
     Returns
     -------
@@ -136,6 +186,11 @@ def naive_lococo(
     if config.positions == "slot" and rotate is None:
         raise ValueError("slot positions need rotate")
 
+    features: list[list[list[float]]] = [[[]] * length] * num_kv_heads
+    if network is not None and window is None:
+        assert rotate is not None
+        is_rotated = config.positions == "absolute"
+        features = naive_features(rotate(k, -torch.arange(length)) if is_rotated else k, v, network)
     outputs, held = [], []
     for h in range(num_kv_heads):
         queries = q[h * group : (h + 1) * group]
@@ -143,7 +198,9 @@ def naive_lococo(
         if window is not None:
             heavy = head_config.num_slots - head_config.num_recent
             head_config = dataclasses.replace(head_config, slots_per_head=None, num_sinks=0, num_heavy=heavy)
-        output, entries = _read(queries, k[h], v[h], head_config, head, rotate, scale, blocks, window, cuts)
+        output, entries = _read(
+            queries, k[h], v[h], features[h], head_config, head, rotate, scale, blocks, window, cuts
+        )
         outputs.append(output)
         held.append(entries)
     return torch.cat(outputs), held
@@ -153,6 +210,7 @@ def _read(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    features: list[list[float]],
     config: LoCoCoConfig,
     head: NaiveHead | None,
     rotate: Rotate | None,
@@ -176,7 +234,9 @@ def _read(
                 entries = [_cut(entry) for entry in entries]
             itself = torch.zeros(length, dtype=keys.dtype)
             itself[token] = 1.0
-            entries.append(Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself))
+            entries.append(
+                Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself, features[token])
+            )
             seen = entries if window is None else [entry for entry in entries if token - entry.born < window]
             outputs.append(_attend(queries[:, token], entries, seen, config, head, rotate, scale))
         now += block
@@ -184,7 +244,7 @@ def _read(
             entries = [_cut(entry) for entry in entries]
         if number < len(blocks) and len(entries) > config.num_slots:
             entries = _compress(entries, config, head, now, window)
-        if config.score == "distant" and number < len(blocks):
+        if config.score in DISTANT and number < len(blocks):
             for entry in entries:
                 entry.score *= 0.8 ** (block / config.num_slots)
     return torch.stack(outputs, dim=1), entries
@@ -222,9 +282,9 @@ def _attend(
     for query in queries:
         probabilities = torch.softmax(keys @ query * scale + bias, dim=0)
         outputs.append(probabilities @ values)
-        distant = len(entries) - config.num_recent if config.score == "distant" else len(entries)
+        distant = len(entries) - config.num_recent if config.score in DISTANT else len(entries)
         for entry, probability in zip(entries[: max(distant, 0)], probabilities.tolist(), strict=False):
-            entry.score += probability**2 if config.score == "distant" else probability
+            entry.score += probability**2 if config.score in DISTANT else probability
     return torch.stack(outputs)
 
 
@@ -243,10 +303,11 @@ def _compress(
             return -math.inf
         if config.score == "mean":
             return entry.score / (now - entry.born)
-        if config.score == "distant":
+        if config.score in DISTANT:
             fade = 0.8 ** (1 / config.num_slots)
             queries = max(now - entry.born - config.num_recent, 0)
-            return entry.score / ((1 - fade**queries) / (1 - fade) + 8)
+            statistic = entry.score / ((1 - fade**queries) / (1 - fade) + 8)
+            return foreseen(statistic, now - entry.born, entry.features) if entry.features else statistic
         return entry.score
 
     candidates.sort(key=lambda index: (-rank(index), index))
@@ -260,7 +321,9 @@ def _compress(
             raise ValueError("fused slots need a head")
         weights = _fusion_weights(entries, rest, anchors, config, head)
         for channel, anchor in enumerate(anchors):
-            slots[anchor] = _fuse(entries, weights[channel], config)
+            slots[anchor] = dataclasses.replace(
+                _fuse(entries, weights[channel], config), features=entries[anchor].features
+            )
     return [slots[index] for index in sorted(slots)]
 
 

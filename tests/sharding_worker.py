@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from extension_worker import learned, recipe, trainer
+from extension_worker import CONFIGS, LEARNED, learned, recipe, trainer
 from numbered_words import word_tokenizer
 from tiny import tiny_llama
 from torch import distributed
@@ -30,6 +30,7 @@ CASES = {
     "full": ("full", {}, torch.float32),
     "full, tied": ("full", {"tie_word_embeddings": True}, torch.float32),
     "lococo, tied, bfloat16": ("lococo", {"tie_word_embeddings": True}, torch.bfloat16),
+    "learned": ("learned", {}, torch.float32),
 }
 
 
@@ -49,7 +50,7 @@ def let_accelerate_shard_on_cpus():
 def run(case, folder, resume=None, **options):
     """What three steps make of a tiny model, its losses, and the share of it that this process keeps."""
     method, overrides, dtype = CASES[case]
-    how = recipe(method)
+    how = recipe(method) if method in CONFIGS else recipe(config=LEARNED)
     model = tiny_llama(**overrides).to(dtype)
     whole = sum(parameter.numel() for parameter in model.parameters())
     some_weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)

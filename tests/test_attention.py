@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 from configs import BLENDED, CONFIGS
-from one_layer import DIM, HEADS, LENGTH, random_head, random_qkv, read
-from reference import naive_h2o, naive_head, naive_lococo, naive_streaming_llm, rope_rotate
+from one_layer import DIM, HEADS, LENGTH, random_head, random_network, random_qkv, read
+from reference import naive_h2o, naive_head, naive_lococo, naive_network, naive_streaming_llm, rope_rotate
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lococo.attention import lococo_attention
@@ -19,10 +19,10 @@ from lococo.config import LoCoCoConfig
 def test_equals_naive_reference(name, with_gradients):
     config = CONFIGS[name]
     q, k, v = random_qkv()
-    head = random_head(config)
+    head, network = random_head(config), random_network(config)
     with torch.set_grad_enabled(with_gradients):
-        output = read(config, q, k, v, head)
-    expected, _ = naive_lococo(q, k, v, config, naive_head(head), rotate=rope_rotate(DIM))
+        output = read(config, q, k, v, head, network=network)
+    expected, _ = naive_lococo(q, k, v, config, naive_head(head), rope_rotate(DIM), network=naive_network(network))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
     full, _ = naive_lococo(q, k, v, LoCoCoConfig.h2o(LENGTH))
     assert (output - full).abs().max() > 1e-2, "nothing was compressed"
@@ -31,13 +31,13 @@ def test_equals_naive_reference(name, with_gradients):
 @pytest.mark.parametrize("name", BLENDED)
 def test_gradients_equal_naive_reference(name):
     config = CONFIGS[name]
-    head = random_head(config)
+    head, network = random_head(config), random_network(config)
     inputs = [tensor.requires_grad_() for tensor in random_qkv()]
     variables = [*inputs, *head.parameters()]
     weights = torch.randn(HEADS, LENGTH, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-    output = read(config, *inputs, head)
-    expected, _ = naive_lococo(*inputs, config, naive_head(head), rotate=rope_rotate(DIM))
+    output = read(config, *inputs, head, network=network)
+    expected, _ = naive_lococo(*inputs, config, naive_head(head), rope_rotate(DIM), network=naive_network(network))
     got = torch.autograd.grad((output * weights).sum(), variables)
     wanted = torch.autograd.grad((expected * weights).sum(), variables)
     for gradient, reference in zip(got, wanted, strict=True):

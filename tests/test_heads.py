@@ -1,10 +1,12 @@
 """Heads survive a round trip bit for bit, and nothing that does not fit gets into a model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from configs import FORESEEN
 from huggingface_hub import RepoUrl
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
@@ -15,6 +17,8 @@ from lococo.heads import CARD_NAME, FILE_NAMES, HEADS_NAME, base_shape, read_hea
 from lococo.state import patch_of
 
 CONFIG = LoCoCoConfig(num_slots=16, block_size=8)
+LEARNED = LoCoCoConfig(num_slots=16, block_size=8, score="learned")
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples/heads").iterdir())
 
 
 def make_model(config=CONFIG, seed=0, **overrides):
@@ -28,16 +32,19 @@ def make_model(config=CONFIG, seed=0, **overrides):
 
 @torch.no_grad()
 def randomise_heads(model):
-    for head in patch_of(model).heads.values():
-        for parameter in head.parameters():
+    patch = patch_of(model)
+    for module in (*patch.heads.values(), *patch.networks.values()):
+        for parameter in module.parameters():
             parameter.copy_(torch.rand_like(parameter))
 
 
 def head_values(model):
+    patch = patch_of(model)
     return {
-        f"layers.{index}.{name}": parameter.detach().clone()
-        for index, head in patch_of(model).heads.items()
-        for name, parameter in head.named_parameters()
+        f"layers.{index}.{prefix}{name}": parameter.detach().clone()
+        for modules, prefix in ((patch.heads, ""), (patch.networks, "score."))
+        for index, module in modules.items()
+        for name, parameter in module.named_parameters()
     }
 
 
@@ -85,8 +92,10 @@ class TestRoundTrip:
             LoCoCoConfig.paper(16, block_size=8),
             LoCoCoConfig.reference(16, block_size=8),
             LoCoCoConfig.h2o(16, block_size=8),
+            LEARNED,
+            LoCoCoConfig.h2o(16, block_size=8, score="learned"),
         ],
-        ids=["default", "low-rank", "paper", "reference", "no-heads"],
+        ids=["default", "low-rank", "paper", "reference", "no-heads", "learned", "networks-alone"],
     )
     def test_is_bit_equal(self, config, tmp_path):
         model, other = make_model(config), make_model(config, seed=1)
@@ -98,6 +107,11 @@ class TestRoundTrip:
     def test_names_say_layer_and_parameter(self, model, saved):
         assert load_file(saved / HEADS_NAME).keys() == head_values(model).keys()
         assert "layers.1.conv.weight" in head_values(model)
+        model = make_model(LEARNED)
+        names = load_file(lococo.save_heads(model, saved) / HEADS_NAME).keys()
+        assert names == head_values(model).keys()
+        parts = [f"{part}.{kind}" for part in ("normed", "hidden", "output") for kind in ("weight", "bias")]
+        assert {f"layers.{index}.score.{part}" for index in (0, 1) for part in parts} < names
 
     def test_bfloat16_file_and_model(self, model, tmp_path):
         folder = lococo.save_heads(model, tmp_path / "heads", dtype=torch.bfloat16)
@@ -132,6 +146,32 @@ class TestRoundTrip:
         assert not same(head_values(other), head_values(model))
         lococo.load_heads(other, str(folder))
         assert same(head_values(other), head_values(model))
+
+
+class TestOldFolders:
+    """Written before scores were learned, or fields of a config came."""
+
+    @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+    def test_examples_are_whole_and_fit_their_config(self, folder):
+        config, shape = read_heads_config(folder), json.loads((folder / CONFIG_NAME).read_text())["base_model"]
+        heads = shape["num_kv_heads"]
+        sizes = dict(num_key_value_heads=heads, num_attention_heads=heads, hidden_size=heads * shape["head_dim"])
+        model = tiny_llama(num_hidden_layers=shape["num_layers"], **sizes)
+        lococo.patch_model(model, heads=folder)
+        assert patch_of(model).config == config
+        assert same(head_values(model), load_file(folder / HEADS_NAME))
+        lococo.load_heads(model, folder)
+        surplus = dataclasses.replace(config, score="learned")
+        if not config.has_features:
+            with lococo.patched(lococo.unpatch_model(model), surplus):
+                assert_refused(model, folder, "trained with score='distant', but .* score='learned'")
+
+    def test_a_config_without_the_newest_fields(self, model, saved):
+        content = json.loads((saved / CONFIG_NAME).read_text())
+        for field in ("compressor", "slots_per_head"):
+            content["config"].pop(field)
+        (saved / CONFIG_NAME).write_text(json.dumps(content))
+        assert same(head_values(lococo.patch_model(make_model(None), heads=saved)), head_values(model))
 
 
 class TestWritten:
@@ -285,11 +325,33 @@ class TestLoadRefuses:
             (dict(residual="layer"), r"residual='slot', but .* residual='layer'"),
             (dict(normalization="softmax"), r"normalization='sum', but .* normalization='softmax'"),
             (dict(mass_bias=False), r"has_mass=True, but .* has_mass=False"),
+            (dict(score="learned"), r"score='distant', but .* score='learned'"),
         ],
     )
     def test_other_config(self, saved, overrides, message):
         config = LoCoCoConfig(**{"num_slots": 16, "block_size": 8, **overrides})
         assert_refused(make_model(config), saved, message)
+
+    @pytest.mark.parametrize("score", ["distant", "sum", FORESEEN])
+    def test_networks_of_another_score(self, score, tmp_path):
+        saved = lococo.save_heads(make_model(LEARNED), tmp_path / "heads")
+        other = make_model(dataclasses.replace(LEARNED, score=score))
+        assert_refused(
+            other, saved, f"score='learned', but the model is patched with score='{score}'; lococo.patch_model"
+        )
+
+    def test_networks_missing_surplus_or_of_another_shape(self, model, tmp_path):
+        model = make_model(LEARNED)
+        saved = lococo.save_heads(model, tmp_path / "heads")
+        tensors = load_file(saved / HEADS_NAME)
+        rewrite(saved, **{"layers.1.score.normed.bias": None, "layers.1.score.gate": torch.ones(1)})
+        assert_refused(model, saved, r"missing: layers\.1\.score\.normed\.bias; surplus: layers\.1\.score\.gate")
+        save_file({**tensors, "layers.0.score.hidden.bias": torch.ones(63)}, saved / HEADS_NAME)
+        assert_refused(
+            model, saved, r"layers\.0\.score\.hidden\.bias has shape \(63,\) in .* shape \(64,\) in the model"
+        )
+        save_file({**tensors, "layers.0.score.hidden.bias": torch.full((64,), torch.nan)}, saved / HEADS_NAME)
+        assert_refused(model, saved, r"layers\.0\.score\.hidden\.bias must be finite")
 
     def test_block_size_may_differ(self, saved):
         model = make_model(LoCoCoConfig(num_slots=16, block_size=4, score="sum"), seed=1)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from configs import FORESEEN
 from tiny import tiny_ids
 
 import lococo
@@ -13,6 +14,7 @@ from lococo.state import patch_of
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
 )
+LEARNED = dataclasses.replace(CONFIG, score=FORESEEN)
 SLOT_POSITIONS = dataclasses.replace(CONFIG, positions="slot")
 IDS = tiny_ids(2, 64, seed=1)
 

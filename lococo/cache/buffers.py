@@ -39,7 +39,7 @@ class TokenStates(NamedTuple):
     key, value : torch.Tensor
         (batch, kv_heads, tokens, head_dim), keys as the model rotated them.
     unrotated : torch.Tensor
-        The keys before that; only where somebody asks for them.
+        The keys before that, with ``positions="slot"``; else the same as ``key``.
     features : torch.Tensor, optional
         (batch, kv_heads, tokens, num_features), for a learned score.
     """

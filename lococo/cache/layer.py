@@ -233,12 +233,14 @@ class LayerCache(CacheLayerMixin):
         self, key: torch.Tensor, value: torch.Tensor, rotated_at: torch.Tensor, modules: LayerModules
     ) -> TokenStates:
         entries, unrotated, features = self._held, key, None
-        if modules.rotary is not None and (entries.rotated is not None or entries.features is not None):
-            unrotated = modules.rotary.rotate(key, rotated_at, inverse=True)
+        is_kept = entries.rotated is not None
+        if modules.rotary is not None and (is_kept or entries.features is not None):
+            # Which entries are kept has no gradient, so keys that only the network sees have none.
+            unrotated = modules.rotary.rotate(key if is_kept else key.detach(), rotated_at, inverse=True)
         if entries.features is not None and modules.network is not None:
-            with torch.no_grad():  # which entries are kept has no gradient
+            with torch.no_grad():
                 features = modules.network(unrotated, value)
-        return TokenStates(key, value, unrotated, features)
+        return TokenStates(key, value, unrotated if is_kept else key, features)
 
     @torch.no_grad()
     def _finish_steps(self, rows: Sequence[RowState], modules: LayerModules) -> None:

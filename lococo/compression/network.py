@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 HIDDEN_SIZE = 64
+
+
+class Affine(nn.Module):
+    """A weight and a bias of a network. No ``nn.Linear``: what adapts or quantizes those of a model is not for it."""
+
+    def __init__(self, *shape: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, **factory))
+        self.bias = nn.Parameter(torch.zeros(shape[0], **factory))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Their product, or for a weight of one dimension their norm, scaled by it; in the dtype of the inputs."""
+        weight, bias = self.weight.to(inputs.dtype), self.bias.to(inputs.dtype)
+        if weight.dim() == 1:
+            return F.layer_norm(inputs, inputs.shape[-1:], weight, bias)
+        return F.linear(inputs, weight, bias)
 
 
 class ScoreNetwork(nn.Module):
@@ -26,13 +44,14 @@ class ScoreNetwork(nn.Module):
 
     def __init__(self, num_kv_heads: int, head_dim: int, num_features: int, device=None, dtype=None) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory, inputs = {"device": device, "dtype": dtype}, 2 * num_kv_heads * head_dim
         self.num_features = num_features
-        self.norm = nn.LayerNorm(2 * num_kv_heads * head_dim, **factory)
-        self.hidden = nn.Linear(2 * num_kv_heads * head_dim, HIDDEN_SIZE, **factory)
-        self.output = nn.Linear(HIDDEN_SIZE, num_kv_heads * num_features, **factory)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.normed = Affine(inputs, **factory)
+        self.hidden = Affine(HIDDEN_SIZE, inputs, **factory)
+        self.output = Affine(num_kv_heads * num_features, HIDDEN_SIZE, **factory)
+        nn.init.ones_(self.normed.weight)
+        for parameter in self.hidden.parameters():
+            nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
 
     def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Features of tokens.
@@ -50,7 +69,5 @@ class ScoreNetwork(nn.Module):
         """
         wide = torch.promote_types(keys.dtype, torch.float32)
         tokens = torch.cat([keys, values.to(keys.dtype)], dim=1).transpose(1, 2).flatten(2).to(wide)
-        tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm.weight.to(wide), self.norm.bias.to(wide))
-        tokens = F.silu(F.linear(tokens, self.hidden.weight.to(wide), self.hidden.bias.to(wide)))
-        tokens = F.linear(tokens, self.output.weight.to(wide), self.output.bias.to(wide))
+        tokens = self.output(F.silu(self.hidden(self.normed(tokens))))
         return tokens.unflatten(-1, (keys.shape[1], self.num_features)).transpose(1, 2)

@@ -126,7 +126,7 @@ def save_parts(model: Any, folder: Path) -> None:
     model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
     (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
     patch = find_patch(model)
-    if patch and patch.heads:
+    if patch and (patch.heads or patch.networks):
         save_heads(model, folder / HEADS_FOLDER)
 
 
@@ -207,7 +207,7 @@ def merge_extended(model: Any, folder: str | os.PathLike | None = None, tokenize
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             patch = find_patch(plain)
-            if patch and patch.heads:
+            if patch and (patch.heads or patch.networks):
                 save_heads(plain, new / HEADS_FOLDER)
             elif patch:
                 patch.config.save_pretrained(new / HEADS_FOLDER)

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
+from lococo.state import is_ours
+
 # Every process has the whole model in the memory of its CPU at first; a checkpoint is written in parts.
 FSDP_CONFIG = {"version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "SHARDED_STATE_DICT"}
 
@@ -58,7 +60,7 @@ def check_sharding(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
-    """Have what learns whole in a model inside a ``with`` block, in the place of its sharded parameters.
+    """Have what learns, and what a patch added, whole in a model inside a ``with`` block, in the place of its parts.
 
     All processes have to take part. Nothing happens to a model that is not sharded.
 
@@ -72,11 +74,13 @@ def gathered(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
             module.reshard()
     whole: dict[nn.Parameter, nn.Parameter] = {}  # a tied one only once
     sharded: list[tuple[nn.Module, str, Any]] = []  # and the sharded parameter, which is a DTensor
-    for module in model.modules():
+    parameter: Any
+    for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor) and parameter.requires_grad:
+            is_part = isinstance(parameter, DTensor)
+            if is_part and (parameter.requires_grad or is_ours(path)):
                 if parameter not in whole:
-                    whole[parameter] = nn.Parameter(parameter.detach().full_tensor())
+                    whole[parameter] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
                 module._parameters[name] = whole[parameter]
                 sharded.append((module, name, parameter))
     try:

@@ -81,6 +81,11 @@ class RotaryTable(Rotary):
     """
 
     def __init__(self, family: Family, layer: Any, capacity: int) -> None:
+        if family.max_positions is not None and capacity > family.max_positions:
+            raise ValueError(
+                f"but num_slots + block_size = {capacity} positions are more than the {family.max_positions} of this "
+                "model"
+            )
         exact = torch.zeros((), dtype=torch.float32)
         cos, sin = family.rotary(layer, exact, torch.arange(capacity)[None])
         # YaRN and its kin scale queries and keys on the way; a rotation between positions must not scale again.

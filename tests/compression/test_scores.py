@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import torch
 from recorded import assert_recorded_as_launched
+from reference import foreseen
 from tiny import patched_llama, tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig, Score, register_score
 from lococo.compression import scores
+from lococo.compression.entries import Entries
+from lococo.state import patch_of
 
 IDS = tiny_ids(2, 61)
 SHARES = dict(num_sinks=2, num_heavy=6, num_recent=4)  # and four fused
@@ -17,8 +20,9 @@ SHARES = dict(num_sinks=2, num_heavy=6, num_recent=4)  # and four fused
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(scores.SCORES, "_items", dict(scores.SCORES._items))
+    """Those of the library; what a test registers is gone after it."""
+    own = {name: scores.SCORES[name] for name in scores.SCORES if scores.SCORES[name].__module__ == scores.__name__}
+    monkeypatch.setattr(scores.SCORES, "_items", own)
     with torch.no_grad():
         yield
 
@@ -67,11 +71,33 @@ def squares():
             return entries.scores
 
 
+class KeyNorms(torch.nn.Module):
+    num_features = 1
+
+    def forward(self, keys, values):
+        return keys.norm(dim=-1, keepdim=True)
+
+
+def noted_key_norm():
+    @register_score("noted-key-norm")
+    class NotedKeyNorm(Score):
+        """Looks at keys once, when they are read."""
+
+        needs = frozenset({"features"})
+
+        def network(self, num_kv_heads, head_dim, **factory):
+            return KeyNorms()
+
+        def rank(self, entries, age, config):
+            return -entries.features[..., 0]
+
+
 OWN = {
     "key-norm": key_norm,
     "youngest": youngest,
     "attention-by-age": attention_by_age,
     "squares": squares,
+    "noted-key-norm": noted_key_norm,
 }
 
 
@@ -121,12 +147,14 @@ def test_the_same_score_by_another_name_gives_the_same():
         ("youngest", False, True),
         ("squares", True, False),
         ("attention-by-age", True, True),
+        ("noted-key-norm", False, False),
     ],
 )
 def test_nothing_is_kept_that_a_score_does_not_need(name, has_scores, has_places):
     cache = patched_llama(own_config(name))(IDS, use_cache=True).past_key_values
     entries = cache.layers[0].entries
     assert (entries.scores is not None, entries.position is not None) == (has_scores, has_places)
+    assert (entries.features is not None) == (name == "noted-key-norm")
 
 
 def test_the_entries_that_stay_are_those_that_the_score_says():
@@ -142,7 +170,7 @@ def test_the_entries_that_stay_are_those_that_the_score_says():
 
 
 def test_what_is_no_score_is_refused():
-    with pytest.raises(ValueError, match="score must be one of distant, mean, sum, last, got 'newest'"):
+    with pytest.raises(ValueError, match="score must be one of distant, learned, mean, sum, last, got 'newest'"):
         LoCoCoConfig(16, score="newest")
     with pytest.raises(TypeError, match="must be a class derived from lococo.Score"):
         register_score("function")(lambda entries: entries)
@@ -171,9 +199,52 @@ def test_what_is_no_score_is_refused():
             def rank(self, entries, age, config):
                 """Nothing."""
 
-    assert list(scores.SCORES) == ["distant", "mean", "sum", "last"]
+    assert list(scores.SCORES) == ["distant", "learned", "mean", "sum", "last"]
     key_norm()
     key_norm()  # a cell of a notebook, run again
+
+
+def test_features_that_nothing_makes_are_refused():
+    @register_score("no-network")
+    class NoNetwork(Score):
+        needs = frozenset({"features"})
+
+        def rank(self, entries, age, config):
+            """Nothing."""
+
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="score='no-network' needs features, but NoNetwork.network gives nothing"):
+        lococo.patch_model(model, LoCoCoConfig(16, block_size=8, score="no-network"))
+    assert not lococo.is_patched(model) and list(model.state_dict()) == list(tiny_llama().state_dict())
+
+
+@pytest.mark.parametrize("preset", [LoCoCoConfig.paper, LoCoCoConfig.streaming_llm])
+def test_where_nothing_is_chosen_by_score_there_is_no_network(preset):
+    config = preset(16, block_size=8, score="learned")
+    model = patched_llama(config)
+    assert not config.has_features and not patch_of(model).networks
+    assert model(IDS, use_cache=True).past_key_values.layers[0].entries.features is None
+
+
+@pytest.mark.parametrize(
+    "features", [(0.0, 0.0, 0.0), (0.7, 0.0, 0.0), (0.0, -0.6, 0.0), (0.0, 0.0, 1.3), (-2.0, 0.5, -0.4)]
+)
+def test_the_learned_score_ranks_by_its_formula(features):
+    config = LoCoCoConfig(16, block_size=8, score="learned")
+    statistic, age = torch.rand(1, 2, 40, dtype=torch.float64) ** 9, torch.arange(40.0, 0.0, -1.0).double()
+    entries = Entries(torch.zeros(1, 2, 40, 4), torch.zeros(1, 2, 40, 4), statistic)
+    distant = scores.DistantScore().rank(entries, age.expand(1, 2, 40), config)
+    learned = scores.LearnedScore()
+    assert torch.equal(learned.rank(entries, age.expand(1, 2, 40), config), distant)  # without features
+    entries.features = torch.tensor(features).half().expand(1, 2, 40, 3)
+    got = learned.rank(entries, age.expand(1, 2, 40), config)
+    if not any(features):
+        assert torch.equal(got, distant)
+    rounded = entries.features[0, 0, 0].tolist()
+    expected = [
+        [foreseen(s, a, rounded) for s, a in zip(row, age.tolist(), strict=True)] for row in distant[0].tolist()
+    ]
+    torch.testing.assert_close(got + 1e-5, torch.tensor([expected], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 def test_heads_of_a_score_that_is_not_here_say_so(tmp_path):

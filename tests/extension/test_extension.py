@@ -1,5 +1,6 @@
 """An extended model is the same after saving, loading, merging, and after a run that was killed."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,10 +18,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
 from lococo.data.windows import DataConfig
+from lococo.extension.adapters import adapted, adapter_config
 from lococo.extension.extend import ExtensionRun
-from lococo.extension.folder import Extension, read_extension
+from lococo.extension.folder import Extension, read_extension, save_parts
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
+from lococo.extension.trainer import load_parts
 from lococo.results.deadline import Deadline, OutOfTime
+from lococo.state import patch_of
 
 IDS = tiny_ids(2, 64, seed=1)
 
@@ -122,6 +126,31 @@ def test_adapters_load_with_plain_peft(made):
     elif CONFIGS[method]:
         lococo.patch_model(model, CONFIGS[method])
     assert torch.equal(logits(model.eval()), logits(lococo.load_extended(tiny_llama(), folder / "out")))
+
+
+@pytest.mark.parametrize("method", ["lococo", "h2o"])
+@torch.no_grad()
+def test_networks_of_a_learned_score_are_kept_and_merged(method, tmp_path):
+    """Where nothing is blended, too."""
+
+    def extended():
+        model = tiny_llama()
+        learner = adapted(model, adapter_config(model))
+        return lococo.patch_model(learner, dataclasses.replace(CONFIGS[method], score="learned"))
+
+    def numbers(model):
+        return [parameter for each in patch_of(model).networks.values() for parameter in each.parameters()]
+
+    learner, twin = extended(), extended()
+    for parameter in numbers(learner):
+        parameter.copy_(torch.randn_like(parameter))
+    expected = [parameter.clone() for parameter in numbers(learner)]
+    save_parts(learner, tmp_path / "parts")
+    load_parts(twin, tmp_path / "parts")
+    assert len(expected) == 12 and all(map(torch.equal, numbers(twin), expected))
+    lococo.merge_extended(learner, tmp_path / "merged")
+    merged = lococo.patch_model(tiny_llama(), heads=tmp_path / "merged" / "heads")
+    assert all(map(torch.equal, numbers(merged), expected))
 
 
 DEAR = [pytest.param(name, marks=pytest.mark.slow) for name in ("Glm", "Glm4", "Qwen3", "Granite", "SmolLM3")]

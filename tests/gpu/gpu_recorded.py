@@ -16,7 +16,7 @@ from lococo import cuda_graphs as graphs
 from lococo import patch_model
 
 NAMES = ("default", "default-slot", "open", "open-slot", "slots-per-head", "paper", "reference")
-NAMES += ("h2o", "h2o-slot", "streaming", "streaming-absolute")
+NAMES += ("h2o", "h2o-slot", "streaming", "streaming-absolute", "learned", "learned-slot", "learned-per-head")
 CONFIGS = {**{name: MATRIX[name] for name in NAMES}, "long-blocks": opened(num_slots=32, block_size=32)}
 PROMPT, BATCH, ANSWERS = 33, 2, 10
 # On a GPU heads as wide as those of real models; the matrices stay small.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from configs import CONFIGS, opened
 from families import build
-from reference import naive_head, naive_lococo, rope_rotate
+from reference import naive_head, naive_lococo, naive_network, rope_rotate
 from tiny import tiny_ids, tiny_llama
 from words import TEXT
 
@@ -83,6 +83,7 @@ NAIVE = {
     "windows wider than the slots": ("Mistral-window", dict(sliding_window=30), OPEN),
     "windows and slots per head": ("Mistral-window", dict(sliding_window=20), CONFIGS["slots-per-head"]),
     "a window in every other layer": ("Qwen2-half-window", {}, OPEN),
+    "features in every other layer": ("Qwen2-half-window", {}, CONFIGS["learned"]),
 }
 
 
@@ -92,7 +93,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
     family, features, config = NAIVE[name]
     model, ids = build(family, **features).double(), tiny_ids(1, 61)
     with patched(model, config):
-        traces, heads = trace(model, ids), patch_of(model).heads
+        traces, heads, networks = trace(model, ids), patch_of(model).heads, patch_of(model).networks
     places = plan_call([RowState()], ids.shape[1], config).cache_positions[0]
     for index, query, key, value, scale, window in layers:
         if config.positions == "slot":
@@ -104,6 +105,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
             rotate=rope_rotate(8),
             scale=scale,
             window=window,
+            network=naive_network(networks.get(index)),
             # What is full is compressed when the next token comes.
             blocks=[config.block_size] * ((ids.shape[1] - 1) // config.block_size),
         )

@@ -1,8 +1,11 @@
 """Laws of a patched model: what must not change its output."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
-from configs import ANY_SPLIT, CONFIGS
+from configs import ANY_SPLIT, CONFIGS, FORESEEN, LEARNED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_llama
@@ -12,6 +15,8 @@ from lococo import LoCoCoConfig
 
 TOLERANCE = dict(rtol=0, atol=1e-5)
 LENGTH = 61
+LEARNED_PRESET = functools.partial(LoCoCoConfig, score=FORESEEN)
+PRESETS = [LoCoCoConfig, LEARNED_PRESET, LoCoCoConfig.paper, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm]
 BATCH = 4
 
 
@@ -35,7 +40,15 @@ def test_compression_changes_something(model, name):
     assert (read(model, ids, CONFIGS[name]) - full).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("preset", [LoCoCoConfig, LoCoCoConfig.paper, LoCoCoConfig.h2o, LoCoCoConfig.streaming_llm])
+@pytest.mark.parametrize("name", LEARNED)
+def test_features_choose_otherwise(model, name):
+    """Without this, the laws would hold of features that are zero, lost or never looked at."""
+    ids, config = tiny_ids(BATCH, LENGTH), CONFIGS[name]
+    learned, distant = (read(model, ids, dataclasses.replace(config, score=score)) for score in (FORESEEN, "distant"))
+    assert (learned - distant)[:, config.capacity :].abs().max() > 1e-1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("positions", ["absolute", "slot"])
 @pytest.mark.parametrize("block_size", [1, 8, 100])
 def test_enough_slots_give_the_full_model(model, preset, positions, block_size):

@@ -11,7 +11,7 @@ from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
-from wrapped import CONFIG, IDS, SLOT_POSITIONS, assert_equal, environment, head_values, logits, patched
+from wrapped import CONFIG, IDS, LEARNED, SLOT_POSITIONS, assert_equal, environment, head_values, logits, patched
 
 import lococo
 from lococo.state import patch_of
@@ -109,7 +109,7 @@ def offload(model, folder):
 
 @pytest.mark.parametrize("place", [spread, offload])
 @pytest.mark.parametrize("first", ["patch", "place"])
-@pytest.mark.parametrize("config", [CONFIG, SLOT_POSITIONS], ids=["absolute", "slot"])
+@pytest.mark.parametrize("config", [CONFIG, SLOT_POSITIONS, LEARNED], ids=["absolute", "slot", "learned"])
 def test_offloaded_weights_give_the_same_logits(place, first, config, tmp_path):
     expected = patched(tiny_llama(), config)
     if first == "patch":

@@ -1,7 +1,11 @@
 """Every family of models that goes through the attention interface obeys the same laws; the others are refused."""
 
+import dataclasses
+import sys
+
 import pytest
 import torch
+from configs import FORESEEN
 from families import (
     FAMILIES,
     HALF_HEAD,
@@ -31,9 +35,28 @@ from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
 from lococo.models import find_family
 from lococo.models.rotary import rotary_tables
+from lococo.state import patch_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_position = pytest.mark.parametrize("positions", ["absolute", "slot"])
+every_way = pytest.mark.parametrize(
+    "changes",
+    [{}, {"positions": "slot"}, {"score": FORESEEN, "normalization": "softmax"}],
+    ids=["absolute", "slot", "learned"],
+)
+every_rotation = pytest.mark.parametrize(
+    ("family", "features"),
+    [*((family, {}) for family in FAMILIES), *(("Llama", {"rope_scaling": rope}) for rope in ROPES.values())],
+    ids=[*FAMILIES, *ROPES],
+)
+every_refusal = pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"positions": "slot"}, "positions='slot' must move keys, {}.*; use positions='absolute'"),
+        ({"score": "learned"}, "score='learned' must see keys before they are rotated, {}.*; use score='distant'"),
+    ],
+    ids=["slot", "learned"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +75,12 @@ def test_a_text_that_fits_the_slots_is_read_as_by_the_unpatched_model(family, po
     assert_close(read(model, ids, SPLITS["mixed"]), full)
 
 
-@every_position
+@every_way
 @every_family
-def test_the_split_of_a_text_over_calls_does_not_matter(family, positions):
+def test_the_split_of_a_text_over_calls_does_not_matter(family, changes):
     model, ids = build(family), tiny_ids(2, LENGTH)
     full = read(model, ids)
-    patch(model, SMALL, positions=positions)
+    patch(model, SMALL, **changes)
     whole = read(model, ids)
     for split in SPLITS.values():
         assert_close(read(model, ids, split), whole)
@@ -65,10 +88,10 @@ def test_the_split_of_a_text_over_calls_does_not_matter(family, positions):
         assert gap(whole, full) > 1e-2
 
 
-@every_position
+@every_way
 @every_family
-def test_left_padding_does_not_matter(family, positions):
-    model, rows = patch(build(family), SMALL, positions=positions), [tiny_ids(1, n)[0] for n in (LENGTH, 38, 30)]
+def test_left_padding_does_not_matter(family, changes):
+    model, rows = patch(build(family), SMALL, **changes), [tiny_ids(1, n)[0] for n in (LENGTH, 38, 30)]
     ids, mask = pad_left(rows)
     alone = [read(model, row[None])[0] for row in rows]
     for split in [None, *SPLITS.values()]:
@@ -116,14 +139,41 @@ def test_slot_positions_never_pass_the_capacity(family):
     assert max(positions.max() for positions in seen) == SMALL.capacity - 1
 
 
-@pytest.mark.parametrize(
-    ("family", "features"),
-    [*((family, {}) for family in FAMILIES), *(("Llama", {"rope_scaling": rope}) for rope in ROPES.values())],
-    ids=[*FAMILIES, *ROPES],
-)
+@every_rotation
+def test_networks_see_keys_as_they_were_before_they_were_rotated(family, features, monkeypatch):
+    """In calls and after steps, of rows that begin at different columns."""
+    model = patch(build(family, **features), SMALL, score=FORESEEN, block_size=16)
+    handle, made, seen = patch_of(model), [], {}
+    module = sys.modules[type(handle.layers[0]).__module__]
+    rotate = module.apply_rotary_pos_emb  # the patch has found it already
+
+    def noted(query, key, *arguments, **options):
+        made.append(key)
+        return rotate(query, key, *arguments, **options)
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", noted)
+    for index, network in handle.networks.items():
+        seen[index] = []
+        network.register_forward_pre_hook(lambda module, states, index=index: seen[index].append(states[0]))
+    ids, mask = pad_left([tiny_ids(1, length)[0] for length in (21, 16)])
+    read(model, torch.cat([ids, tiny_ids(2, 5)], dim=1), [21, 1, 1, 1, 2], nn.functional.pad(mask, (0, 5), value=1))
+    rotated = [index for index, table in handle.rotary_tables.items() if table is not None]
+    scale = getattr(model.model.rotary_emb, "attention_scaling", 1.0)  # YaRN's, which is on queries and keys
+    for at, index in enumerate(rotated):
+        if not seen[index]:  # it has a sliding window
+            continue
+        prompt, *steps = made[at :: len(rotated)]
+        has_steps = family != "Gemma2"  # whose cap on the logits is not for them
+        assert [part.shape[2] for part in seen[index]] == ([21, 3, 2] if has_steps else [21, 1, 1, 1, 2])
+        got = torch.cat([seen[index][0][:, :, 5:], *seen[index][1:]], dim=2)
+        assert_close(got, scale * torch.cat([prompt[:, :, 5:], *steps], dim=2))
+    assert any(seen.values()) == (family != "Mistral-window")
+
+
+@every_rotation
 def test_a_key_moved_to_another_slot_is_the_key_the_model_makes_there(family, features):
     model, keys = build(family, **features), []
-    tables = rotary_tables(find_family(model), SMALL)
+    tables = rotary_tables(find_family(model), dataclasses.replace(SMALL, positions="slot"))
     for place in (3, 17):
         output = model(tiny_ids(1, 1), position_ids=torch.tensor([[place]]), use_cache=True)
         keys.append([layer.keys for layer in output.past_key_values.layers])
@@ -135,20 +185,33 @@ def test_a_key_moved_to_another_slot_is_the_key_the_model_makes_there(family, fe
         assert_close(moved, there)
 
 
+@every_refusal
 @pytest.mark.parametrize(
     ("name", "features", "message"),
     [
-        ("Cohere2", dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]), "which layers"),
-        ("Exaone4", dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]), "which layers"),
-        ("Phi", dict(partial_rotary_factor=0.5), "outside its own code"),
-        *([("HunYuanDenseV1", dict(head_dim=8), "normed with weights after")] if RELEASE >= (5, 0) else []),
+        (
+            "Cohere2",
+            dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+            "but which layers",
+        ),
+        (
+            "Exaone4",
+            dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+            "but which layers",
+        ),
+        ("Phi", dict(partial_rotary_factor=0.5), "those of PhiAttention cannot be rotated outside its own code"),
+        *(
+            [("HunYuanDenseV1", dict(head_dim=8), "those of HunYuanDenseV1Attention are normed with weights")]
+            if RELEASE >= (5, 0)
+            else []
+        ),
     ],
 )
-def test_slot_positions_refuse_keys_they_could_not_move(name, features, message):
+def test_keys_that_cannot_be_rotated_from_outside_are_refused(name, features, message, changes, refused):
     model, ids = causal_lm(name, attn_implementation="eager", **features), tiny_ids(1, LENGTH)
     full, before = read(model, ids), anatomy(model)
-    with pytest.raises(ValueError, match=f"'slot'.*{message}.*'absolute'"):
-        patch(model, SMALL, positions="slot")
+    with pytest.raises(ValueError, match=refused.format(message)):
+        patch(model, SMALL, **changes)
     assert anatomy(model) == before
     assert_close(read(patch(model, LARGE), ids), full)
 
@@ -184,13 +247,15 @@ def test_every_rope_type_that_follows_from_the_position(rope, positions):
         assert_close(read(model, ids, split), whole)
 
 
+@every_refusal
 @pytest.mark.parametrize("family", ["Llama", "Gemma3"])
 @pytest.mark.parametrize("rope", LENGTH_DEPENDENT_ROPES)
-def test_slot_positions_refuse_angles_that_depend_on_the_length(rope, family):
+def test_angles_that_depend_on_the_length_are_refused(rope, family, changes, refused):
     model, ids = build(family, rope_scaling=LENGTH_DEPENDENT_ROPES[rope]), tiny_ids(1, LENGTH)
     full, before = read(model, ids), anatomy(model)
-    with pytest.raises(ValueError, match=f"'slot'.*'{rope}'.*'absolute'"):
-        patch(model, SMALL, positions="slot")
+    said = f"by angles that follow from the position alone, the model's rope type is '{rope}'"
+    with pytest.raises(ValueError, match=refused.format(said)):
+        patch(model, SMALL, **changes)
     assert anatomy(model) == before
     assert_close(read(patch(model, LARGE), ids), full)
 

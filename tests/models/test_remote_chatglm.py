@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from configs import FORESEEN
 from families import LARGE, LENGTH, SMALL, SPLITS, anatomy, assert_close, gap, pad_left, patch, read
 from remote_chatglm import colossalai_chatglm, diffusers_chatglm
 from safetensors.torch import load_file
@@ -25,7 +26,12 @@ TENSORS = random_tensors(FIELDS)
 VARIANTS = {"groups": {}, "a-head-for-each": dict(multi_query_attention=False), "no-bias": dict(add_qkv_bias=False)}
 PER_HEAD = LoCoCoConfig(12, block_size=6, kernel_size=5, gate_init=0.5, slots_per_head=((6, 16), (14, 10)))
 
+LEARNED = dict(score=FORESEEN, normalization="softmax")
+
 every_position = pytest.mark.parametrize("positions", ["absolute", "slot"])
+every_way = pytest.mark.parametrize(
+    "changes", [{}, {"positions": "slot"}, LEARNED], ids=["absolute", "slot", "learned"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +64,14 @@ def test_a_text_that_fits_the_slots_is_read_as_by_the_unpatched_model(positions)
     assert_close(read(model, ids, SPLITS["mixed"]), full)
 
 
-@every_position
+@every_way
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
-def test_the_native_class_gives_the_same(tmp_path, overrides, positions):
+def test_the_native_class_gives_the_same(tmp_path, overrides, changes):
     ids = some_ids()
     remote, native = remote_model(**overrides), native_model(tmp_path, **overrides)
     full = read(remote, ids)
     for model in (remote, native):
-        patch(model, SMALL, positions=positions)
+        patch(model, SMALL, **changes)
     assert_close(read(remote, ids), read(native, ids))
     assert gap(read(remote, ids), full) > 1e-2
 
@@ -76,9 +82,9 @@ def test_heads_with_slots_of_their_own_too(tmp_path):
     assert_close(read(remote, ids), read(native, ids))
 
 
-@every_position
-def test_the_split_of_a_text_over_calls_does_not_matter(positions):
-    model, ids = patch(remote_model(), SMALL, positions=positions), some_ids()
+@every_way
+def test_the_split_of_a_text_over_calls_does_not_matter(changes):
+    model, ids = patch(remote_model(), SMALL, **changes), some_ids()
     whole = read(model, ids)
     for split in SPLITS.values():
         assert_close(read(model, ids, split), whole)
@@ -94,15 +100,31 @@ def test_a_long_prompt_is_read_in_chunks(positions):
     assert hidden.shape == (LENGTH, 2, FIELDS["hidden_size"]), "tokens come first in this code"
 
 
-@every_position
-def test_left_padding_does_not_matter(positions):
-    model, rows = patch(remote_model(), SMALL, positions=positions), [some_ids(1, n)[0] for n in (LENGTH, 38, 30)]
+@every_way
+def test_left_padding_does_not_matter(changes):
+    model, rows = patch(remote_model(), SMALL, **changes), [some_ids(1, n)[0] for n in (LENGTH, 38, 30)]
     ids, mask = pad_left(rows)
     alone = [read(model, row[None])[0] for row in rows]
     for split in [None, *SPLITS.values()]:
         together = read(model, ids, split, mask)
         for row, logits in enumerate(alone):
             assert_close(together[row, -len(logits) :], logits)
+
+
+def test_networks_see_the_same_keys_as_in_the_native_class(tmp_path):
+    ids, features = some_ids(), []
+    for model in (remote_model(), native_model(tmp_path)):
+        cache = patch(model, LARGE, **LEARNED)(ids, use_cache=True).past_key_values
+        features.append(torch.cat([layer.entries.features for layer in cache.layers]).float())
+    assert features[0].std() > 0.1
+    torch.testing.assert_close(*features, rtol=2e-3, atol=1e-3)
+
+
+def test_more_places_in_the_cache_than_angles_are_refused():
+    model, before = remote_model(seq_length=32), anatomy(remote_model(seq_length=32))
+    with pytest.raises(ValueError, match="positions='slot' must move keys, but num_slots . block_size = 64 positions"):
+        patch(model, LARGE, positions="slot")
+    assert anatomy(model)[0].keys() == before[0].keys() and not lococo.is_patched(model)
 
 
 def test_slot_positions_read_beyond_the_rotary_table():
@@ -234,11 +256,12 @@ def test_heads_learn_the_same_as_in_the_native_class(tmp_path):
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_heads_of_one_class_are_heads_of_the_other(tmp_path):
-    native, remote, ids = patch(native_model(tmp_path), SMALL), remote_model(), some_ids()
+@pytest.mark.parametrize("changes", [{}, LEARNED], ids=["distant", "learned"])
+def test_heads_of_one_class_are_heads_of_the_other(changes, tmp_path):
+    native, remote, ids = patch(native_model(tmp_path), SMALL, **changes), remote_model(), some_ids()
     lococo.save_heads(native, tmp_path / "heads")
     lococo.patch_model(remote, heads=tmp_path / "heads")
-    assert len(patch_of(remote).heads) == 2
+    assert len(patch_of(remote).heads) == 2 and len(patch_of(remote).networks) == (2 if changes else 0)
     assert_close(read(remote, ids), read(native, ids))
 
 

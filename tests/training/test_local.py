@@ -1,10 +1,12 @@
 """Layer-local training: recordings come back, what is learned holds on other texts, a killed run goes on."""
 
+import dataclasses
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from configs import CONFIGS
 from families import WINDOW, build
 from reference import naive_full, naive_head, naive_lococo
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from lococo import LoCoCoConfig
 from lococo.state import patch_of
 from lococo.training import local
 from lococo.training.local import LocalConfig, Recordings, train_locally
-from lococo.training.record import record
+from lococo.training.record import compressed_output, record
 
 CONFIG = LoCoCoConfig(16, block_size=8, kernel_size=5, head_rank=4, gate_init=0.2)
 SHORT = LocalConfig(steps=3, num_checked=1)
@@ -80,6 +82,31 @@ def test_recordings_come_back_in_half_precision(family, tmp_path):
                 torch.testing.assert_close(actual, whole, rtol=2.0**-digits, atol=1e-7, msg=name)
             for name in ("scale", "window", "softcap"):
                 assert getattr(entry, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("name", ["learned", "learned-per-head"])
+@torch.no_grad()
+def test_a_recorded_layer_is_read_with_features_as_the_model_reads_it(name):
+    config, ids = CONFIGS[name], tiny_ids(1, 61)
+    entry, outputs = record(tiny_llama(), ids)[0], {}
+    for score in (config.score, "distant"):
+        model = patch(tiny_llama(), dataclasses.replace(config, score=score))
+        head, network = patch_of(model).heads[0], patch_of(model).networks.get(0)
+        features = None
+        if network is not None:
+            unrotated = patch_of(model).rotary_tables[0].rotate(entry.key, torch.arange(61)[None], inverse=True)
+            features = network(unrotated, entry.value)
+        outputs[score] = compressed_output(entry, patch_of(model).config, 0, head, features)
+        projected = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+            lambda module, states, said=outputs[score]: torch.testing.assert_close(
+                states[0], said.transpose(1, 2).flatten(2), rtol=0, atol=1e-5
+            )
+        )
+        model(ids)
+        projected.remove()
+    assert (outputs[config.score] - outputs["distant"]).abs().max() > 1e-2
+    new = compressed_output(entry, config, 0, head)
+    assert torch.equal(new, outputs["distant"])
 
 
 def test_small_gradients_are_not_lost(tmp_path):
