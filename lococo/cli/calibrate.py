@@ -30,7 +30,7 @@ class CalibrationOptions:
         float | None, option(TEXT, "Share of the documents that is held out.", show_default="at least one document")
     ] = None
     score_texts: Annotated[
-        int | None, option(TRAINING, "Texts that scores learn from; 0: none.", show_default=RECIPE)
+        int | None, option(TRAINING, "Texts that scores learn from; 0: the distant score.", show_default=RECIPE)
     ] = None
     objective: Annotated[
         str | None, option(TRAINING, "distill, next-token, or none: no end-to-end training.", show_default=RECIPE)

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from lococo.config import LoCoCoConfig, check_count
 from lococo.data.windows import Windows, prepare
 from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
+from lococo.models import find_family
+from lococo.models.rotary import rotary_tables
 from lococo.patch import patched
 from lococo.results.journal import Journal
-from lococo.results.plots import HeatMap, Lines, Series, picture
+from lococo.results.plots import HeatMap, Lines, Panel, Series, picture
 from lococo.state import patch_of
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.gap import GapRatio, MeasureGap, baselines
@@ -79,8 +81,8 @@ def calibrate(
 
         - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
         - ``recipe="default"``: or ``"blend"``, ``"paper"``, or a ``Recipe``; its fields are options, too:
-          ``score_texts``, ``budget_texts``, ``objective`` (``"distill"``, ``"next-token"``, ``"none"``),
-          ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
+          ``score_texts`` (0: the distant score), ``budget_texts``, ``objective`` (``"distill"``, ``"next-token"``,
+          ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
           ``local_steps``, ``local_texts``, ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the
           recipe's.
         - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
@@ -94,7 +96,8 @@ def calibrate(
         - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision; nothing
           that is said here.
           ``command``: what is written down as having made the heads.
-        - ``on_progress=None``: called with every row of the record as soon as it is there, the gap ratio among them.
+        - ``on_progress=None``: called with every row of the record as soon as it is there, the gap ratio among them,
+          and with every step of the scores: ``step`` of ``steps``, ``loss``, ``closed``.
 
     Returns
     -------
@@ -147,6 +150,8 @@ def plan_calibration(
         check_count("length", length, least=2)
     recipe_config, named = RECIPES[name](num_slots, min(num_slots, 512) if block_size is None else block_size)
     chosen = adjusted(recipe if isinstance(recipe, Recipe) else named, **changes)
+    if chosen.scores is None and recipe_config.has_features:
+        recipe_config = dataclasses.replace(recipe_config, score="distant")  # what it is before anything is learned
     return plan_run(
         Calibration,
         dataset,
@@ -198,15 +203,14 @@ class Calibration(TrainingRun):
         length, config = self.data.length, self.config
         if not isinstance(self.first, int) or not 1 <= self.first < length:
             raise ValueError(f"first must lie between 1 and {length - 1} for windows of {length}, got {self.first!r}")
-        if bool(self.recipe.scores) != config.has_features:
-            raise ValueError(
-                f"score_texts are for a score that learns, got {self.recipe.scores} with score={config.score!r}"
-            )
-        if self.recipe.objective is not None and not config.num_fused:
-            raise ValueError(
-                f"an objective trains blends, of which the config has none (num_fused=0): use recipe='blend', or a "
-                f"config with fewer heavy hitters, got {self.recipe.objective_name}"
-            )
+        self._check_scores()
+        trained = {"objective": self.recipe.objective_name, "local_steps": getattr(self.recipe.local, "steps", None)}
+        for name, value in trained.items():
+            if value is not None and not config.num_fused:
+                raise ValueError(
+                    f"{name} trains blends, of which the config has none (num_fused=0): use recipe='blend', or a "
+                    f"config with fewer heavy hitters, got {value}"
+                )
         if not self.data.num_heldout:
             raise ValueError("num_heldout must be at least 1: the heads are measured on held-out windows")
         evicting = (config.num_slots // config.block_size + 1) * config.block_size  # tokens before a compression
@@ -216,6 +220,41 @@ class Calibration(TrainingRun):
                 f"block_size={config.block_size}: the first token is evicted after {evicting}; choose fewer slots, "
                 "smaller blocks or longer windows"
             )
+
+    def _check_scores(self) -> None:
+        settings, config, length = self.recipe.scores, self.config, self.data.length
+        if settings is None:
+            if config.has_features:
+                raise ValueError(f"score={config.score!r} learns from texts: give score_texts, or use score='distant'")
+            return
+        if not config.has_features:
+            raise ValueError(
+                f"score={config.score!r} does not learn: use score='learned', or score_texts=0, got {settings.texts}"
+            )
+        if length < 2 * config.block_size:
+            raise ValueError(
+                f"windows of {length} tokens are too short for scores: they learn what is looked up after a block of "
+                f"{config.block_size}; choose windows of two blocks at least, or smaller blocks"
+            )
+        for name, value in {"score_texts": settings.texts, "num_windows": self.data.num_windows}.items():
+            self._check_score_texts(name, value)
+
+    def _check_score_texts(self, name: str, texts: int) -> None:
+        if self._finds_budgets and texts < 2:
+            raise ValueError(
+                f"{name} must be at least 2: half of the texts are read before the slots of each KV head are found, "
+                f"and half after (budget_texts=0: all at once), got {texts}"
+            )
+
+    @property
+    def _finds_budgets(self) -> bool:
+        return self.recipe.budget_texts > 0 and self.config.slots_per_head is None
+
+    def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a model that the run is not for, and one whose keys cannot be rotated as the config wants it."""
+        super().check_model(model, tokenizer)
+        for positions in dict.fromkeys((self.config.positions, "absolute")):  # scores are learned from absolute ones
+            rotary_tables(find_family(model), dataclasses.replace(self.config, positions=positions))
 
     def _run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         usage = self.meter()
@@ -230,15 +269,18 @@ class Calibration(TrainingRun):
 
         with processes.main_process_first():
             train, heldout = prepare(self.data, tokenizer, self.cache_dir / "tokens")
+            if self.recipe.scores:
+                self._check_score_texts("the training windows in the data", len(train))
             description = self._description(weights_identity(model))
             check_same_run(self.work / RUN_NAME, description)
-            journal = Journal(self.cache_dir / f"measured-{description['model']}.jsonl", self.deadline)
-            gap = baselines(model, heldout.ids, self.config, self.first, journal)
+            measured = self.cache_dir / f"measured-{description['model']}.jsonl"
+            gap = baselines(model, heldout.ids, self.config, self.first, Journal(measured, self.deadline))
             if processes.is_main_process:
                 self.begin(description)
         networks = self._learn_scores(model, train, None, add)
         with processes.main_process_first():
-            config = self._with_budgets(model, train, journal, networks, add)
+            # Read anew: the first process has written into it.
+            config = self._with_budgets(model, train, Journal(measured, self.deadline), networks, add)
         if networks is not None and config is not self.config:
             networks = self._learn_scores(model, train, ScoreNetworks(config, networks.by_layer, networks.rotary), add)
         with processes.main_process_first():
@@ -286,7 +328,7 @@ class Calibration(TrainingRun):
                 torch.manual_seed(self.data.seed)
                 networks = ScoreNetworks.of(model, self.config)
         windows = train.evenly(settings.texts)
-        if self.config.slots_per_head is None and self.recipe.budget_texts:
+        if self._finds_budgets:
             half = len(windows) // 2
             windows = windows[:half] if is_first else windows[half:]
         state = self.work / SCORE_STATES[not is_first]
@@ -309,7 +351,7 @@ class Calibration(TrainingRun):
     ) -> LoCoCoConfig:
         """The config with as many slots for each KV head as it needs, if the recipe says so."""
         config = self.config
-        if not self.recipe.budget_texts or config.slots_per_head is not None:
+        if not self._finds_budgets:
             return config
         levels = slot_levels(config.num_slots)
         windows = train.evenly(self.recipe.budget_texts)
@@ -371,18 +413,26 @@ def _round_heads(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
-    """PNG: slots per KV head, loss and gap ratio over the steps."""
-    budgets = None
+    """PNG: slots per KV head, what scores lose by layer, loss and gap ratio over the steps; what there is of these."""
+    panels: list[Panel] = []
     if config.slots_per_head:
         by_head = list(zip(*config.slots_per_head, strict=True))
-        budgets = HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True)
+        panels.append(HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True))
+    if lost := {row["layer"]: row for row in rows if row["stage"] == "scores"}:  # at the end, of two trainings
+        names = {"lost_before": "distant score", "lost": "learned score", "lost_oracle": "oracle"}
+        shares = [
+            Series(label, [row[name] for row in lost.values()], list(lost), style={"markersize": 3})
+            for name, label in names.items()
+        ]
+        panels.append(Lines(shares, "later attention to tokens not kept", "layer", "share", bottom=0))
+    if any("loss" in row for row in rows):
+        panels.append(loss_panel(rows, "training loss"))
     measured = [row for row in rows if row.get("gap_ratio") is not None and row["stage"] != "local"]
-    ratios = [row["gap_ratio"] for row in measured]
-    gaps = Lines(
-        [Series("", ratios, [row["step"] for row in measured])],
-        "gap ratio on held-out text" if ratios else "no gap: H2O loses nothing",
-        "step",
-        bottom=1.1 * min([0.0, *ratios]),
-        top=1.1 * max([0.1, *ratios]),
-    )
-    return picture([[budgets, loss_panel(rows, "training loss"), gaps]], (11, 3.6))
+    ratios, steps = [row["gap_ratio"] for row in measured], [row["step"] for row in measured]
+    title = "gap ratio on held-out text" if ratios else "no gap: H2O loses nothing"
+    if panels and len(set(steps)) < 2:
+        last = f": {ratios[-1]:.3f}" if ratios else ""
+        return picture([panels], (4.4 * len(panels), 3.8), title=title + last)
+    bottom, top = 1.1 * min([0.0, *ratios]), 1.1 * max([0.1, *ratios])
+    panels.append(Lines([Series("", ratios, steps)], title, "step", bottom=bottom, top=top))
+    return picture([panels], (3.7 * len(panels), 3.6))

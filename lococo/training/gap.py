@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from lococo.config import LoCoCoConfig
 from lococo.methods import as_method, method_config
 from lococo.metrics import gap_ratio, mean_nll
+from lococo.models import find_family
+from lococo.models.rotary import rotary_tables
 from lococo.results.journal import Journal
 
 BASELINES = ("full", "h2o", "h2o-slot")
@@ -28,7 +30,7 @@ class GapRatio:
     first : int
         First token that counts.
     full, h2o : float
-        Mean nll of the full cache, and of H2O with the better of its two position modes.
+        Mean nll of the full cache, and of H2O with the better of its two position modes, where the model has both.
     """
 
     windows: torch.Tensor
@@ -49,10 +51,21 @@ def baselines(
     nlls = {}
     for name in BASELINES:
         method = method_config(name, config.num_slots, config.block_size)
+        if method is not None and not _can_be_read(model, method):
+            continue
         with as_method(model, method):
             key = ("baseline", name, method and method.to_dict(), windows.tolist(), first)
             nlls[name] = journal.measure(key, lambda: mean_nll(model, windows, first))
-    return GapRatio(windows, first, nlls["full"], min(nlls["h2o"], nlls["h2o-slot"]))
+    return GapRatio(windows, first, nlls.pop("full"), min(nlls.values()))
+
+
+def _can_be_read(model: PreTrainedModel, config: LoCoCoConfig) -> bool:
+    """Whether a model's keys can be moved, if a config moves them."""
+    try:
+        rotary_tables(find_family(model), config)
+    except ValueError:
+        return False
+    return True
 
 
 class MeasureGap(TrainerCallback):

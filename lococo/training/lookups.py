@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lococo.cache.buffers import HeadGroup
 from lococo.compression.entries import Entries
+from lococo.kernels.scoring import without_autocast
 from lococo.models.rotary import Rotary
 from lococo.registry import SCORES
 from lococo.training.record import LayerRecord, recording
@@ -74,7 +75,7 @@ def record_lookups(
 ) -> dict[int, Lookups]:
     """Run a text through an unpatched model; its layers' tokens and what became of them.
 
-    On a CPU that multiplies in bfloat16 a model in float32 does, too, but for the attention.
+    On a CPU that multiplies in bfloat16 a model in float32 does, too; what tokens receive is summed in float32.
 
     Parameters
     ----------
@@ -94,7 +95,8 @@ def record_lookups(
 
     def keep(layer_idx: int, entry: LayerRecord) -> None:
         if entry.window is None:
-            found[layer_idx] = _lookups(entry, groups[layer_idx], rotary.get(layer_idx))
+            with without_autocast(entry.query.device.type):
+                found[layer_idx] = _lookups(entry, groups[layer_idx], rotary.get(layer_idx))
 
     with recording(model, keep), fast_products(model):
         model(input_ids.to(model.device), use_cache=False, logits_to_keep=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,15 @@ def train_scores(
     deadline : Deadline, optional
         No text is read after it: ``OutOfTime`` is raised.
     tell : callable, optional
-        Called with what is known after a step: ``step``, ``loss`` and ``closed``.
+        Called with what is known after a step: ``step`` of ``steps``, ``loss``, and ``closed``, the share of the way
+        from new networks to the oracle that is gone.
 
     Returns
     -------
     list of dict
-        For every layer ``layer``, ``lost_before`` (by a new network), ``lost`` and ``lost_oracle``: the share of later
-        attention to tokens that are not kept, on texts that the network had not learned from when they were measured.
+        For every layer but those with a sliding window ``layer``, ``lost_before`` (by a new network), ``lost`` and
+        ``lost_oracle``: the share of later attention to tokens that are not kept, on texts that the network had not
+        learned from when they were measured.
     """
     trainer = _Trainer(model, networks, settings, len(windows), path)
     trainer.load()
@@ -146,7 +149,7 @@ def train_scores(
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", closed=f"{trainer.closed:.2f}")
             if tell is not None:
-                tell(step=trainer.batch, loss=loss, closed=trainer.closed)
+                tell(step=trainer.batch, steps=trainer.batches, loss=loss, closed=trainer.closed)
     return trainer.rows()
 
 
@@ -167,22 +170,26 @@ class _Trainer:
         )
         self.batch = 0
         self.batches = -(-num_texts // settings.texts_per_step)
-        self.lost: list[list[list[float]]] = []  # of every step, by layer: before, now, oracle
+        # Of every step, by layer: before, now, oracle; NaN where a sliding window leaves nothing to foresee.
+        self.lost: list[list[list[float]]] = []
 
     @property
     def closed(self) -> float:
         """How much of the way from a new network to the oracle is gone, on the last texts before they are learned."""
-        recent = torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_per_step, 1) :])
-        before, now, oracle = recent.mean(dim=(0, 1)).tolist()
+        before, now, oracle = self._recently_lost().nanmean(dim=0).tolist()
         return (before - now) / max(before - oracle, 1e-9)
 
     def rows(self) -> list[dict[str, float]]:
         """What ``train_scores`` returns."""
-        recent = torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_per_step, 1) :]).mean(dim=0)
         return [
             {"layer": index, "lost_before": before, "lost": now, "lost_oracle": oracle}
-            for index, (before, now, oracle) in zip(self.layers, recent.tolist(), strict=True)
+            for index, (before, now, oracle) in zip(self.layers, self._recently_lost().tolist(), strict=True)
+            if not math.isnan(now)
         ]
+
+    def _recently_lost(self) -> torch.Tensor:
+        """(layers, 3), a mean over the last texts."""
+        return torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_per_step, 1) :]).mean(dim=0)
 
     @property
     def layers(self) -> list[int]:
@@ -192,37 +199,39 @@ class _Trainer:
     def step(self, windows: torch.Tensor) -> float:
         """Read texts, measure on them, learn from them; save. Returns the loss before."""
         processes = PartialState()
-        mine = windows[processes.process_index :: processes.num_processes]
+        mine, weight = windows[processes.process_index :: processes.num_processes], 1 / len(windows)
+        if not len(mine):  # fewer texts than processes: this one takes part with nothing, in all sums
+            mine, weight = windows[:1], 0.0
         rotary, groups = self.networks.rotary, self.groups
         texts = [record_lookups(self.model, ids[None].long(), groups, rotary) for ids in mine]
-        self.lost.append(self._shared([self._lost_shares(text) for text in texts]))
+        lost = weight * torch.tensor([self._lost_shares(text) for text in texts], dtype=torch.float64).sum(dim=0)
+        self.lost.append(_summed([lost])[0].tolist())
         losses = []
         for repeat in range(self.settings.repeats):
             done = (self.batch * self.settings.repeats + repeat) / (self.batches * self.settings.repeats)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * (1 - done)
-            losses.append(self._learn(texts, len(windows)))
+            losses.append(self._learn(texts, weight))
         self.batch += 1
         if processes.is_main_process:
             self.save()
         return losses[0]
 
-    def _learn(self, texts: Sequence[dict[int, Lookups]], num_texts: int) -> float:
+    def _learn(self, texts: Sequence[dict[int, Lookups]], weight: float) -> float:
         """A step of the optimizer; loss over all processes' texts."""
         self.optimizer.zero_grad()
         total = 0.0
         for text in texts:
             for layer_idx, lookups in text.items():
                 loss = lookup_loss(self.networks.by_layer[layer_idx], lookups, self.groups[layer_idx])
-                (loss / num_texts).backward()
-                total += loss.item() / len(text) / num_texts
-        if not torch.tensor(total).isfinite():
+                (weight * loss).backward()
+                total += weight * loss.item() / len(text)
+        total = float(_summed([torch.tensor(total, dtype=torch.float64)])[0])
+        if not math.isfinite(total):  # in all processes, so that none waits for another
             raise FloatingPointError(f"scores, step {self.batch + 1}: the loss is {total}")
-        if PartialState().num_processes > 1:
-            gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-            for gradient, summed in zip(gradients, reduce(gradients, "sum"), strict=True):
-                gradient.copy_(summed)
-            total = float(reduce(torch.tensor(total, device=PartialState().device), "sum"))
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        for gradient, summed in zip(gradients, _summed(gradients), strict=True):
+            gradient.copy_(summed)
         self.optimizer.step()
         return total
 
@@ -231,23 +240,18 @@ class _Trainer:
         shares = []
         for layer_idx in self.layers:
             if layer_idx not in text:
-                shares.append([0.0] * 3)
+                shares.append([math.nan] * 3)
                 continue
             lookups, network = text[layer_idx], self.networks.by_layer[layer_idx]
             features = network(lookups.keys, lookups.values)
             shares.append(lost_shares(lookups, self.groups[layer_idx], features))
         return shares
 
-    def _shared(self, shares: list[list[list[float]]]) -> list[list[float]]:
-        """Mean over the texts of all processes."""
-        mean = torch.tensor(shares, device=PartialState().device).mean(dim=0)
-        return (reduce(mean, "mean") if PartialState().num_processes > 1 else mean).tolist()
-
     def save(self) -> None:
         """Write everything that a later process goes on from."""
         tensors = {f"parameter.{name}": tensor.detach().cpu() for name, tensor in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = torch.as_tensor(value).cpu()
         facts = {"batch": self.batch, "lost": self.lost}
         write_whole(self.path, save(tensors, metadata={"facts": json.dumps(facts)}))
@@ -257,14 +261,22 @@ class _Trainer:
         if not self.path.is_file():
             return
         with safe_open(self.path, "pt") as file, torch.no_grad():
-            facts = json.loads(file.metadata()["facts"])
+            facts, names = json.loads(file.metadata()["facts"]), set(file.keys())
             self.batch, self.lost = facts["batch"], facts["lost"]
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"parameter.{name}"))
+                if f"step.{name}" not in names:  # of a layer with a sliding window, which learns nothing
+                    continue
                 state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
                 }
+
+
+def _summed(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Over all processes."""
+    processes = PartialState()
+    return tensors if processes.num_processes == 1 else reduce([each.to(processes.device) for each in tensors], "sum")
 
 
 def lookup_loss(network: Any, lookups: Lookups, groups: Sequence[HeadGroup]) -> torch.Tensor:
