@@ -125,12 +125,12 @@ def train_scores(
     windows : torch.Tensor
         (texts, tokens) token ids. Processes of a distributed run share the texts of every step.
     path : Path
-        File of the state after every step's texts; a killed run goes on from it.
+        File of the state after every few texts; a killed run goes on from it.
     deadline : Deadline, optional
         No text is read after it: ``OutOfTime`` is raised.
     tell : callable, optional
-        Called with what is known after a step: ``step`` of ``steps``, ``loss``, and ``closed``, the share of the way
-        from new networks to the oracle that is gone.
+        Called with what is known after some texts: ``step`` of ``steps``, ``loss``, and ``closed``, the share of the
+        way from new networks to the oracle that is gone.
 
     Returns
     -------
@@ -141,15 +141,16 @@ def train_scores(
     """
     trainer = _Trainer(model, networks, settings, len(windows), path)
     trainer.load()
-    batches = windows.split(settings.texts_per_step)
-    with tqdm(batches, desc="scores", unit="step", initial=trainer.batch, disable=None) as bar:
+    batches = windows.split(settings.texts_at_once)
+    with tqdm(total=len(windows), desc="scores", unit="text", disable=None) as bar:
+        bar.update(sum(map(len, batches[: trainer.batch])))
         for batch in batches[trainer.batch :]:
             (deadline or Deadline()).check()
-            loss = trainer.step(batch)
-            bar.update()
+            loss = trainer.learn_from(batch)
+            bar.update(len(batch))
             bar.set_postfix(loss=f"{loss:.3f}", closed=f"{trainer.closed:.2f}")
             if tell is not None:
-                tell(step=trainer.batch, steps=trainer.batches, loss=loss, closed=trainer.closed)
+                tell(step=trainer.batch, steps=len(batches), loss=loss, closed=trainer.closed)
     return trainer.rows()
 
 
@@ -169,8 +170,8 @@ class _Trainer:
             lr=settings.learning_rate,
         )
         self.batch = 0
-        self.batches = -(-num_texts // settings.texts_per_step)
-        # Of every step, by layer: before, now, oracle; NaN where a sliding window leaves nothing to foresee.
+        self.batches = -(-num_texts // settings.texts_at_once)
+        # Of every batch, by layer: before, now, oracle; NaN where a sliding window leaves nothing to foresee.
         self.lost: list[list[list[float]]] = []
 
     @property
@@ -189,33 +190,37 @@ class _Trainer:
 
     def _recently_lost(self) -> torch.Tensor:
         """(layers, 3), a mean over the last texts."""
-        return torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_per_step, 1) :]).mean(dim=0)
+        return torch.tensor(self.lost[-max(TOLD_TEXTS // self.settings.texts_at_once, 1) :]).mean(dim=0)
 
     @property
     def layers(self) -> list[int]:
         """Layers with a network, those with a sliding window included."""
         return list(self.networks.by_layer)
 
-    def step(self, windows: torch.Tensor) -> float:
-        """Read texts, measure on them, learn from them; save. Returns the loss before."""
+    def learn_from(self, windows: torch.Tensor) -> float:
+        """Read texts, measure on them, learn from them; save. Returns the first loss."""
+        steps = [self._read(batch) for batch in windows.split(self.settings.texts_per_step)]
+        lost = [weight * self._lost_shares(text) for texts, weight in steps for text in texts]
+        self.lost.append(_summed([torch.stack(lost).sum(dim=0) / len(steps)])[0].tolist())
+        losses = []
+        for index in range(self.settings.repeats * len(steps)):
+            done = (self.batch + index / (self.settings.repeats * len(steps))) / self.batches
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * (1 - done)
+            losses.append(self._learn(*steps[index % len(steps)]))
+        self.batch += 1
+        if PartialState().is_main_process:
+            self.save()
+        return losses[0]
+
+    def _read(self, windows: torch.Tensor) -> tuple[list[dict[int, Lookups]], float]:
+        """Texts of a step that are of this process, and the weight of each."""
         processes = PartialState()
         mine, weight = windows[processes.process_index :: processes.num_processes], 1 / len(windows)
         if not len(mine):  # fewer texts than processes: this one takes part with nothing, in all sums
             mine, weight = windows[:1], 0.0
         rotary, groups = self.networks.rotary, self.groups
-        texts = [record_lookups(self.model, ids[None].long(), groups, rotary) for ids in mine]
-        lost = weight * torch.tensor([self._lost_shares(text) for text in texts], dtype=torch.float64).sum(dim=0)
-        self.lost.append(_summed([lost])[0].tolist())
-        losses = []
-        for repeat in range(self.settings.repeats):
-            done = (self.batch * self.settings.repeats + repeat) / (self.batches * self.settings.repeats)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate * (1 - done)
-            losses.append(self._learn(texts, weight))
-        self.batch += 1
-        if processes.is_main_process:
-            self.save()
-        return losses[0]
+        return [record_lookups(self.model, ids[None].long(), groups, rotary) for ids in mine], weight
 
     def _learn(self, texts: Sequence[dict[int, Lookups]], weight: float) -> float:
         """A step of the optimizer; loss over all processes' texts."""
@@ -228,7 +233,7 @@ class _Trainer:
                 total += weight * loss.item() / len(text)
         total = float(_summed([torch.tensor(total, dtype=torch.float64)])[0])
         if not math.isfinite(total):  # in all processes, so that none waits for another
-            raise FloatingPointError(f"scores, step {self.batch + 1}: the loss is {total}")
+            raise FloatingPointError(f"scores, texts {self.batch + 1} of {self.batches}: the loss is {total}")
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         for gradient, summed in zip(gradients, _summed(gradients), strict=True):
             gradient.copy_(summed)
@@ -236,7 +241,8 @@ class _Trainer:
         return total
 
     @torch.no_grad()
-    def _lost_shares(self, text: dict[int, Lookups]) -> list[list[float]]:
+    def _lost_shares(self, text: dict[int, Lookups]) -> torch.Tensor:
+        """(layers, 3) of a text."""
         shares = []
         for layer_idx in self.layers:
             if layer_idx not in text:
@@ -245,7 +251,7 @@ class _Trainer:
             lookups, network = text[layer_idx], self.networks.by_layer[layer_idx]
             features = network(lookups.keys, lookups.values)
             shares.append(lost_shares(lookups, self.groups[layer_idx], features))
-        return shares
+        return torch.tensor(shares, dtype=torch.float64)
 
     def save(self) -> None:
         """Write everything that a later process goes on from."""
