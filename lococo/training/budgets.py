@@ -20,7 +20,7 @@ from lococo.training.lookups import fast_products
 from lococo.training.record import LayerRecord, record
 from lococo.training.scores import ScoreNetworks
 
-STEPS_BETWEEN = 1  # levels put between two measured ones
+STEPS_BETWEEN = 3  # levels put between two measured ones
 STEEPEST = 4  # power of the slots by which an error may fall between them
 
 # What decides which tokens stay.
@@ -127,11 +127,12 @@ def layer_errors(
     assert entry.gradient is not None, "record(..., gradients=True)"
     kv_heads, tokens = entry.key.shape[1:3]
     size, score = configs[0].block_size, SCORES[configs[0].score]()
+    wide = torch.promote_types(entry.key.dtype, torch.float32)
     query, gradient, output = (
-        each[0].float().unflatten(0, (kv_heads, -1))
+        each[0].to(wide).unflatten(0, (kv_heads, -1))
         for each in (entry.query * entry.scale, entry.gradient, entry.output)
     )
-    key, value = entry.key[0].float(), entry.value[0].float()
+    key, value = entry.key[0].to(wide), entry.value[0].to(wide)
     along = (gradient * output).sum(dim=-1)  # (kv_heads, groups, tokens)
     errors = torch.zeros(len(configs), kv_heads, dtype=torch.float64, device=key.device)
     sums = key.new_zeros(len(configs), kv_heads, tokens)
