@@ -282,6 +282,9 @@ class Calibration(TrainingRun):
             # Read anew: the first process has written into it.
             config = self._with_budgets(model, train, Journal(measured, self.deadline), networks, add)
         if networks is not None and config is not self.config:
+            with patched(model, config):
+                networks.put_into(patch_of(model))
+                add("budgets", step=0, **gap.measure(model))
             networks = self._learn_scores(model, train, ScoreNetworks(config, networks.by_layer, networks.rotary), add)
         with processes.main_process_first():
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
@@ -327,15 +330,15 @@ class Calibration(TrainingRun):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.data.seed)
                 networks = ScoreNetworks.of(model, self.config)
-        windows = train.evenly(settings.texts)
+        windows, before = train.evenly(settings.texts), 0
         if self._finds_budgets:
             half = len(windows) // 2
-            windows = windows[:half] if is_first else windows[half:]
+            windows, before = (windows[:half], 0) if is_first else (windows[half:], half)
         state = self.work / SCORE_STATES[not is_first]
         stage = "scores"
         tell = functools.partial(self._tell_stage, stage)
         for row in train_scores(model, networks, windows, settings, state, self.deadline, tell):
-            add(stage, **row)
+            add(stage, **({**row, "texts": before + row["texts"]} if "texts" in row else row))
         return networks
 
     def _tell_stage(self, stage: str, **row: Any) -> None:
@@ -418,7 +421,8 @@ def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
     if config.slots_per_head:
         by_head = list(zip(*config.slots_per_head, strict=True))
         panels.append(HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True))
-    if lost := {row["layer"]: row for row in rows if row["stage"] == "scores"}:  # at the end, of two trainings
+    # At the end, where there are two trainings.
+    if lost := {row["layer"]: row for row in rows if row["stage"] == "scores" and "layer" in row}:
         names = {"lost_before": "distant score", "lost": "learned score", "lost_oracle": "oracle"}
         shares = [
             Series(label, [row[name] for row in lost.values()], list(lost), style={"markersize": 3})

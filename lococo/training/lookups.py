@@ -17,7 +17,7 @@ from lococo.registry import SCORES
 from lococo.training.record import LayerRecord, recording
 
 # What the attention of a block counts less than that of the block before, when it is asked what will be looked up.
-FUTURE_FADE = 0.8
+FUTURE_FADE = 0.6
 
 
 @dataclasses.dataclass

@@ -132,7 +132,7 @@ class ScoreConfig:
         If a value is out of range.
     """
 
-    texts: int = 96
+    texts: int = 48
     texts_at_once: int = 8
     texts_per_step: int = 2
     repeats: int = 12
@@ -167,7 +167,7 @@ class Recipe(TrainingRecipe):
     """
 
     scores: ScoreConfig | None = None
-    budget_texts: int = 6
+    budget_texts: int = 7
     local: LocalConfig | None = None
     local_texts: int = 12
     objective: Objective | None = Distill(backprop_tokens=1024)

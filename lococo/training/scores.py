@@ -135,9 +135,9 @@ def train_scores(
     Returns
     -------
     list of dict
-        For every layer but those with a sliding window ``layer``, ``lost_before`` (by a new network), ``lost`` and
-        ``lost_oracle``: the share of later attention to tokens that are not kept, on texts that the network had not
-        learned from when they were measured.
+        Of every few texts ``texts``, learned from before them, and of every layer but those with a sliding window
+        ``layer``; with ``lost_before`` (by a new network), ``lost`` and ``lost_oracle``: the share of later attention
+        to tokens that are not kept, on texts that the network had not learned from when they were measured.
     """
     trainer = _Trainer(model, networks, settings, len(windows), path)
     trainer.load()
@@ -182,7 +182,13 @@ class _Trainer:
 
     def rows(self) -> list[dict[str, float]]:
         """What ``train_scores`` returns."""
-        return [
+        size = self.settings.texts_at_once
+        lost = torch.tensor(self.lost).nanmean(dim=1)  # (batches, 3)
+        curve = [
+            {"texts": size * index, "lost_before": before, "lost": now, "lost_oracle": oracle}
+            for index, (before, now, oracle) in enumerate(lost.tolist())
+        ]
+        return curve + [
             {"layer": index, "lost_before": before, "lost": now, "lost_oracle": oracle}
             for index, (before, now, oracle) in zip(self.layers, self._recently_lost().tolist(), strict=True)
             if not math.isnan(now)
