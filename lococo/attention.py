@@ -217,11 +217,16 @@ class _GroupReader:
         call = (query, keys, values, reading.scale, bias, reading.kernel, reading.dropout)
         if buffer.entries.scores is None:
             return scoring.attend(*call)
-        output, lse = scoring.attend_and_lse(*call)
+        counts, delay = self._counts(segment)
+        squared = buffer.config.score_power == 2
+        if scoring.computes_at_once(query, reading.dropout, reading.kernel):
+            asked = (counts, squared, delay)
+            output, received = scoring.attend_and_score(query, keys, values, reading.scale, bias, *asked)
+        else:
+            output, lse = scoring.attend_and_lse(*call)
+            with torch.no_grad():
+                received = scoring.attention_mass(query, keys, reading.scale, bias, counts, squared, lse, delay)
         with torch.no_grad():
-            counts, delay = self._counts(segment)
-            squared = buffer.config.score_power == 2
-            received = scoring.attention_mass(query, keys, reading.scale, bias, counts, squared, lse, delay)
             buffer.entries.scores[:, :, :stop] += received
         return output
 

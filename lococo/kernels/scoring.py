@@ -132,6 +132,33 @@ def attention_mass(
         return _MassInTorch(query, key, scale, logit_bias, counts, squared, lse, delay).sum()
 
 
+def computes_at_once(query: torch.Tensor, dropout: float, backend: str) -> bool:
+    """Whether attention and what entries receive of it are best made from the same probabilities.
+
+    Torch's fused attention gives the log-sum-exp away on GPUs alone; on a CPU everything would be computed twice.
+    """
+    if query.device.type != "cpu" or backend != "auto" or dropout or torch.is_grad_enabled():
+        return False
+    return query.dtype in (torch.float32, torch.float64)  # half precision would be slower than fused
+
+
+def attend_and_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    logit_bias: LogitBias,
+    counts: torch.Tensor | None = None,
+    squared: bool = False,
+    delay: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attend`` and ``attention_mass`` from the same probabilities, a tile of queries after the other."""
+    query, key, value = _of_one_type(query, key, value)
+    tiles = _MassInTorch(query, key, scale, logit_bias, counts, squared, None, delay, value)
+    received = tiles.sum()
+    return torch.cat(tiles.outputs, dim=3).flatten(1, 2), received
+
+
 def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
     """(batch, kv_heads, entries), or None where Triton does not run."""
     groups = query.shape[1] // key.shape[1]
@@ -140,14 +167,15 @@ def _mass_in_triton(query, key, scale, lse, bias, delay, squared):
 
 
 class _MassInTorch:
-    """``attention_mass`` in torch, a tile of queries after the other."""
+    """``attention_mass`` in torch, a tile of queries after the other; with values the attention's output, too."""
 
-    def __init__(self, query, key, scale, logit_bias, counts, squared, lse, delay):
+    def __init__(self, query, key, scale, logit_bias, counts, squared, lse, delay, value=None):
         self.dtype = wide(query.dtype)
         self.query, self.keys = query, key.to(self.dtype).transpose(-1, -2)  # (batch, kv_heads, head_dim, entries)
         self.scale, self.logit_bias, self.counts = scale, logit_bias, counts
         self.squared, self.lse, self.delay = squared, lse, delay
         self.num_queries, self.num_entries = query.shape[2], key.shape[2]
+        self.value, self.outputs = value, []  # (batch, kv_heads, groups, queries of a tile, head_dim)
 
     def sum(self) -> torch.Tensor:
         """(batch, kv_heads, entries)."""
@@ -167,6 +195,9 @@ class _MassInTorch:
     def _received(self, tile: slice, seen: int) -> torch.Tensor:
         """(batch, kv_heads, seen) sums over a tile; nothing of its size is left when the next one begins."""
         probs = self._probs(tile, seen)
+        if self.value is not None:
+            output = probs.flatten(2, 3) @ self.value[:, :, :seen]
+            self.outputs.append(output.unflatten(2, probs.shape[2:4]))
         if self.delay:
             probs.tril_(self.num_entries - self.num_queries + tile.start - self.delay)
         if self.counts is not None:
