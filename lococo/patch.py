@@ -159,7 +159,7 @@ def _add_networks(patch: Patch) -> None:
     score, num_kv_heads = SCORES[patch.config.score](), patch.family.shape["num_kv_heads"]
     for layer in patch.layers.values():
         network = score.network(num_kv_heads, patch.family.head_dim(layer), **_factory(patch, layer))
-        if network is None:
+        if network is None or not hasattr(network, "num_features"):
             raise ValueError(
                 f"score={patch.config.score!r} needs features, but {type(score).__name__}.network gives nothing that "
                 "makes them: let it return a module with num_features"

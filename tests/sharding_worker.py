@@ -23,6 +23,7 @@ from training_worker import join
 from lococo.data.windows import DataConfig
 from lococo.extension.extend import ExtensionRun, extended_for_training
 from lococo.extension.sharding import gathered, sharded_arguments
+from lococo.state import is_ours
 
 # Checkpointed layers, tied embeddings, adapters in wider numbers than the rest.
 CASES = {
@@ -60,7 +61,8 @@ def run(case, folder, resume=None, **options):
         gc.collect()
         with gathered(learner):
             found = learned(learner)
-        frozen = [each for each in learner.parameters() if not each.requires_grad]
+        named = learner.named_parameters()
+        frozen = [each for name, each in named if not each.requires_grad and not is_ours(name)]
         kept = sum(getattr(each, "to_local", lambda each=each: each)().numel() for each in frozen)
         return {
             "learned": found,

@@ -233,14 +233,14 @@ class LayerCache(CacheLayerMixin):
         self, key: torch.Tensor, value: torch.Tensor, rotated_at: torch.Tensor, modules: LayerModules
     ) -> TokenStates:
         entries, unrotated, features = self._held, key, None
-        is_kept = entries.rotated is not None
-        if modules.rotary is not None and (is_kept or entries.features is not None):
-            # Which entries are kept has no gradient, so keys that only the network sees have none.
-            unrotated = modules.rotary.rotate(key if is_kept else key.detach(), rotated_at, inverse=True)
+        moves_keys = entries.rotated is not None
+        if modules.rotary is not None and (moves_keys or entries.features is not None):
+            # Which entries are kept has no gradient, so keys that the network alone sees have none.
+            unrotated = modules.rotary.rotate(key if moves_keys else key.detach(), rotated_at, inverse=True)
         if entries.features is not None and modules.network is not None:
             with torch.no_grad():
                 features = modules.network(unrotated, value)
-        return TokenStates(key, value, unrotated if is_kept else key, features)
+        return TokenStates(key, value, unrotated if moves_keys else key, features)
 
     @torch.no_grad()
     def _finish_steps(self, rows: Sequence[RowState], modules: LayerModules) -> None:

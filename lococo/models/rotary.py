@@ -62,7 +62,8 @@ class TextRotary(Rotary):
         """Computed by every call: texts may be of any length."""
         # Position 0 in front, where a cosine is the scale of YaRN and its kin alone.
         with_first = F.pad(positions, (1, 0))
-        cos, sin = self._family.rotary(self._layer, torch.zeros((), dtype=torch.float32), with_first)
+        exact = torch.zeros((), dtype=torch.float32, device=positions.device)  # an upload would be waited for
+        cos, sin = self._family.rotary(self._layer, exact, with_first)
         scaling = cos[:1, :1, :1]
         return tuple((each[:, 1:] / scaling).to(positions.device) for each in (cos, sin))  # type: ignore[return-value]
 

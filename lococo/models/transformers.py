@@ -162,7 +162,7 @@ class TransformersFamily(Family):
             extra["layer_type"] = self.decoder.config.layer_types[layer.layer_idx]
             rope_type = rope_type[extra["layer_type"]]
         if rope_type in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(f"by angles that follow from the position alone, the model's rope type is {rope_type!r}")
+            raise ValueError(f"those of rope type {rope_type!r} have angles that depend on the length of the text")
         device = next(rotary.buffers()).device
         return rotary(like.to(device), positions.to(device), **extra)
 

@@ -131,16 +131,20 @@ def naive(model, ids):
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"positions": "slot"}, {"slots_per_head": ((14, 9), (7, 16))}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"positions": "slot"}, {"slots_per_head": ((14, 9), (7, 16))}, {"decode_block_size": 3}], ids=str
+)
 @torch.no_grad()
 def test_entries_have_the_features_of_their_tokens(changes, is_padded, tmp_path):
     """Entries that are copies say by their place in the text which tokens they are."""
     reader = Reader(dataclasses.replace(CONFIGS["learned-selection"], **changes), tmp_path, is_padded)
     for deed, count in (("steps", 7), ("reorder", 1), ("steps", 2), ("file", 1), ("steps", 1), ("read", 9)):
         getattr(reader, deed)(count)
+    # Where blocks are shorter in steps, what later layers are given depends on how the text came.
+    layers = reader.cache.layers[:1] if "decode_block_size" in changes else reader.cache.layers
     for row, text in enumerate(reader.texts):
         expected, held = naive(reader.model, text), reader.cache.rows[row if is_padded else 0]
-        for index, layer in enumerate(reader.cache.layers):
+        for index, layer in enumerate(layers):
             for view in layer.views():
                 entries, used = view.entries, held.num_entries(view.config.num_slots)
                 for at, head in enumerate(view.group.heads):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import triton.language as tl
+from configs import FORESEEN
 from tiny import tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -273,14 +274,14 @@ def test_random_blends(seed):
         torch.testing.assert_close(mine.double(), theirs, rtol=5e-5, atol=5e-5)
 
 
-def read_and_generate(attention, padded=False):
+def read_and_generate(attention, padded=False, score="distant"):
     """(tokens, vocabulary) logits of a prompt and of five steps after it."""
     ids, mask = tiny_ids(2, 45).to(DEVICE), torch.ones(2, 45, dtype=torch.long, device=DEVICE)
     if padded:
         mask[0, :13] = 0
     model = tiny_llama().to(DEVICE)
     torch.manual_seed(0)
-    config = LoCoCoConfig(16, block_size=8, gate_init=0.4)
+    config = LoCoCoConfig(16, block_size=8, gate_init=0.4, score=score)
     with patched(model, config, attention=attention), torch.no_grad():
         read = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True)
         steps = [read.logits]
@@ -318,15 +319,15 @@ def in_every_type(monkeypatch):
         monkeypatch.setattr(module, "triton_takes", lambda tensor: True)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_model_reads_and_generates_the_same(padded, calls, monkeypatch):
+@pytest.mark.parametrize(("score", "padded"), [("distant", False), ("distant", True), (FORESEEN, False)])
+def test_model_reads_and_generates_the_same(score, padded, calls, monkeypatch):
     """Attention, scores and blends of a whole model, those that only torch can do among them."""
-    got = read_and_generate("triton", padded)
+    got = read_and_generate("triton", padded, score)
     # Of unpadded segments all is scored in Triton; attention to a padded row's neighbours needs a mask.
     assert trials.TRITON.is_on and all(calls[name] > 1 for name in (["blend"] if padded else KERNELS))
     monkeypatch.setattr(trials.TRITON, "is_on", False)
     calls.clear()
-    torch.testing.assert_close(got, read_and_generate("sdpa", padded), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, read_and_generate("sdpa", padded, score), rtol=0, atol=1e-4)
     assert not calls
 
 

@@ -253,7 +253,7 @@ def test_every_rope_type_that_follows_from_the_position(rope, positions):
 def test_angles_that_depend_on_the_length_are_refused(rope, family, changes, refused):
     model, ids = build(family, rope_scaling=LENGTH_DEPENDENT_ROPES[rope]), tiny_ids(1, LENGTH)
     full, before = read(model, ids), anatomy(model)
-    said = f"by angles that follow from the position alone, the model's rope type is '{rope}'"
+    said = f"those of rope type '{rope}' have angles that depend on the length of the text"
     with pytest.raises(ValueError, match=refused.format(said)):
         patch(model, SMALL, **changes)
     assert anatomy(model) == before
