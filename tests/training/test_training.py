@@ -209,6 +209,15 @@ def test_two_processes_train_like_one(task, two_processes, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_learn_scores_like_one_also_from_fewer_texts(two_processes, tmp_path):
+    expected = training_worker.learn_scores(tmp_path)
+    for result in two_processes:
+        assert_same(result["scores"]["networks"], expected["networks"], atol=1e-9)
+        for row, of_one in zip(result["scores"]["rows"], expected["rows"], strict=True):
+            assert row == pytest.approx(of_one, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_suspension_reaches_into_ddp(two_processes):
     expected = logits(tiny_llama().double(), tiny_ids(1, 64))
     assert all(torch.equal(result["suspended"], expected) for result in two_processes)
