@@ -177,11 +177,28 @@ def calibrate_in_python(model, dataset, output, cache, **options):
     )
 
 
-def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(heads, texts, cache, tmp_path):
-    told = []
-    made = calibrate_in_python(tiny_llama(), [texts], tmp_path / "heads", cache, on_progress=told.append)
+def drawn():
+    """The next random numbers."""
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def seed_all():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+
+@pytest.fixture(scope="module")
+def by_function(texts, cache, tmp_path_factory):
+    """A model after its calibration by the function, what that gave and told, and the random numbers after it."""
+    told, model, folder = [], tiny_llama(), tmp_path_factory.mktemp("function")
+    seed_all()
+    made = calibrate_in_python(model, [texts], folder / "heads", cache, on_progress=told.append)
+    return model, made, told, drawn()
+
+
+def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(heads, by_function):
+    _, made, told, _ = by_function
     assert_same_heads(made.folder, heads)
-    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
+    assert [path.name for path in made.folder.parent.iterdir()] == ["heads"]
     assert sorted(str(row) for row in told if "closed" not in row) == sorted(map(str, made.rows))
     steps = [row["step"] / row["steps"] for row in told if "closed" in row]
     assert steps[-1] == 1 and steps.count(1) == 2, "of both trainings of scores"
@@ -215,7 +232,7 @@ def test_ten_documents_of_ones_own_are_enough(kind, tmp_path):
         dataset = tmp_path / "texts"
     with pytest.warns(UserWarning, match="1 held-out windows of 8 wanted"):
         made = calibrate_in_python(
-            tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache", num_heldout=8, num_windows=None, steps=6
+            tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache", num_heldout=8, num_windows=None, steps=2
         )
     windows = content(made.folder)["metrics"]["heldout_windows"]
     assert 1 <= windows < 5 and made.gap_ratio is not None
@@ -328,7 +345,8 @@ def test_a_model_whose_keys_cannot_be_moved_is_calibrated_without_scores(texts, 
 
 def test_a_value_that_the_trainer_does_not_take_leaves_nothing_that_is_in_the_way(texts, cache, tmp_path):
     for value in ("sideways", None):
-        more = dict(training_arguments={"lr_scheduler_type": value}) if value else {}
+        more = dict(steps=1, windows_per_step=1, local_steps=0, budget_texts=0, score_texts=0)
+        more |= dict(training_arguments={"lr_scheduler_type": value}) if value else {}
         try:
             calibrate_in_python(tiny_llama(), texts, tmp_path / "heads", cache, **more)
         except ValueError as error:
@@ -337,25 +355,22 @@ def test_a_value_that_the_trainer_does_not_take_leaves_nothing_that_is_in_the_wa
     assert (tmp_path / "heads").is_dir()
 
 
-def test_random_numbers_are_drawn_as_if_nothing_had_been(texts, cache, tmp_path):
-    def drawn():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    model = tiny_llama()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    expected = drawn()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    calibrate_in_python(model, texts, tmp_path / "heads", cache)
-    assert drawn() == expected
+def test_random_numbers_are_drawn_as_if_nothing_had_been(by_function):
+    seed_all()
+    assert by_function[-1] == drawn()
 
 
-def test_the_model_is_as_it_was(texts, cache, tmp_path):
-    model, expected = tiny_llama(), tiny_llama()
-    made = calibrate_in_python(model, texts, tmp_path / "heads", cache, dtype=None)
+def test_the_model_is_as_it_was(by_function):
+    (model, *_), expected = by_function, tiny_llama()
     assert not lococo.is_patched(model) and not any(module.training for module in model.modules())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.requires_grad and ours.grad is None
+
+
+def test_heads_may_be_saved_as_they_were_trained(texts, cache, tmp_path):
+    short = dict(dtype=None, steps=1, windows_per_step=1, local_steps=0, score_texts=2)
+    made = calibrate_in_python(tiny_llama(), texts, tmp_path / "heads", cache, **short)
     assert made.folder == tmp_path / "heads" and made.rows[-1]["stage"] == "end-to-end"
     assert made.rows == rows(made.folder) and made.gap_ratio == content(made.folder)["metrics"]["gap_ratio"]
     assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / HEADS_NAME).values()} == {torch.float32}

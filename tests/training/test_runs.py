@@ -65,18 +65,14 @@ STOPS = {
 }
 
 
-QUICK = ("learning scores with slots per head", "learning the second layer", "step three")
-
-
-@pytest.mark.parametrize(
-    "stop", [*QUICK, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS if stop not in QUICK)]
-)
-def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        replace, holder = STOPS[stop]
-        replace(patched, holder)
-        run(tmp_path / "heads", *SHORT)
-    assert [path.name for path in tmp_path.iterdir()] == ["heads.work"]
+def test_stopped_again_and_again_equals_uninterrupted(heads, run, tmp_path, monkeypatch, capsys):
+    late = stop_in("record_lookups", 2), scores  # where the texts before are not read again
+    for stop, (replace, holder) in {**STOPS, "learning scores with slots per head": late}.items():
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            replace(patched, holder)
+            run(tmp_path / "heads", *SHORT, "--resume")
+            pytest.fail(f"{stop}: nothing was stopped")
+        assert [path.name for path in tmp_path.iterdir()] == ["heads.work"]
     capsys.readouterr()
     assert run(tmp_path / "heads", *SHORT) == 2
     (error,) = errors(capsys)
@@ -90,8 +86,22 @@ def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, mo
     assert not (tmp_path / "heads.work").exists()
 
 
-def test_stopped_when_slots_per_head_are_measured(heads, run, tmp_path, monkeypatch):
-    short = [*SHORT, "--cache-dir", str(tmp_path / "cache")]
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        replace, holder = STOPS[stop]
+        replace(patched, holder)
+        run(tmp_path / "heads", *SHORT)
+    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
+    assert_same_heads(tmp_path / "heads", heads)
+    assert rows(tmp_path / "heads") == rows(heads)
+
+
+def test_stopped_when_slots_per_head_are_measured(run, tmp_path, monkeypatch):
+    short = ["--score-texts", "2", "--budget-texts", "1"]
+    assert run(tmp_path / "whole", *short) == 0
+    short += ["--cache-dir", str(tmp_path / "cache")]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_in("allocate", 1)(patched, module)
         run(tmp_path / "heads", *short)
@@ -101,7 +111,7 @@ def test_stopped_when_slots_per_head_are_measured(heads, run, tmp_path, monkeypa
 
     monkeypatch.setattr("lococo.training.budgets.record", recorded_again)
     assert run(tmp_path / "heads", *short, "--resume") == 0
-    assert_same_heads(tmp_path / "heads", heads)
+    assert_same_heads(tmp_path / "heads", tmp_path / "whole")
 
 
 def test_resumed_after_its_last_step_with_windows_left(run, tmp_path, monkeypatch):
