@@ -1,4 +1,4 @@
-"""A short calibration of the tiny model, and what stands in its folder."""
+"""A short calibration of the tiny model in all stages, and what stands in its folder."""
 
 import json
 
@@ -13,11 +13,11 @@ from lococo.metrics import token_nlls
 LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
 FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
 WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "6"]
-SHORT = ["--steps", "4", "--windows-per-step", "2", "--budget-texts", "1", "--measure-every", "2"]
-SHORT += ["--local-steps", "3", "--local-texts", "4"]
+SHORT = ["--recipe", "blend", "--score-texts", "4", "--budget-texts", "1", "--local-steps", "3", "--local-texts", "4"]
+SHORT += ["--steps", "4", "--windows-per-step", "2", "--measure-every", "2"]
 CHANGES = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
-CHANGES += ["budget_texts", "local_texts", "measure_every"]
-NOTHING = ["--objective", "none", "--budget-texts", "0"]
+CHANGES += ["score_texts", "budget_texts", "local_texts", "measure_every"]
+NOTHING = ["--score-texts", "0", "--objective", "none", "--budget-texts", "0"]
 
 
 def data_config(texts):

@@ -1,4 +1,4 @@
-"""Heads of a tiny model trained by ``HeadTrainer`` in one process, or in one of two under DDP.
+"""Heads of a tiny model trained by ``HeadTrainer``, and its scores, in one process or in one of two.
 
 As a script, ``training_worker.py RANK FOLDER``: one of the two processes, which writes ``FOLDER/RANK.pt``.
 """
@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from families import build
 from tiny import tiny_ids, tiny_llama
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -20,6 +21,8 @@ from lococo.data.windows import Windows
 from lococo.patch import suspended
 from lococo.state import patch_of
 from lococo.training.objectives import Distill, NextToken
+from lococo.training.recipes import ScoreConfig
+from lococo.training.scores import ScoreNetworks, train_scores
 from lococo.training.trainer import HeadTrainer
 
 CONFIG = lococo.LoCoCoConfig(
@@ -111,6 +114,21 @@ def run(task, folder, per_device, accumulation):
     return {"heads": heads(model), "losses": losses, "exchanges": exchanges.count}
 
 
+def learn_scores(folder):
+    """Networks of a learned score after steps of three texts, two and one, what was told of them, and rows."""
+    model = build("Qwen2-half-window").double()
+    config = lococo.LoCoCoConfig(16, block_size=8, score="learned", num_sinks=2, num_heavy=8, num_recent=6)
+    torch.manual_seed(0)
+    networks, told = ScoreNetworks.of(model, config), []
+    for network in networks.by_layer.values():
+        network.double()  # in float32 the order of a sum decides over weights whose gradient is near Adam's epsilon
+    settings = ScoreConfig(texts_per_step=3, repeats=2)
+    for texts in (tiny_ids(5, 48), tiny_ids(4, 48)):
+        path = folder / f"{len(texts)}.safetensors"
+        rows = train_scores(model, networks, texts, settings, path, tell=lambda **row: told.append(row))
+    return {"networks": {name: each.detach() for name, each in networks.named_tensors().items()}, "rows": told + rows}
+
+
 @torch.no_grad()
 def suspended_in_ddp():
     """Logits of a patched model inside DDP while it is suspended."""
@@ -135,7 +153,7 @@ def join(rank, folder):
 def main(rank, folder):
     join(rank, folder)
     results = {task: run(task, folder / task, per_device=1, accumulation=2) for task in TASKS}
-    torch.save({**results, "suspended": suspended_in_ddp()}, folder / f"{rank}.pt")
+    torch.save({**results, "scores": learn_scores(folder), "suspended": suspended_in_ddp()}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

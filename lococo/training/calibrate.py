@@ -229,7 +229,8 @@ class Calibration(TrainingRun):
             return
         if not config.has_features:
             raise ValueError(
-                f"score={config.score!r} does not learn: use score='learned', or score_texts=0, got {settings.texts}"
+                f"score_texts must be 0 where no score that learns gives slots (score={config.score!r}, num_heavy="
+                f"{config.num_heavy}), got {settings.texts}; or use score='learned' and more slots"
             )
         if length < 2 * config.block_size:
             raise ValueError(

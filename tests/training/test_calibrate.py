@@ -1,5 +1,6 @@
 """``lococo calibrate`` from text to a heads folder: what stands in it is true, and what cannot be is refused."""
 
+import itertools
 import random
 import re
 import runpy
@@ -30,12 +31,14 @@ from calibrated import (
     result,
     rows,
 )
+from families import LENGTH_DEPENDENT_ROPES, causal_lm
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from words import WORDS, word_tokenizer, write_texts
 
 import lococo
 from lococo.cli.main import main
+from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
 from lococo.heads import HEADS_NAME
@@ -44,7 +47,18 @@ from lococo.training import gap
 from lococo.training.calibrate import calibrate, plan_calibration
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, NextToken
-from lococo.training.recipes import RECIPES, Recipe, adjusted
+from lococo.training.recipes import RECIPES, Recipe, ScoreConfig, adjusted
+
+LEARNED = LoCoCoConfig(SLOTS, block_size=BLOCK, score="learned", num_sinks=2, num_heavy=10, num_recent=4)
+
+
+def dynamic_llama():
+    return tiny_llama(rope_scaling={**LENGTH_DEPENDENT_ROPES["dynamic"], "rope_theta": 1e4})
+
+
+def hunyuan():
+    return causal_lm("HunYuanDenseV1", head_dim=8)
+
 
 # What is written
 
@@ -56,7 +70,8 @@ def test_a_heads_folder_is_written_and_nothing_else(heads):
     assert "gap_ratio" in (heads / "README.md").read_text()
     training = content(heads)["training"]
     assert training["objective"] == "Distill" and training["sources"] == ["words.jsonl"]
-    assert training["recipe"]["steps"] == 4 and training["recipe"]["local"]["steps"] == 3
+    recipe = training["recipe"]
+    assert (recipe["steps"], recipe["local"]["steps"], recipe["scores"]["texts"]) == (4, 3, 4)
     assert training["command"].startswith("lococo calibrate --model")
     assert not re.search(r"(^|[ =])/", training["command"]), "a folder of the author"
 
@@ -92,6 +107,9 @@ def test_rows_tell_what_happened(heads):
     assert [row["step"] for row in rows(heads, "end-to-end") if "loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows(heads, "end-to-end") if "gap_ratio" in row] == [2, 4]
     assert [row["layer"] for row in rows(heads, "local") if "error" in row] == [0, 1]
+    scores = rows(heads, "scores")
+    assert [row["layer"] for row in scores] == [0, 1, 0, 1], "without slots per head, then with them"
+    assert all(0 < row["lost_oracle"] < min(row["lost_before"], row["lost"]) < 1 for row in scores)
     for row in rows(heads):
         if "gap_ratio" in row:
             full, h2o = metrics["heldout_nll_full"], metrics["heldout_nll_h2o"]
@@ -113,32 +131,77 @@ def test_every_stage_changes_every_head(heads, run, tmp_path):
     assert run(tmp_path / "start", *SHORT, "--objective", "none", "--local-steps", "0") == 0
     assert run(tmp_path / "local", *SHORT, "--objective", "none") == 0
     start, local, both = (load_file(folder / HEADS_NAME) for folder in (tmp_path / "start", tmp_path / "local", heads))
-    for name in start:
-        assert not torch.equal(start[name], local[name]) and not torch.equal(local[name], both[name]), name
-    assert {row["stage"] for row in rows(tmp_path / "start")} == {"budgets", "start", "saved"}
-    assert content(tmp_path / "start")["training"]["objective"] is None
     model = tiny_llama()
     torch.manual_seed(0)
     lococo.patch_model(model, LoCoCoConfig.from_pretrained(tmp_path / "start"))
-    lococo.save_heads(model, tmp_path / "expected", dtype=torch.bfloat16)
-    assert_same_heads(tmp_path / "start", tmp_path / "expected")
+    lococo.save_heads(model, tmp_path / "new", dtype=torch.bfloat16)
+    new = load_file(tmp_path / "new" / HEADS_NAME)
+    assert new.keys() == start.keys() == local.keys() == both.keys()
+    for name in new:
+        each = [tensors[name] for tensors in (new, start, local, both)]
+        is_learned = [not torch.equal(*pair) for pair in itertools.pairwise(each)]
+        assert is_learned == ([True, False, False] if is_of_score(name) else [False, True, True]), name
+    assert {row["stage"] for row in rows(tmp_path / "start")} == {"scores", "budgets", "start", "saved"}
+    assert content(tmp_path / "start")["training"]["objective"] is None
+
+
+def is_of_score(name):
+    return ".score." in name
+
+
+def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(run, texts, cache, tmp_path, capsys):
+    assert run(tmp_path / "heads", "--score-texts", "5", "--budget-texts", "1") == 0
+    config = LoCoCoConfig.from_pretrained(tmp_path / "heads")
+    assert config.num_fused == 0 and config.slots_per_head is not None
+    tensors = load_file(tmp_path / "heads" / HEADS_NAME)
+    assert all(is_of_score(name) and tensor.dtype == torch.bfloat16 for name, tensor in tensors.items())
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
+    (start,), (saved,) = rows(tmp_path / "heads", "start"), rows(tmp_path / "heads", "saved")
+    assert saved["heldout_nll"] == pytest.approx(nll(model, heldout_windows(texts, cache)), rel=1e-6)
+    assert "loss" not in start
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        sum(line.startswith("scores, step ") for line in said) == 2 and "of the way from the distant score" in said[0]
+    )
+    assert f"as saved: gap ratio {saved['gap_ratio']:.3f}" in said[-2]
 
 
 def calibrate_in_python(model, dataset, output, cache, **options):
     """The calibration of ``SHORT`` by the package's own function."""
-    short = dict(steps=4, windows_per_step=2, budget_texts=1, measure_every=2, local_steps=3, local_texts=4)
+    short = dict(recipe="blend", score_texts=4, budget_texts=1, local_steps=3, local_texts=4)
+    short |= dict(steps=4, windows_per_step=2, measure_every=2)
     given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=6, num_heldout=2)
     return lococo.calibrate(
         model, word_tokenizer(), dataset, output=output, cache_dir=cache, **{**given, **short, **options}
     )
 
 
-def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(heads, texts, cache, tmp_path):
-    told = []
-    made = calibrate_in_python(tiny_llama(), [texts], tmp_path / "heads", cache, on_progress=told.append)
+def drawn():
+    """The next random numbers."""
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def seed_all():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+
+@pytest.fixture(scope="module")
+def by_function(texts, cache, tmp_path_factory):
+    """A model after its calibration by the function, what that gave and told, and the random numbers after it."""
+    told, model, folder = [], tiny_llama(), tmp_path_factory.mktemp("function")
+    seed_all()
+    made = calibrate_in_python(model, [texts], folder / "heads", cache, on_progress=told.append)
+    return model, made, told, drawn()
+
+
+def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(heads, by_function):
+    _, made, told, _ = by_function
     assert_same_heads(made.folder, heads)
-    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
-    assert sorted(map(str, told)) == sorted(map(str, made.rows))
+    assert [path.name for path in made.folder.parent.iterdir()] == ["heads"]
+    assert sorted(str(row) for row in told if "closed" not in row) == sorted(map(str, made.rows))
+    steps = [row["step"] / row["steps"] for row in told if "closed" in row]
+    assert steps[-1] == 1 and steps.count(1) == 2, "of both trainings of scores"
     measured = [row["gap_ratio"] for row in told if "gap_ratio" in row]
     assert len(measured) == 5 and measured[-1] == made.gap_ratio
 
@@ -169,7 +232,7 @@ def test_ten_documents_of_ones_own_are_enough(kind, tmp_path):
         dataset = tmp_path / "texts"
     with pytest.warns(UserWarning, match="1 held-out windows of 8 wanted"):
         made = calibrate_in_python(
-            tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache", num_heldout=8, num_windows=None, steps=6
+            tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache", num_heldout=8, num_windows=None, steps=2
         )
     windows = content(made.folder)["metrics"]["heldout_windows"]
     assert 1 <= windows < 5 and made.gap_ratio is not None
@@ -192,9 +255,9 @@ def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(recipe="ours"), ValueError, "recipe must be one of default, paper, or a Recipe, got 'ours'"),
+        (dict(recipe="ours"), ValueError, "recipe must be one of default, blend, paper, or a Recipe, got 'ours'"),
         (dict(objective="mse"), ValueError, "objective must be one of distill, next-token, none, got 'mse'"),
-        (dict(recipe=["default"]), ValueError, "recipe must be one of default, paper, or a Recipe"),
+        (dict(recipe=["default"]), ValueError, "recipe must be one of default, blend, paper, or a"),
         (dict(lenght=5), TypeError, "lococo.calibrate has no option lenght; there are .* length, .* measure_every"),
         (dict(a=1, b=2), TypeError, "lococo.calibrate has no option a, b; there are"),
         (dict(dataset=[]), ValueError, "dataset is empty"),
@@ -217,6 +280,12 @@ def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
         (dict(learning_rate=float("inf")), ValueError, "learning_rate must be positive, got inf"),
         (dict(objective=["distill"]), ValueError, "objective must be one of"),
         (dict(local=3, local_steps=None), TypeError, "local must be a LocalConfig or None, got 3"),
+        (dict(scores=3, score_texts=None), TypeError, "scores must be a ScoreConfig or None, got 3"),
+        (dict(score_texts=2.5), ValueError, "score_texts must be an integer of at least 0, got 2.5"),
+        (dict(score_texts=0, config=LEARNED), ValueError, "'learned' learns from texts: .* or use score='distant'"),
+        (dict(config=LoCoCoConfig(16)), ValueError, "score='distant', num_heavy=.* got 4; or use score='learned'"),
+        (dict(config=LEARNED), ValueError, r"objective trains blends, .* \(num_fused=0\): use recipe='bl.* Distill"),
+        (dict(config=LEARNED, objective="none"), ValueError, "local_steps trains blends, .* recipe='blend', .* got 3"),
         (dict(config={}), TypeError, "config must be a LoCoCoConfig, got {}"),
         (dict(dtype="bfloat16"), TypeError, "dtype must be torch.bfloat16, .* got 'bfloat16'"),
         (dict(dtype=torch.int8), TypeError, "dtype must be torch.bfloat16, .* got torch.int8"),
@@ -245,6 +314,18 @@ def test_bad_options_of_the_function_are_refused(options, error, message, texts,
         (tiny_llama, lambda: "org/model", TypeError, "tokenizer must be a Transformers tokenizer, got 'org/model'"),
         (lambda: lococo.patch_model(tiny_llama()), word_tokenizer, ValueError, "patched: call lococo.unpatch_model"),
         (lambda: torch.nn.Linear(1, 1), word_tokenizer, ValueError, "Linear"),
+        (dynamic_llama, word_tokenizer, ValueError, "must see keys before .* 'dynamic'; use score='distant'"),
+        (
+            lambda: causal_lm("Phi", partial_rotary_factor=0.5),
+            word_tokenizer,
+            ValueError,
+            "'learned' .* use score='di",
+        ),
+        *(
+            [(hunyuan, word_tokenizer, ValueError, "normed with weights .* use score='di")]
+            if RELEASE >= (5, 0)
+            else []
+        ),
     ],
 )
 def test_other_models_are_refused_before_data_are_read(model, tokenizer, error, message, texts, tmp_path, monkeypatch):
@@ -254,9 +335,18 @@ def test_other_models_are_refused_before_data_are_read(model, tokenizer, error, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_whose_keys_cannot_be_moved_is_calibrated_without_scores(texts, cache, tmp_path):
+    model, changes = dynamic_llama(), dict(score_texts=0, local_steps=0, objective="none")
+    made = calibrate_in_python(model, texts, tmp_path / "heads", cache, **changes)
+    windows, measured = heldout_windows(texts, cache), content(made.folder)["metrics"]
+    with as_method(model, method_config("h2o", SLOTS, BLOCK)):
+        assert measured["heldout_nll_h2o"] == pytest.approx(nll(model, windows), rel=1e-6)
+
+
 def test_a_value_that_the_trainer_does_not_take_leaves_nothing_that_is_in_the_way(texts, cache, tmp_path):
     for value in ("sideways", None):
-        more = dict(training_arguments={"lr_scheduler_type": value}) if value else {}
+        more = dict(steps=1, windows_per_step=1, local_steps=0, budget_texts=0, score_texts=0)
+        more |= dict(training_arguments={"lr_scheduler_type": value}) if value else {}
         try:
             calibrate_in_python(tiny_llama(), texts, tmp_path / "heads", cache, **more)
         except ValueError as error:
@@ -265,25 +355,22 @@ def test_a_value_that_the_trainer_does_not_take_leaves_nothing_that_is_in_the_wa
     assert (tmp_path / "heads").is_dir()
 
 
-def test_random_numbers_are_drawn_as_if_nothing_had_been(texts, cache, tmp_path):
-    def drawn():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    model = tiny_llama()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    expected = drawn()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    calibrate_in_python(model, texts, tmp_path / "heads", cache)
-    assert drawn() == expected
+def test_random_numbers_are_drawn_as_if_nothing_had_been(by_function):
+    seed_all()
+    assert by_function[-1] == drawn()
 
 
-def test_the_model_is_as_it_was(texts, cache, tmp_path):
-    model, expected = tiny_llama(), tiny_llama()
-    made = calibrate_in_python(model, texts, tmp_path / "heads", cache, dtype=None)
+def test_the_model_is_as_it_was(by_function):
+    (model, *_), expected = by_function, tiny_llama()
     assert not lococo.is_patched(model) and not any(module.training for module in model.modules())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs) and ours.requires_grad and ours.grad is None
+
+
+def test_heads_may_be_saved_as_they_were_trained(texts, cache, tmp_path):
+    short = dict(dtype=None, steps=1, windows_per_step=1, local_steps=0, score_texts=2)
+    made = calibrate_in_python(tiny_llama(), texts, tmp_path / "heads", cache, **short)
     assert made.folder == tmp_path / "heads" and made.rows[-1]["stage"] == "end-to-end"
     assert made.rows == rows(made.folder) and made.gap_ratio == content(made.folder)["metrics"]["gap_ratio"]
     assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / HEADS_NAME).values()} == {torch.float32}
@@ -364,9 +451,9 @@ def test_the_paper_recipe_runs(run, tmp_path):
 
 @pytest.mark.parametrize("block_size", [8, 512, 1024, 2048])
 def test_back_propagation_reaches_over_a_block(block_size):
-    for make in RECIPES.values():
-        _, recipe = make(4096, block_size)
-        assert recipe.objective.backprop_tokens >= 2 * block_size
+    recipes = [make(4096, block_size)[1] for make in RECIPES.values()]
+    reaching = [recipe.objective.backprop_tokens for recipe in recipes if recipe.objective is not None]
+    assert reaching and min(reaching) >= 2 * block_size
 
 
 @pytest.mark.parametrize(
@@ -376,6 +463,8 @@ def test_back_propagation_reaches_over_a_block(block_size):
         (["--steps", "7"], {"steps": 7}),
         (["--windows-per-step", "3"], {"windows_per_step": 3}),
         (["--learning-rate", "0.5"], {"learning_rate": 0.5}),
+        (["--score-texts", "8"], {"scores": ScoreConfig(texts=8)}),
+        (["--score-texts", "0"], {"scores": None}),
         (["--budget-texts", "0"], {"budget_texts": 0}),
         (["--local-texts", "5"], {"local_texts": 5}),
         (["--measure-every", "9"], {"measure_every": 9}),
@@ -412,6 +501,7 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
     assert Recipe(objective=None).windows_needed == 6
     assert Recipe(objective=None, budget_texts=0).windows_needed == 1
     assert Recipe(objective=None, local=LocalConfig()).windows_needed == 12
+    assert Recipe(scores=ScoreConfig(texts=70)).windows_needed == 70
 
 
 # Bad arguments
@@ -422,11 +512,22 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
     [
         (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--block-size", "0"], "block_size must be an integer of at least 1, got 0"),
-        (["--steps", "0"], "steps must be at least 1 with an objective"),
+        (["--recipe", "blend", "--steps", "0"], "steps must be at least 1 with an objective"),
         (["--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
         (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
         (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
         (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
+        (["--score-texts", "-1"], "score_texts must be an integer of at least 0, got -1"),
+        (["--score-texts", "1"], r"score_texts must be at least 2: half .* \(budget_texts=0: all at once\), got 1"),
+        (["--windows", "1"], "num_windows must be at least 2: half .*, got 1"),
+        (["--recipe", "paper", "--score-texts", "3"], "must be 0 .*score='last', .* got 3; or use score='learned'"),
+        (["--num-slots", "4"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
+        (["--objective", "distill", "--steps", "5"], "objective trains blends, .* use recipe='blend', .* got Distill"),
+        (["--local-steps", "3"], "local_steps trains blends, .* use recipe='blend', .* got 3"),
+        (
+            ["--num-slots", "8", "--block-size", "12", "--length", "20", "--first", "9"],
+            "windows of 20 tokens are too short for scores: .* a block of 12; choose windows of two blocks at least",
+        ),
         (["--budget-texts", "-1"], "budget_texts must be at least 0, got -1"),
         (["--local-steps", "-1"], "local_steps must be an integer of at least 0, got -1"),
         (["--local-steps", "3", "--local-texts", "2"], "local_texts must be more than the 2"),

@@ -1,5 +1,6 @@
 """A calibration that was stopped or killed goes on, and two processes make the heads of one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -28,11 +29,11 @@ from words import word_tokenizer, write_texts
 
 from lococo.config import LoCoCoConfig
 from lococo.training import calibrate as module
-from lococo.training import gap, local
+from lococo.training import gap, local, scores
 from lococo.training.calibrate import Calibration
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill
-from lococo.training.recipes import Recipe
+from lococo.training.recipes import Recipe, ScoreConfig
 
 
 def stop_in(name, when):
@@ -53,6 +54,9 @@ def stop_in(name, when):
 
 
 STOPS = {
+    "learning scores": (stop_in("save", 1), scores._Trainer),
+    "between the trainings of scores": (stop_in("eviction_errors", 1), module),
+    "learning scores with slots per head": (stop_in("record_lookups", 4), scores),
     "recording the third text": (stop_in("record", 3), local),
     "learning the second layer": (stop_in("train_layer", 2), local),
     "between the stages": (stop_in("_train_end_to_end", 1), Calibration),
@@ -61,18 +65,14 @@ STOPS = {
 }
 
 
-QUICK = ("learning the second layer", "step three")
-
-
-@pytest.mark.parametrize(
-    "stop", [*QUICK, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS if stop not in QUICK)]
-)
-def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        replace, holder = STOPS[stop]
-        replace(patched, holder)
-        run(tmp_path / "heads", *SHORT)
-    assert [path.name for path in tmp_path.iterdir()] == ["heads.work"]
+def test_stopped_again_and_again_equals_uninterrupted(heads, run, tmp_path, monkeypatch, capsys):
+    late = stop_in("record_lookups", 2), scores  # where the texts before are not read again
+    for stop, (replace, holder) in {**STOPS, "learning scores with slots per head": late}.items():
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            replace(patched, holder)
+            run(tmp_path / "heads", *SHORT, "--resume")
+            pytest.fail(f"{stop}: nothing was stopped")
+        assert [path.name for path in tmp_path.iterdir()] == ["heads.work"]
     capsys.readouterr()
     assert run(tmp_path / "heads", *SHORT) == 2
     (error,) = errors(capsys)
@@ -86,21 +86,36 @@ def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, mo
     assert not (tmp_path / "heads.work").exists()
 
 
-def test_stopped_before_there_is_a_work_folder(heads, run, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+def test_stopped_and_resumed_equals_uninterrupted(stop, heads, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        replace, holder = STOPS[stop]
+        replace(patched, holder)
+        run(tmp_path / "heads", *SHORT)
+    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
+    assert_same_heads(tmp_path / "heads", heads)
+    assert rows(tmp_path / "heads") == rows(heads)
+
+
+def test_stopped_when_slots_per_head_are_measured(run, tmp_path, monkeypatch):
+    short = ["--score-texts", "2", "--budget-texts", "1"]
+    assert run(tmp_path / "whole", *short) == 0
+    short += ["--cache-dir", str(tmp_path / "cache")]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_in("allocate", 1)(patched, module)
-        run(tmp_path / "heads", *SHORT)
+        run(tmp_path / "heads", *short)
 
     def recorded_again(*arguments, **options):
         raise AssertionError("the errors are remembered")
 
     monkeypatch.setattr("lococo.training.budgets.record", recorded_again)
-    assert run(tmp_path / "heads", *SHORT, "--resume") == 0
-    assert_same_heads(tmp_path / "heads", heads)
+    assert run(tmp_path / "heads", *short, "--resume") == 0
+    assert_same_heads(tmp_path / "heads", tmp_path / "whole")
 
 
 def test_resumed_after_its_last_step_with_windows_left(run, tmp_path, monkeypatch):
-    short = [*NOTHING, "--objective", "next-token", "--steps", "2", "--measure-every", "1"]
+    short = [*NOTHING, "--recipe", "blend", "--objective", "next-token", "--steps", "2", "--measure-every", "1"]
     assert run(tmp_path / "whole", *short) == 0
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_in("_save", 1)(patched, Calibration)
@@ -124,6 +139,7 @@ def test_a_folder_of_something_else_is_neither_resumed_nor_removed(run, tmp_path
 def calibrate_tiny(folder, windows_per_step=2):
     """Float32 heads after every stage, in one process or in one of two."""
     recipe = Recipe(
+        scores=ScoreConfig(texts=6, texts_per_step=2, repeats=3),  # twice a step of two and one of one
         budget_texts=2,
         local=LocalConfig(steps=3),
         local_texts=4,
@@ -132,7 +148,7 @@ def calibrate_tiny(folder, windows_per_step=2):
         windows_per_step=windows_per_step,
         measure_every=2,
     )
-    config = LoCoCoConfig(SLOTS, block_size=BLOCK, head_rank=4, kernel_size=5, gate_init=0.2)
+    config = LoCoCoConfig(SLOTS, block_size=BLOCK, score="learned", head_rank=4, kernel_size=5, gate_init=0.2)
     places = dict(output=folder / "heads", work_dir=folder / "work", cache_dir=folder / "cache")
     texts = data_config(folder / "words.jsonl")
     calibration = Calibration(config=config, data=texts, recipe=recipe, first=FIRST, dtype=None, **places)
@@ -157,6 +173,9 @@ def test_two_processes_make_the_heads_of_one(tmp_path):
             worker.kill()
     assert_same_heads(folders[1] / "heads", folders[0] / "heads", atol=1e-9)
     assert sorted(path.name for path in folders[1].iterdir()) == ["cache", "heads", "words.jsonl"]
+    (journal,) = folders[1].glob("cache/measured-*.jsonl")
+    keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+    assert len(keys) == len(set(keys)), "what one process has measured the other measures again"
     together = rows(folders[1] / "heads")
     assert [row.keys() for row in together] == [row.keys() for row in alone]
     assert content(folders[1] / "heads")["metrics"] == pytest.approx(

@@ -209,6 +209,15 @@ def test_two_processes_train_like_one(task, two_processes, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_learn_scores_like_one_also_from_fewer_texts(two_processes, tmp_path):
+    expected = training_worker.learn_scores(tmp_path)
+    for result in two_processes:
+        assert_same(result["scores"]["networks"], expected["networks"], atol=1e-9)
+        for row, of_one in zip(result["scores"]["rows"], expected["rows"], strict=True):
+            assert row == pytest.approx(of_one, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_suspension_reaches_into_ddp(two_processes):
     expected = logits(tiny_llama().double(), tiny_ids(1, 64))
     assert all(torch.equal(result["suspended"], expected) for result in two_processes)
@@ -257,13 +266,13 @@ def stop_after(step):
 
 @pytest.mark.parametrize("objective", [NextToken(), Distill(backprop_tokens=20)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, tmp_path):
-    options = dict(max_steps=7, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2)
+    options = dict(max_steps=5, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2)
     kept, first, resumed = (patched_tiny(dtype=torch.float32) for _ in range(3))
-    head_trainer(kept, tmp_path / "kept", objective, windows(10), **options).train()
-    head_trainer(first, tmp_path / "cut", objective, windows(10), callbacks=[stop_after(4)], **options).train()
-    trainer = head_trainer(resumed, tmp_path / "cut", objective, windows(10), **options)
+    head_trainer(kept, tmp_path / "kept", objective, windows(6), **options).train()
+    head_trainer(first, tmp_path / "cut", objective, windows(6), callbacks=[stop_after(2)], **options).train()
+    trainer = head_trainer(resumed, tmp_path / "cut", objective, windows(6), **options)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 7
+    assert trainer.state.global_step == 5
     assert not torch.equal(heads(first)["0.gate"], heads(kept)["0.gate"])
     assert_same(heads(resumed), heads(kept))
 
