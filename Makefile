@@ -187,8 +187,8 @@ inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a pictu
 calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
 calibrate-%: $(MODEL)/$(GGUF)
-	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --windows 210 --heldout 3 \
-		--steps 16 --learning-rate 3e-3 --measure-every 8 --output $(HEADS)-$* --resume
+	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --heldout 3 --output $(HEADS)-$* \
+		--resume
 
 BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --documents 2 --methods full,h2o,h2o-slot \
 	--num-slots $(BUDGETS) --heads $(BUDGETS:%=$(HEADS)-%)

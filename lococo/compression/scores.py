@@ -36,6 +36,7 @@ NEEDS = frozenset({"attention", "position", "keys", "values", "features"})
 
 # Attention below which a learned score takes a token's statistic for noise.
 SCORE_FLOOR = 1e-5
+LARGEST_CHANGE = 60.0
 
 
 class Score(abc.ABC):
@@ -173,7 +174,8 @@ class LearnedScore(DistantScore):
         statistic = super().rank(entries, age, config)
         if entries.features is None:
             return statistic
-        change = self._change(statistic, entries.features, age)
+        # A factor beyond what float32 holds would be infinite, and no number where S is 0.
+        change = self._change(statistic, entries.features, age).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
         return statistic * change.exp() + SCORE_FLOOR * change.expm1()
 
     def logits(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:

@@ -232,6 +232,7 @@ class Calibration(TrainingRun):
                 f"score_texts must be 0 where no score that learns gives slots (score={config.score!r}, num_heavy="
                 f"{config.num_heavy}), got {settings.texts}; or use score='learned' and more slots"
             )
+        length = min(length, settings.length)
         if length < 2 * config.block_size:
             raise ValueError(
                 f"windows of {length} tokens are too short for scores: they learn what is looked up after a block of "
@@ -331,7 +332,7 @@ class Calibration(TrainingRun):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.data.seed)
                 networks = ScoreNetworks.of(model, self.config)
-        windows, before = train.evenly(settings.texts), 0
+        windows, before = train.evenly(settings.texts)[:, : settings.length], 0
         if self._finds_budgets:
             half = len(windows) // 2
             windows, before = (windows[:half], 0) if is_first else (windows[half:], half)

@@ -115,6 +115,8 @@ class ScoreConfig:
     ----------
     texts : int
         Texts read, each once.
+    length : int
+        Tokens read of a text, at most: scores of shorter texts serve longer ones.
     texts_at_once : int
         Texts that are held, and learned from in turn.
     texts_per_step : int
@@ -133,14 +135,15 @@ class ScoreConfig:
     """
 
     texts: int = 48
+    length: int = 2048
     texts_at_once: int = 8
     texts_per_step: int = 2
-    repeats: int = 12
-    learning_rate: float = 1e-3
+    repeats: int = 20
+    learning_rate: float = 2e-3
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"texts": 1, "texts_per_step": 1, "repeats": 1}, ("learning_rate",), "score ")
+        check_ranges(self, {"texts": 1, "length": 2, "texts_per_step": 1, "repeats": 1}, ("learning_rate",), "score ")
         check_ranges(self, {"texts_at_once": self.texts_per_step}, (), "score ")
         if not isinstance(self.weight_decay, int | float) or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"score weight_decay must be at least 0, got {self.weight_decay!r}")
