@@ -25,6 +25,7 @@ from calibrated import (
     WINDOWS,
     assert_same_heads,
     content,
+    data_config,
     errors,
     heldout_windows,
     nll,
@@ -41,6 +42,7 @@ from lococo.cli.main import main
 from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
+from lococo.data.windows import prepare
 from lococo.heads import HEADS_NAME
 from lococo.methods import as_method, method_config
 from lococo.training import gap
@@ -48,6 +50,7 @@ from lococo.training.calibrate import calibrate, plan_calibration
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, NextToken
 from lococo.training.recipes import RECIPES, Recipe, ScoreConfig, adjusted
+from lococo.training.scores import train_scores
 
 LEARNED = LoCoCoConfig(SLOTS, block_size=BLOCK, score="learned", num_sinks=2, num_heavy=10, num_recent=4)
 
@@ -149,7 +152,22 @@ def is_of_score(name):
     return ".score." in name
 
 
-def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(run, texts, cache, tmp_path, capsys):
+def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
+    run, texts, cache, tmp_path, monkeypatch, capsys
+):
+    measured, learned, measure = [], [], gap.GapRatio.measure
+
+    def noted_measure(self, model):
+        networks = lococo.state.patch_of(model).networks
+        measured.append([each.detach().clone() for index in networks for each in networks[index].parameters()])
+        return measure(self, model)
+
+    def noted_training(model, networks, windows, *arguments):
+        learned.append(windows)
+        return train_scores(model, networks, windows, *arguments)
+
+    monkeypatch.setattr(gap.GapRatio, "measure", noted_measure)
+    monkeypatch.setattr("lococo.training.calibrate.train_scores", noted_training)
     assert run(tmp_path / "heads", "--score-texts", "5", "--budget-texts", "1") == 0
     config = LoCoCoConfig.from_pretrained(tmp_path / "heads")
     assert config.num_fused == 0 and config.slots_per_head is not None
@@ -157,6 +175,12 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
     assert all(is_of_score(name) and tensor.dtype == torch.bfloat16 for name, tensor in tensors.items())
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
+    kept = [each for network in lococo.state.patch_of(model).networks.values() for each in network.parameters()]
+    for before, after, here in zip(*measured, kept, strict=True):
+        assert torch.equal(after, here) and torch.equal(before.bfloat16().float(), here)
+    assert any(not torch.equal(*pair) for pair in zip(*measured, strict=True)), "nothing was rounded"
+    train = prepare(data_config(texts), word_tokenizer(), cache / "tokens")[0]
+    assert [len(part) for part in learned] == [2, 3] and torch.equal(torch.cat(learned), train.evenly(5))
     (start,), (saved,) = rows(tmp_path / "heads", "start"), rows(tmp_path / "heads", "saved")
     assert saved["heldout_nll"] == pytest.approx(nll(model, heldout_windows(texts, cache)), rel=1e-6)
     assert "loss" not in start
