@@ -276,6 +276,16 @@ def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
+@pytest.mark.filterwarnings("ignore:the data holds 1 training windows")
+def test_one_window_is_too_little_for_scores_and_slots_per_head(tmp_path):
+    dataset, folder = own_documents(2), tmp_path / "heads"
+    with pytest.raises(ValueError, match=r"training windows in the data must be at least 2: half .*, got 1"):
+        calibrate_in_python(tiny_llama(), dataset, folder, tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    once = dict(budget_texts=0, local_steps=0, steps=1, windows_per_step=1)
+    calibrate_in_python(tiny_llama(), dataset, folder, tmp_path / "cache", **once)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
