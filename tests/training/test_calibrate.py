@@ -547,7 +547,7 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--block-size", "0"], "block_size must be an integer of at least 1, got 0"),
         (["--recipe", "blend", "--steps", "0"], "steps must be at least 1 with an objective"),
-        (["--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
+        (["--recipe", "blend", "--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
         (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
         (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
         (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
@@ -557,6 +557,8 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--recipe", "paper", "--score-texts", "3"], "must be 0 .*score='last', .* got 3; or use score='learned'"),
         (["--num-slots", "4"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
         (["--objective", "distill", "--steps", "5"], "objective trains blends, .* use recipe='blend', .* got Distill"),
+        (["--steps", "3"], "steps is for end-to-end training, which the recipe leaves out: use recipe='blend', got 3"),
+        (["--learning-rate", "0.1"], "learning_rate is for end-to-end training, .* use recipe='blend', got 0.1"),
         (["--local-steps", "3"], "local_steps trains blends, .* use recipe='blend', .* got 3"),
         (
             ["--num-slots", "8", "--block-size", "12", "--length", "20", "--first", "9"],
