@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from experiments.ablation.grid import grid_cells
@@ -9,7 +10,7 @@ from experiments.ablation.run import Plan
 from lococo.data.documents import local_files
 from lococo.data.windows import DEFAULT_DATASET, DataConfig
 from lococo.methods import plan_runs
-from lococo.training.recipes import Recipe, adjusted, default_recipe
+from lococo.training.recipes import Recipe, adjusted, blend_recipe
 
 NEEDED = ("full", "h2o")
 OBJECTIVES = ("distill", "next-token", "local")
@@ -51,7 +52,7 @@ def plan_ablation(
     objective : {"distill", "next-token", "local"}
         "local" trains layer by layer, ``steps`` steps each.
     learning_rate : float, optional
-        Of training from end to end. None: that of the default recipe.
+        Of training from end to end. None: that of the recipe "blend".
     budget_texts : int
         Texts for the slots of each KV head. 0: the same slots for all.
     length, first : int
@@ -63,9 +64,9 @@ def plan_ablation(
         If nothing is varied, a value is out of range, or texts to measure on are calibrated on.
     """
     _check_apart(data or (), dataset or ())
-    base, recipe = default_recipe(1, block_size)
+    base, recipe = blend_recipe(1, block_size)
     cells = grid_cells(
-        base,
+        dataclasses.replace(base, score="distant"),  # the blends alone are compared
         centre,
         slots=num_slots,
         kernels=kernel_size,
@@ -142,5 +143,6 @@ def _recipe(
         windows_per_step=windows_per_step,
         learning_rate=learning_rate,
         budget_texts=budget_texts,
+        score_texts=0,
         measure_every=max(1, steps // 4),  # and as often the state is saved
     )

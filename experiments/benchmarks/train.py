@@ -20,7 +20,7 @@ from lococo.methods import Run
 from lococo.state import is_patched, patch_of
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Caches, NextToken, Objective, WindowLoss
-from lococo.training.recipes import default_recipe
+from lococo.training.recipes import blend_recipe
 
 OBJECTIVES = ("distill", "next-token")
 Loss = Callable[[torch.Tensor, Caches, int, int], torch.Tensor]
@@ -100,7 +100,7 @@ def with_objectives(cells: Sequence[Cell], objectives: Sequence[str]) -> list[Ce
 def objective_of(cell: Cell) -> Objective:
     """The objective of a cell with a compressed cache, its chunks those of the default calibration."""
     config: LoCoCoConfig = cell.run.config  # type: ignore[assignment]
-    objective: Objective = default_recipe(config.num_slots, config.block_size)[1].objective  # type: ignore[assignment]
+    objective: Objective = blend_recipe(config.num_slots, config.block_size)[1].objective  # type: ignore[assignment]
     return objective if cell.objective == "distill" else NextToken(backprop_tokens=objective.backprop_tokens)
 
 

@@ -47,6 +47,7 @@ from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 Rows = list[dict[str, Any]]
 SCORE_STATES = ("scores.safetensors", "scores_with_budgets.safetensors")
 ADJUSTMENTS = {"backprop_tokens", "local_steps", "score_texts"}
+OF_STEPS = ("steps", "windows_per_step", "learning_rate", "scalar_lr_factor", "backprop_tokens")
 RECIPE_OPTIONS = {field.name for field in dataclasses.fields(Recipe)} | ADJUSTMENTS
 
 
@@ -150,6 +151,13 @@ def plan_calibration(
         check_count("length", length, least=2)
     recipe_config, named = RECIPES[name](num_slots, min(num_slots, 512) if block_size is None else block_size)
     chosen = adjusted(recipe if isinstance(recipe, Recipe) else named, **changes)
+    if chosen.objective is None and changes.get("objective") is None:
+        for option in OF_STEPS:
+            if changes.get(option):
+                raise ValueError(
+                    f"{option} is for end-to-end training, which the recipe leaves out: use recipe='blend', got "
+                    f"{changes[option]!r}"
+                )
     if chosen.scores is None and recipe_config.has_features:
         recipe_config = dataclasses.replace(recipe_config, score="distant")  # what it is before anything is learned
     return plan_run(

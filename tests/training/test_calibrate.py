@@ -25,6 +25,7 @@ from calibrated import (
     WINDOWS,
     assert_same_heads,
     content,
+    data_config,
     errors,
     heldout_windows,
     nll,
@@ -41,6 +42,7 @@ from lococo.cli.main import main
 from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
+from lococo.data.windows import prepare
 from lococo.heads import HEADS_NAME
 from lococo.methods import as_method, method_config
 from lococo.training import gap
@@ -48,6 +50,7 @@ from lococo.training.calibrate import calibrate, plan_calibration
 from lococo.training.local import LocalConfig
 from lococo.training.objectives import Distill, NextToken
 from lococo.training.recipes import RECIPES, Recipe, ScoreConfig, adjusted
+from lococo.training.scores import train_scores
 
 LEARNED = LoCoCoConfig(SLOTS, block_size=BLOCK, score="learned", num_sinks=2, num_heavy=10, num_recent=4)
 
@@ -149,7 +152,22 @@ def is_of_score(name):
     return ".score." in name
 
 
-def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(run, texts, cache, tmp_path, capsys):
+def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
+    run, texts, cache, tmp_path, monkeypatch, capsys
+):
+    measured, learned, measure = [], [], gap.GapRatio.measure
+
+    def noted_measure(self, model):
+        networks = lococo.state.patch_of(model).networks
+        measured.append([each.detach().clone() for index in networks for each in networks[index].parameters()])
+        return measure(self, model)
+
+    def noted_training(model, networks, windows, *arguments):
+        learned.append(windows)
+        return train_scores(model, networks, windows, *arguments)
+
+    monkeypatch.setattr(gap.GapRatio, "measure", noted_measure)
+    monkeypatch.setattr("lococo.training.calibrate.train_scores", noted_training)
     assert run(tmp_path / "heads", "--score-texts", "5", "--budget-texts", "1") == 0
     config = LoCoCoConfig.from_pretrained(tmp_path / "heads")
     assert config.num_fused == 0 and config.slots_per_head is not None
@@ -157,6 +175,12 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
     assert all(is_of_score(name) and tensor.dtype == torch.bfloat16 for name, tensor in tensors.items())
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
+    kept = [each for network in lococo.state.patch_of(model).networks.values() for each in network.parameters()]
+    for before, after, here in zip(*measured, kept, strict=True):
+        assert torch.equal(after, here) and torch.equal(before.bfloat16().float(), here)
+    assert any(not torch.equal(*pair) for pair in zip(*measured, strict=True)), "nothing was rounded"
+    train = prepare(data_config(texts), word_tokenizer(), cache / "tokens")[0]
+    assert [len(part) for part in learned] == [2, 3] and torch.equal(torch.cat(learned), train.evenly(5))
     (start,), (saved,) = rows(tmp_path / "heads", "start"), rows(tmp_path / "heads", "saved")
     assert saved["heldout_nll"] == pytest.approx(nll(model, heldout_windows(texts, cache)), rel=1e-6)
     assert "loss" not in start
@@ -250,6 +274,16 @@ def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
         with pytest.raises(ValueError, match=message):
             calibrate_in_python(tiny_llama(), dataset, tmp_path / "heads", tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.filterwarnings("ignore:the data holds 1 training windows")
+def test_one_window_is_too_little_for_scores_and_slots_per_head(tmp_path):
+    dataset, folder = own_documents(2), tmp_path / "heads"
+    with pytest.raises(ValueError, match=r"training windows in the data must be at least 2: half .*, got 1"):
+        calibrate_in_python(tiny_llama(), dataset, folder, tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    once = dict(budget_texts=0, local_steps=0, steps=1, windows_per_step=1)
+    calibrate_in_python(tiny_llama(), dataset, folder, tmp_path / "cache", **once)
 
 
 @pytest.mark.parametrize(
@@ -513,7 +547,7 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--block-size", "0"], "block_size must be an integer of at least 1, got 0"),
         (["--recipe", "blend", "--steps", "0"], "steps must be at least 1 with an objective"),
-        (["--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
+        (["--recipe", "blend", "--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
         (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
         (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
         (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
@@ -523,6 +557,8 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--recipe", "paper", "--score-texts", "3"], "must be 0 .*score='last', .* got 3; or use score='learned'"),
         (["--num-slots", "4"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
         (["--objective", "distill", "--steps", "5"], "objective trains blends, .* use recipe='blend', .* got Distill"),
+        (["--steps", "3"], "steps is for end-to-end training, which the recipe leaves out: use recipe='blend', got 3"),
+        (["--learning-rate", "0.1"], "learning_rate is for end-to-end training, .* use recipe='blend', got 0.1"),
         (["--local-steps", "3"], "local_steps trains blends, .* use recipe='blend', .* got 3"),
         (
             ["--num-slots", "8", "--block-size", "12", "--length", "20", "--first", "9"],

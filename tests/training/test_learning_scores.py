@@ -127,6 +127,22 @@ def test_where_a_window_decides_nothing_is_learned(tmp_path):
     assert all(row["closed"] == row["closed"] for row in told), "not a number"
 
 
+def test_the_learning_rate_falls_linearly_and_matrices_decay(tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer, *arguments):
+        seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+        dims = [{parameter.dim() for parameter in group["params"]} for group in optimizer.param_groups]
+        assert dims == [{2}, {1}]
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    settings = dataclasses.replace(SHORT, learning_rate=0.5, weight_decay=0.3)
+    trained(tiny_llama(), tmp_path / "state", settings=settings)
+    rates = [0.5 * (1 - done / 6) for done in range(6)]  # three steps on texts, two of the optimizer on each
+    assert seen == [[(pytest.approx(rate), 0.3), (pytest.approx(rate), 0.0)] for rate in rates]
+
+
 def test_the_loss_must_be_finite(tmp_path):
     model = tiny_llama()
     model.model.layers[1].self_attn.v_proj.weight.data[:] = torch.inf

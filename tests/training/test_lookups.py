@@ -14,8 +14,8 @@ from lococo import LoCoCoConfig
 from lococo.kernels.scoring import is_autocast
 from lococo.models import find_family
 from lococo.registry import SCORES
-from lococo.training.lookups import record_lookups
-from lococo.training.record import record
+from lococo.training.lookups import fast_products, record_lookups
+from lococo.training.record import record, recording
 from lococo.training.scores import ScoreNetworks, lookup_loss, lost_shares
 
 LENGTH, BLOCK = 45, 8  # five blocks and a part of one
@@ -135,6 +135,18 @@ def test_a_model_in_float32_is_close_to_one_in_float64(capabilities, error, monk
             assert difference < error, name
             if capabilities:
                 assert difference > 1e-4, "nothing was computed in bfloat16"
+
+
+@torch.no_grad()
+def test_what_tokens_receive_is_exact_where_a_model_computes_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    model, entries = tiny_llama(), {}
+    with recording(model, entries.__setitem__), fast_products(model):
+        model(IDS)
+    for index, lookups in recorded(model)[0].items():
+        scores, later, _ = naive_lookups(entries[index], CONFIG, 0)
+        torch.testing.assert_close(lookups.scores[:, 0].double(), scores, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(lookups.later[:, 0].double(), later, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_in_half_precision_keeps_its_own(monkeypatch):
