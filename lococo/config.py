@@ -205,6 +205,11 @@ class LoCoCoConfig:
         """The same method for heads with another number of slots, shared out in the same proportions."""
         return self if num_slots == self.num_slots and self.slots_per_head is None else _with_slots(self, num_slots)
 
+    @property
+    def whole(self) -> LoCoCoConfig:
+        """The model's config, of one that ``with_slots`` has made for some heads; else itself."""
+        return vars(self).get("_whole", self)
+
     def layer_configs(self, layer_idx: int) -> tuple[LoCoCoConfig, ...]:
         """One config per KV head of a layer, or a single one for all of its heads."""
         if self.slots_per_head is None:
@@ -320,9 +325,11 @@ def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
     heavy = num_slots - sinks - recent - min(fused, num_slots - sinks - recent)
     if config.num_heavy == 0:  # what rounding left goes to another kind
         recent, heavy = recent + (heavy if config.num_recent else 0), 0
-    return dataclasses.replace(
+    of_head = dataclasses.replace(
         config, num_slots=num_slots, num_sinks=sinks, num_recent=recent, num_heavy=heavy, slots_per_head=None
     )
+    object.__setattr__(of_head, "_whole", config.whole)
+    return of_head
 
 
 def check_count(name: str, value: Any, least: int) -> None:

@@ -165,6 +165,14 @@ class LearnedScore(DistantScore):
 
     needs = DistantScore.needs | {"features"}
 
+    def delay(self, config: LoCoCoConfig) -> int:
+        """That of the average head, for all of them: the network learns one statistic, whatever the slots."""
+        return super().delay(config.whole)
+
+    def fade(self, config: LoCoCoConfig) -> float:
+        """That of the average head."""
+        return super().fade(config.whole)
+
     def network(self, num_kv_heads: int, head_dim: int, **factory: Any) -> nn.Module:
         """Of three features."""
         return ScoreNetwork(num_kv_heads, head_dim, 3, **factory)

@@ -45,7 +45,7 @@ from lococo.training.scores import ScoreNetworks, train_scores
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
 Rows = list[dict[str, Any]]
-SCORE_STATES = ("scores.safetensors", "scores_with_budgets.safetensors")
+SCORE_STATE = "scores.safetensors"
 ADJUSTMENTS = {"backprop_tokens", "local_steps", "score_texts"}
 OF_STEPS = ("steps", "windows_per_step", "learning_rate", "scalar_lr_factor", "backprop_tokens")
 RECIPE_OPTIONS = {field.name for field in dataclasses.fields(Recipe)} | ADJUSTMENTS
@@ -197,7 +197,7 @@ class Calibration(TrainingRun):
     dtype: torch.dtype | None = torch.bfloat16
     recordings_dir: Path | None = None
 
-    work_names = (*TrainingRun.work_names, "recordings", "local", *SCORE_STATES)
+    work_names = (*TrainingRun.work_names, "recordings", "local", SCORE_STATE)
     trainer = HeadTrainer
 
     def check(self) -> None:
@@ -246,15 +246,6 @@ class Calibration(TrainingRun):
                 f"windows of {length} tokens are too short for scores: they learn what is looked up after a block of "
                 f"{config.block_size}; choose windows of two blocks at least, or smaller blocks"
             )
-        for name, value in {"score_texts": settings.texts, "num_windows": self.data.num_windows}.items():
-            self._check_score_texts(name, value)
-
-    def _check_score_texts(self, name: str, texts: int) -> None:
-        if self._finds_budgets and texts < 2:
-            raise ValueError(
-                f"{name} must be at least 2: half of the texts are read before the slots of each KV head are found, "
-                f"and half after (budget_texts=0: all at once), got {texts}"
-            )
 
     @property
     def _finds_budgets(self) -> bool:
@@ -279,24 +270,16 @@ class Calibration(TrainingRun):
 
         with processes.main_process_first():
             train, heldout = prepare(self.data, tokenizer, self.cache_dir / "tokens")
-            if self.recipe.scores:
-                self._check_score_texts("the training windows in the data", len(train))
             description = self._description(weights_identity(model))
             check_same_run(self.work / RUN_NAME, description)
             measured = self.cache_dir / f"measured-{description['model']}.jsonl"
             gap = baselines(model, heldout.ids, self.config, self.first, Journal(measured, self.deadline))
             if processes.is_main_process:
                 self.begin(description)
-        networks = self._learn_scores(model, train, None, add)
+        networks = self._learn_scores(model, train, add)
         with processes.main_process_first():
             # Read anew: the first process has written into it.
             config = self._with_budgets(model, train, Journal(measured, self.deadline), networks, add)
-        if networks is not None and config is not self.config:
-            with patched(model, config):
-                networks.put_into(patch_of(model))
-                add("budgets", step=0, **gap.measure(model))
-            networks = self._learn_scores(model, train, ScoreNetworks(config, networks.by_layer, networks.rotary), add)
-        with processes.main_process_first():
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
             if self.recipe.local:
                 recordings.add(model, train.evenly(self.recipe.local_texts))
@@ -329,26 +312,18 @@ class Calibration(TrainingRun):
             {"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, "first": self.first}
         )
 
-    def _learn_scores(
-        self, model: PreTrainedModel, train: Windows, networks: ScoreNetworks | None, add: Callable[..., None]
-    ) -> ScoreNetworks | None:
-        """Networks of a learned score after the first part of the texts, or, given those, after the second."""
-        settings, is_first = self.recipe.scores, networks is None
+    def _learn_scores(self, model: PreTrainedModel, train: Windows, add: Callable[..., None]) -> ScoreNetworks | None:
+        """Networks of a learned score, if the recipe says so."""
+        settings = self.recipe.scores
         if settings is None:
             return None
-        if networks is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.data.seed)
-                networks = ScoreNetworks.of(model, self.config)
-        windows, before = train.evenly(settings.texts)[:, : settings.length], 0
-        if self._finds_budgets:
-            half = len(windows) // 2
-            windows, before = (windows[:half], 0) if is_first else (windows[half:], half)
-        state = self.work / SCORE_STATES[not is_first]
-        stage = "scores"
-        tell = functools.partial(self._tell_stage, stage)
-        for row in train_scores(model, networks, windows, settings, state, self.deadline, tell):
-            add(stage, **({**row, "texts": before + row["texts"]} if "texts" in row else row))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.data.seed)
+            networks = ScoreNetworks.of(model, self.config)
+        windows = train.evenly(settings.texts)[:, : settings.length]
+        tell = functools.partial(self._tell_stage, "scores")
+        for row in train_scores(model, networks, windows, settings, self.work / SCORE_STATE, self.deadline, tell):
+            add("scores", **row)
         return networks
 
     def _tell_stage(self, stage: str, **row: Any) -> None:

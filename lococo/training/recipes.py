@@ -156,7 +156,7 @@ class Recipe(TrainingRecipe):
     Parameters
     ----------
     scores : ScoreConfig, optional
-        Training of a learned score, half of it before the slots of each KV head are found and half with them.
+        Training of a learned score, with which the slots of each KV head are found.
     budget_texts : int
         Texts on which the errors are measured that decide how many slots each KV head gets.
     local : LocalConfig, optional
