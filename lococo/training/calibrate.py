@@ -406,7 +406,6 @@ def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
     if config.slots_per_head:
         by_head = list(zip(*config.slots_per_head, strict=True))
         panels.append(HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True))
-    # At the end, where there are two trainings.
     if lost := {row["layer"]: row for row in rows if row["stage"] == "scores" and "layer" in row}:
         names = {"lost_before": "distant score", "lost": "learned score", "lost_oracle": "oracle"}
         shares = [
