@@ -233,7 +233,7 @@ class _Trainer:
                 total += weight * loss.item() / len(text)
         total = float(_summed([torch.tensor(total, dtype=torch.float64)])[0])
         if not math.isfinite(total):  # in all processes, so that none waits for another
-            raise FloatingPointError(f"scores, texts {self.batch + 1} of {self.batches}: the loss is {total}")
+            raise FloatingPointError(f"scores, step {self.batch + 1} of {self.batches}: the loss is {total}")
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         for gradient, summed in zip(gradients, _summed(gradients), strict=True):
             gradient.copy_(summed)
