@@ -123,7 +123,7 @@ def _lookups(entry: LayerRecord, config: LoCoCoConfig, rotary: Rotary | None) ->
     for end in reversed(range(ends)):
         later[end] = received[end + 1] if end + 1 == ends else received[end + 1] + FUTURE_FADE * later[end + 1]
     seen = (size * torch.arange(1, ends + 1, device=device))[:, None, None]
-    is_candidate = (positions >= config.num_sinks) & (positions < seen - config.num_recent)
+    is_candidate = (positions >= config.num_sinks) & (positions < seen - config.num_recent)  # type: ignore[operator]
     kept = torch.float16 if entry.key.dtype == torch.float32 else entry.key.dtype
     return Lookups(keys.to(kept), entry.value.to(kept), scores, later, is_candidate, size)
 
