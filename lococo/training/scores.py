@@ -38,14 +38,14 @@ TOLD_TEXTS = 32
 
 @dataclasses.dataclass
 class ScoreNetworks:
-    """The networks of a model's layers, before they are put into it.
+    """The networks of a model's layers, as trainings use them.
 
     Attributes
     ----------
     config : LoCoCoConfig
         Of the average head: networks learn with the same slots for all.
     by_layer : dict of int to torch.nn.Module
-        In float32, on the devices of their layers.
+        On the devices of their layers; new ones in float32.
     rotary : dict
         What takes the rotation off a layer's keys.
     """
