@@ -60,9 +60,9 @@ class LoCoCoConfig:
     score : {"distant", "learned", "mean", "sum", "last"} or str
         Ranking of heavy hitters, of these or of a name given to ``lococo.register_score``. "distant": mean square of
         the attention from queries at least ``num_recent`` entries later, when the token is a recent no more, older
-        queries fading; "learned": the same times a factor that calibration learns to make of the token itself;
-        "mean": attention per query that could see the token; "sum": in total (H2O); "last": from the
-        current block alone.
+        queries fading; "learned": the same, counted alike in all heads whatever their slots, times a factor that
+        calibration learns to make of the token itself; "mean": attention per query that could see the token; "sum":
+        in total (H2O); "last": from the current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     slots_per_head : tuple of tuples of int, optional

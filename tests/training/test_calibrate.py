@@ -679,5 +679,7 @@ def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path,
     printed = capsys.readouterr().out
     assert "perplexity with the full cache: " in printed and "with 16 slots per layer: " in printed
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
-    untrained = LoCoCoConfig.from_pretrained(tmp_path / "heads").gate_init
-    assert all((head.gate != untrained).any() for head in lococo.state.patch_of(model).heads.values())
+    config, patch = LoCoCoConfig.from_pretrained(tmp_path / "heads"), lococo.state.patch_of(model)
+    assert all((head.gate != config.gate_init).any() for head in patch.heads.values()) and patch.heads
+    assert all(network.output.weight.abs().max() > 0 for network in patch.networks.values())
+    assert len(patch.networks) == 2 and config.slots_per_head is not None
