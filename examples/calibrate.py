@@ -1,10 +1,13 @@
-"""Train heads for a model and see what they are worth: the steps of ``lococo calibrate`` that matter, one by one.
+"""Train heads for a model and see what they are worth: the steps of ``lococo calibrate --recipe blend``, one by one.
+
+The first two of them, scores and slots per head, are all that its default recipe does.
 
 python examples/calibrate.py --model folder --data texts.jsonl --output heads
 accelerate launch examples/calibrate.py --model folder --data texts.jsonl --output heads
 """
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -15,7 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 import lococo
 from lococo.data.windows import DataConfig, prepare
 from lococo.metrics import perplexity
+from lococo.state import patch_of
+from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.objectives import Distill
+from lococo.training.recipes import ScoreConfig
+from lococo.training.scores import ScoreNetworks, train_scores
 from lococo.training.trainer import HeadTrainer
 
 
@@ -41,8 +48,22 @@ def main():
     process.print(f"perplexity with the full cache: {perplexity(model, texts, first=options.length // 2):.3f}")
 
     torch.manual_seed(0)  # the same first weights in every process
-    block_size = min(options.num_slots, 512)
-    lococo.patch_model(model, lococo.LoCoCoConfig(options.num_slots, block_size, head_rank=16, gate_init=0.05))
+    slots, block_size = options.num_slots, min(options.num_slots, 512)
+    config = lococo.LoCoCoConfig(slots, block_size, score="learned", head_rank=16, gate_init=0.05)
+
+    # 1. What will be looked up is foreseen when it is read: networks learn it from forward passes.
+    networks = ScoreNetworks.of(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        train_scores(model, networks, train.ids, ScoreConfig(texts=len(train.ids)), Path(folder) / "scores")
+
+    # 2. Slots go to the KV heads whose evicted tokens the loss would miss.
+    levels = slot_levels(slots)
+    errors = eviction_errors(model, train.evenly(7), config, levels, lambda key, measured: measured(), networks)
+    config = dataclasses.replace(config, slots_per_head=allocate(errors, levels, slots))
+    lococo.patch_model(model, config)
+    networks.put_into(patch_of(model))
+
+    # 3. Blends are distilled from the full cache.
     with tempfile.TemporaryDirectory() as folder:
         arguments = dict(max_steps=options.steps, learning_rate=1e-3, per_device_train_batch_size=1, logging_steps=10)
         on_cpu = process.device.type == "cpu"

@@ -60,9 +60,9 @@ class LoCoCoConfig:
     score : {"distant", "learned", "mean", "sum", "last"} or str
         Ranking of heavy hitters, of these or of a name given to ``lococo.register_score``. "distant": mean square of
         the attention from queries at least ``num_recent`` entries later, when the token is a recent no more, older
-        queries fading; "learned": the same times a factor that calibration learns to make of the token itself;
-        "mean": attention per query that could see the token; "sum": in total (H2O); "last": from the
-        current block alone.
+        queries fading; "learned": the same, counted alike in all heads whatever their slots, times a factor that
+        calibration learns to make of the token itself; "mean": attention per query that could see the token; "sum":
+        in total (H2O); "last": from the current block alone.
     decode_block_size : int, optional
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     slots_per_head : tuple of tuples of int, optional
@@ -203,7 +203,9 @@ class LoCoCoConfig:
 
     def with_slots(self, num_slots: int) -> LoCoCoConfig:
         """The same method for heads with another number of slots, shared out in the same proportions."""
-        return self if num_slots == self.num_slots and self.slots_per_head is None else _with_slots(self, num_slots)
+        if num_slots == self.num_slots and self.slots_per_head is None:
+            return self
+        return _with_slots(self, num_slots, self.whole)
 
     @property
     def whole(self) -> LoCoCoConfig:
@@ -317,7 +319,7 @@ def _is_number(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
+def _with_slots(config: LoCoCoConfig, num_slots: int, whole: LoCoCoConfig) -> LoCoCoConfig:
     assert config.num_sinks is not None and config.num_recent is not None  # filled by __post_init__
     sinks = min(config.num_sinks, num_slots)
     recent, fused = (count * num_slots // config.num_slots for count in (config.num_recent, config.num_fused))
@@ -328,7 +330,7 @@ def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
     of_head = dataclasses.replace(
         config, num_slots=num_slots, num_sinks=sinks, num_recent=recent, num_heavy=heavy, slots_per_head=None
     )
-    object.__setattr__(of_head, "_whole", config.whole)
+    object.__setattr__(of_head, "_whole", whole)
     return of_head
 
 

@@ -12,8 +12,8 @@ from lococo.metrics import token_nlls
 
 LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
 FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
-WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "6"]
-SHORT = ["--recipe", "blend", "--score-texts", "4", "--budget-texts", "1", "--local-steps", "3", "--local-texts", "4"]
+WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "12"]
+SHORT = ["--recipe", "blend", "--score-texts", "10", "--budget-texts", "2", "--local-steps", "3", "--local-texts", "4"]
 SHORT += ["--steps", "4", "--windows-per-step", "2", "--measure-every", "2"]
 CHANGES = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
 CHANGES += ["score_texts", "budget_texts", "local_texts", "measure_every"]
@@ -21,7 +21,7 @@ NOTHING = ["--score-texts", "0", "--objective", "none", "--budget-texts", "0"]
 
 
 def data_config(texts):
-    return DataConfig(sources=(str(texts),), length=LENGTH, num_windows=6, num_heldout=2)
+    return DataConfig(sources=(str(texts),), length=LENGTH, num_windows=12, num_heldout=2)
 
 
 def heldout_windows(texts, cache):

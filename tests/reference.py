@@ -15,7 +15,8 @@ import torch
 if TYPE_CHECKING:
     from lococo.config import LoCoCoConfig
 
-DISTANT = ("distant", "learned", "foreseen")  # the scores that sum the attention of distant queries
+LEARNED = ("learned", "foreseen")
+DISTANT = ("distant", *LEARNED)  # the scores that sum the attention of distant queries
 Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -128,7 +129,9 @@ def naive_features(
 def foreseen(statistic: float, age: float, features: list[float]) -> float:
     """What features make of a token's distant score: the one place where the learned score's formula is."""
     bias, trust, decay = features
-    return (statistic + 1e-5) ** (1 + trust) * max(age, 1.0) ** decay * math.exp(bias)
+    received, read_since = (math.log(statistic + 1e-5) + 8) / 4, (math.log(max(age, 1.0)) - 6) / 1.5
+    change = bias + trust * received + decay * read_since
+    return (statistic + 1e-5) * math.exp(min(max(change, -60), 60))
 
 
 def naive_lococo(
@@ -152,7 +155,8 @@ def naive_lococo(
     k, v : Tensor (num_kv_heads, L, d)
         q and k come rotated for absolute positions, un-rotated for slot positions.
     config : LoCoCoConfig
-        With ``slots_per_head``, the first layer's are taken.
+        With ``slots_per_head``, the first layer's are taken. What a learned score is made of is counted in each
+        head as if it had ``num_slots``.
     head : NaiveHead, optional
         Needed where slots are fused; heads that fuse fewer slots use its first channels.
     rotate : callable, optional
@@ -195,11 +199,12 @@ def naive_lococo(
     for h in range(num_kv_heads):
         queries = q[h * group : (h + 1) * group]
         head_config = config if config.slots_per_head is None else config.with_slots(config.slots_per_head[0][h])
+        counted = config if config.score in LEARNED else head_config
         if window is not None:
             heavy = head_config.num_slots - head_config.num_recent
             head_config = dataclasses.replace(head_config, slots_per_head=None, num_sinks=0, num_heavy=heavy)
         output, entries = _read(
-            queries, k[h], v[h], features[h], head_config, head, rotate, scale, blocks, window, cuts
+            queries, k[h], v[h], features[h], head_config, counted, head, rotate, scale, blocks, window, cuts
         )
         outputs.append(output)
         held.append(entries)
@@ -212,6 +217,7 @@ def _read(
     values: torch.Tensor,
     features: list[list[float]],
     config: LoCoCoConfig,
+    counted: LoCoCoConfig,
     head: NaiveHead | None,
     rotate: Rotate | None,
     scale: float,
@@ -219,7 +225,10 @@ def _read(
     window: int | None,
     cuts: Collection[int],
 ) -> tuple[torch.Tensor, list[Entry]]:
-    """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end."""
+    """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end.
+
+    Of ``counted`` are the slots and recents by which the attention of distant queries is counted.
+    """
     length = keys.shape[0]
     left_over = length - sum(blocks)
     entries: list[Entry] = []
@@ -238,15 +247,15 @@ def _read(
                 Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself, features[token])
             )
             seen = entries if window is None else [entry for entry in entries if token - entry.born < window]
-            outputs.append(_attend(queries[:, token], entries, seen, config, head, rotate, scale))
+            outputs.append(_attend(queries[:, token], entries, seen, config, counted, head, rotate, scale))
         now += block
         if now in cuts:
             entries = [_cut(entry) for entry in entries]
         if number < len(blocks) and len(entries) > config.num_slots:
-            entries = _compress(entries, config, head, now, window)
+            entries = _compress(entries, config, counted, head, now, window)
         if config.score in DISTANT and number < len(blocks):
             for entry in entries:
-                entry.score *= 0.8 ** (block / config.num_slots)
+                entry.score *= 0.8 ** (block / counted.num_slots)
     return torch.stack(outputs, dim=1), entries
 
 
@@ -261,6 +270,7 @@ def _attend(
     entries: list[Entry],
     seen: list[Entry],
     config: LoCoCoConfig,
+    counted: LoCoCoConfig,
     head: NaiveHead | None,
     rotate: Rotate | None,
     scale: float,
@@ -282,14 +292,19 @@ def _attend(
     for query in queries:
         probabilities = torch.softmax(keys @ query * scale + bias, dim=0)
         outputs.append(probabilities @ values)
-        distant = len(entries) - config.num_recent if config.score in DISTANT else len(entries)
+        distant = len(entries) - counted.num_recent if config.score in DISTANT else len(entries)
         for entry, probability in zip(entries[: max(distant, 0)], probabilities.tolist(), strict=False):
             entry.score += probability**2 if config.score in DISTANT else probability
     return torch.stack(outputs)
 
 
 def _compress(
-    entries: list[Entry], config: LoCoCoConfig, head: NaiveHead | None, now: int, window: int | None
+    entries: list[Entry],
+    config: LoCoCoConfig,
+    counted: LoCoCoConfig,
+    head: NaiveHead | None,
+    now: int,
+    window: int | None,
 ) -> list[Entry]:
     """N entries -> ``config.num_slots`` entries, after ``now`` tokens."""
     num_entries = len(entries)
@@ -304,8 +319,8 @@ def _compress(
         if config.score == "mean":
             return entry.score / (now - entry.born)
         if config.score in DISTANT:
-            fade = 0.8 ** (1 / config.num_slots)
-            queries = max(now - entry.born - config.num_recent, 0)
+            fade = 0.8 ** (1 / counted.num_slots)
+            queries = max(now - entry.born - counted.num_recent, 0)
             statistic = entry.score / ((1 - fade**queries) / (1 - fade) + 8)
             return foreseen(statistic, now - entry.born, entry.features) if entry.features else statistic
         return entry.score

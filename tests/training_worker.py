@@ -122,7 +122,7 @@ def learn_scores(folder):
     networks, told = ScoreNetworks.of(model, config), []
     for network in networks.by_layer.values():
         network.double()  # in float32 the order of a sum decides over weights whose gradient is near Adam's epsilon
-    settings = ScoreConfig(texts_per_step=3, repeats=2)
+    settings = ScoreConfig(texts_at_once=3, texts_per_step=3, repeats=2)
     for texts in (tiny_ids(5, 48), tiny_ids(4, 48)):
         path = folder / f"{len(texts)}.safetensors"
         rows = train_scores(model, networks, texts, settings, path, tell=lambda **row: told.append(row))

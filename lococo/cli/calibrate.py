@@ -21,7 +21,12 @@ class CalibrationOptions:
     num_slots: options.NumSlots = NUM_SLOTS
     block_size: options.OwnBlockSize = None
     recipe: Annotated[
-        str, option(METHOD, "default: scores; blend; or the paper's.", metavar="default|blend|paper")
+        str,
+        option(
+            METHOD,
+            "default: scores and slots per head; blend: blends, too; or the paper's.",
+            metavar="default|blend|paper",
+        ),
     ] = "default"
     length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096
     first: Annotated[int, option(TEXT, "First token that is measured.")] = 512

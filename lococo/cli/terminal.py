@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 WIDTH = 100  # columns of text of a table, at most
 WIDEST = 30  # and of one of its columns, at least, where there are longer words
 GAP = 2  # between two columns
-STEPS_BETWEEN_LINES = 8  # of scores that learn
-PLACES = {"start": "before anything is blended", "saved": "as saved"}  # where a gap ratio was measured, by stage
+PLACES = {"start": "with these scores and slots", "saved": "as saved"}  # where a gap ratio was measured, by stage
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Iterable[str] | None = None) -> None:
@@ -74,13 +73,13 @@ def print_written(output: Path) -> None:
 
 
 def print_progress(row: Mapping[str, Any]) -> None:
-    """What a calibration has just measured: the gap ratio, and now and then how far its scores are."""
+    """What a calibration has just measured: the gap ratio, or how far its scores are."""
     from tqdm import tqdm
 
     if "gap_ratio" in row:
         place = PLACES.get(row["stage"]) or f"{row['stage']}, step {row['step']}"
         tqdm.write(f"{place}: gap ratio {ratio_text(row['gap_ratio'])}, held-out loss {row['heldout_nll']:.4f}")
-    elif "closed" in row and (row["step"] % STEPS_BETWEEN_LINES == 0 or row["step"] == row["steps"]):
+    elif "closed" in row:
         place = f"{row['stage']}, step {row['step']} of {row['steps']}"
         closed = f"{row['closed']:.0%} of the way from the distant score to an oracle's"
         tqdm.write(f"{place}: loss {row['loss']:.3f}, {closed}")

@@ -36,6 +36,7 @@ NEEDS = frozenset({"attention", "position", "keys", "values", "features"})
 
 # Attention below which a learned score takes a token's statistic for noise.
 SCORE_FLOOR = 1e-5
+# Logarithm of the largest factor that a learned score changes it by.
 LARGEST_CHANGE = 60.0
 
 
@@ -159,8 +160,8 @@ class LearnedScore(DistantScore):
 
     The logarithm of a token's statistic S, above a floor, gets a sum that is linear in it and in the logarithm of the
     token's age, with the token's three features u, a, c for coefficients: ``u + a s + c t``, where s and t are these
-    logarithms brought to numbers near zero. Features of zero, a new network's, leave the distant score as it is. In
-    layers with a sliding window there are none.
+    logarithms brought to numbers near zero. Features of zero, a new network's, leave the statistic as it is: the
+    distant score, with the delay and the fade of the average head. In layers with a sliding window there are none.
     """
 
     needs = DistantScore.needs | {"features"}

@@ -153,10 +153,12 @@ def attend_and_score(
     delay: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``attend`` and ``attention_mass`` from the same probabilities, a tile of queries after the other."""
+    dtype = query.dtype
     query, key, value = _of_one_type(query, key, value)
-    tiles = _MassInTorch(query, key, scale, logit_bias, counts, squared, None, delay, value)
-    received = tiles.sum()
-    return torch.cat(tiles.outputs, dim=3).flatten(1, 2), received
+    with without_autocast(query.device.type):
+        tiles = _MassInTorch(query, key, scale, logit_bias, counts, squared, None, delay, value)
+        received = tiles.sum()
+    return torch.cat(tiles.outputs, dim=3).flatten(1, 2).to(dtype), received
 
 
 def _mass_in_triton(query, key, scale, lse, bias, delay, squared):

@@ -240,11 +240,11 @@ class Calibration(TrainingRun):
                 f"score_texts must be 0 where no score that learns gives slots (score={config.score!r}, num_heavy="
                 f"{config.num_heavy}), got {settings.texts}; or use score='learned' and more slots"
             )
-        length = min(length, settings.length)
-        if length < 2 * config.block_size:
+        read, cut = min(length, settings.length), "" if length <= settings.length else " (cut to ScoreConfig.length)"
+        if read < 2 * config.block_size:
             raise ValueError(
-                f"windows of {length} tokens are too short for scores: they learn what is looked up after a block of "
-                f"{config.block_size}; choose windows of two blocks at least, or smaller blocks"
+                f"windows of {read} tokens{cut} are too short for scores: they learn what is looked up after a block "
+                f"of {config.block_size}; choose windows of two blocks at least, or smaller blocks"
             )
 
     @property
@@ -406,7 +406,6 @@ def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
     if config.slots_per_head:
         by_head = list(zip(*config.slots_per_head, strict=True))
         panels.append(HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True))
-    # At the end, where there are two trainings.
     if lost := {row["layer"]: row for row in rows if row["stage"] == "scores" and "layer" in row}:
         names = {"lost_before": "distant score", "lost": "learned score", "lost_oracle": "oracle"}
         shares = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel
 from lococo.compression.base import Compressor
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
+from lococo.models.rotary import rotary_tables
 from lococo.results.deadline import Deadline
-from lococo.state import patch_of
+from lococo.state import Patch, patch_of
 from lococo.training.frozen import only_heads_learn
 from lococo.training.recipes import LocalConfig
 from lococo.training.record import LayerRecord, compressed_output, fisher_error, record
+from lococo.training.scores import ScoreNetworks
 
 TENSORS = ("query", "key", "value", "output", "gradient")
 FACTS = ("scale", "window", "softcap")
@@ -81,7 +84,8 @@ def train_locally(
     """Train the head of every layer on recordings, layer after layer; no pass through the model.
 
     The loss is the ``fisher_error`` of the attention output over the unrolled segments, relative to that of plain
-    token selection, so that every text counts alike.
+    token selection, so that every text counts alike. Tokens are selected with the networks of a learned score as they
+    are.
 
     Parameters
     ----------
@@ -109,12 +113,13 @@ def train_locally(
             f"local calibration needs more than num_checked={settings.num_checked} texts, got {len(recordings.paths)}"
         )
     rows, patch = [], patch_of(model)
+    networks = _networks(patch)
     with only_heads_learn(model, patch), tqdm(patch.heads.items(), desc="local", unit="layer", disable=None) as bar:
         for layer_idx, head in bar:
             path = folder / f"layer_{layer_idx:03d}.safetensors"
             if not path.is_file():
                 (deadline or Deadline()).check()
-                error = train_layer(layer_idx, head, patch.config, recordings, settings)
+                error = train_layer(layer_idx, head, patch.config, recordings, settings, networks)
                 tensors = {name: parameter.detach().cpu() for name, parameter in head.named_parameters()}
                 write_whole(path, save(tensors, metadata={"error": json.dumps(error)}))
             head.load_state_dict(load_file(path))
@@ -124,8 +129,20 @@ def train_locally(
     return rows
 
 
+def _networks(patch: Patch) -> ScoreNetworks | None:
+    if not patch.networks:
+        return None
+    recorded = dataclasses.replace(patch.config, positions="absolute")
+    return ScoreNetworks(recorded, patch.networks, rotary_tables(patch.family, recorded))
+
+
 def train_layer(
-    layer_idx: int, head: Compressor, config: LoCoCoConfig, recordings: Recordings, settings: LocalConfig
+    layer_idx: int,
+    head: Compressor,
+    config: LoCoCoConfig,
+    recordings: Recordings,
+    settings: LocalConfig,
+    networks: ScoreNetworks | None = None,
 ) -> float:
     """Train the head of one layer. Returns its error, as in ``train_locally``, which has the details."""
     scalars = [parameter for parameter in head.parameters() if parameter.dim() == 1]
@@ -144,10 +161,11 @@ def train_layer(
 
     def relative_error(text: int) -> torch.Tensor:
         entry = recordings.layer(layer_idx, text, weight.device, weight.dtype)
+        features = None if networks is None else networks.features(layer_idx, entry.key, entry.value)
         if text not in selection:
             with torch.no_grad():
-                selection[text] = _summed_error(entry, config, layer_idx).clamp_min(1e-30)
-        return _summed_error(entry, config, layer_idx, head) / selection[text]
+                selection[text] = _summed_error(entry, config, layer_idx, features=features).clamp_min(1e-30)
+        return _summed_error(entry, config, layer_idx, head, features) / selection[text]
 
     for step in range(settings.steps):
         loss = relative_error(order[step % learned])
@@ -167,6 +185,10 @@ def train_layer(
 
 
 def _summed_error(
-    entry: LayerRecord, config: LoCoCoConfig, layer_idx: int, head: Compressor | None = None
+    entry: LayerRecord,
+    config: LoCoCoConfig,
+    layer_idx: int,
+    head: Compressor | None = None,
+    features: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return fisher_error(compressed_output(entry, config, layer_idx, head), entry).sum()
+    return fisher_error(compressed_output(entry, config, layer_idx, head, features), entry).sum()

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lococo.cache.buffers import HeadGroup
-from lococo.cache.layer import LayerCache
-from lococo.compression.entries import Entries
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
 from lococo.models import find_family
@@ -41,13 +38,14 @@ TOLD_TEXTS = 32
 
 @dataclasses.dataclass
 class ScoreNetworks:
-    """The networks of a model's layers, before they are put into it.
+    """The networks of a model's layers, as trainings use them.
 
     Attributes
     ----------
     config : LoCoCoConfig
+        Of the average head: networks learn with the same slots for all.
     by_layer : dict of int to torch.nn.Module
-        In float32, on the devices of their layers.
+        On the devices of their layers; new ones in float32.
     rotary : dict
         What takes the rotation off a layer's keys.
     """
@@ -59,7 +57,7 @@ class ScoreNetworks:
     @classmethod
     def of(cls, model: PreTrainedModel, config: LoCoCoConfig) -> ScoreNetworks:
         """New ones for a model that is not patched."""
-        family = find_family(model)
+        family, config = find_family(model), dataclasses.replace(config, slots_per_head=None)
         score, num_kv_heads = SCORES[config.score](), family.shape["num_kv_heads"]
         by_layer: dict[int, nn.Module] = {}
         for index, layer in family.layers.items():
@@ -75,10 +73,6 @@ class ScoreNetworks:
         if rotary is not None:
             key = rotary.rotate(key, torch.arange(key.shape[2], device=key.device)[None], inverse=True)
         return self.by_layer[layer_idx](key, value)
-
-    def groups(self, num_kv_heads: int) -> dict[int, tuple[HeadGroup, ...]]:
-        """Heads with the same budget together, for every layer."""
-        return {index: LayerCache(self.config, index).group_heads(num_kv_heads) for index in self.by_layer}
 
     def digest(self) -> str:
         """To tell one training from another."""
@@ -161,7 +155,6 @@ class _Trainer:
         self, model: PreTrainedModel, networks: ScoreNetworks, settings: ScoreConfig, num_texts: int, path: Path
     ) -> None:
         self.model, self.networks, self.settings, self.path = model, networks, settings, path
-        self.groups = networks.groups(find_family(model).shape["num_kv_heads"])
         self.parameters = networks.named_tensors()
         matrices = [each for each in self.parameters.values() if each.dim() > 1]
         others = [each for each in self.parameters.values() if each.dim() <= 1]
@@ -177,7 +170,7 @@ class _Trainer:
     @property
     def closed(self) -> float:
         """How much of the way from a new network to the oracle is gone, on the last texts before they are learned."""
-        before, now, oracle = self._recently_lost().nanmean(dim=0).tolist()
+        before, now, oracle = self._recently_lost().nanmean(dim=0).nan_to_num().tolist()
         return (before - now) / max(before - oracle, 1e-9)
 
     def rows(self) -> list[dict[str, float]]:
@@ -187,6 +180,7 @@ class _Trainer:
         curve = [
             {"texts": size * index, "lost_before": before, "lost": now, "lost_oracle": oracle}
             for index, (before, now, oracle) in enumerate(lost.tolist())
+            if not math.isnan(now)
         ]
         return curve + [
             {"layer": index, "lost_before": before, "lost": now, "lost_oracle": oracle}
@@ -225,8 +219,8 @@ class _Trainer:
         mine, weight = windows[processes.process_index :: processes.num_processes], 1 / len(windows)
         if not len(mine):  # fewer texts than processes: this one takes part with nothing, in all sums
             mine, weight = windows[:1], 0.0
-        rotary, groups = self.networks.rotary, self.groups
-        return [record_lookups(self.model, ids[None].long(), groups, rotary) for ids in mine], weight
+        config, rotary = self.networks.config, self.networks.rotary
+        return [record_lookups(self.model, ids[None].long(), config, rotary) for ids in mine], weight
 
     def _learn(self, texts: Sequence[dict[int, Lookups]], weight: float) -> float:
         """A step of the optimizer; loss over all processes' texts."""
@@ -234,12 +228,12 @@ class _Trainer:
         total = 0.0
         for text in texts:
             for layer_idx, lookups in text.items():
-                loss = lookup_loss(self.networks.by_layer[layer_idx], lookups, self.groups[layer_idx])
+                loss = lookup_loss(self.networks.by_layer[layer_idx], lookups, self.networks.config)
                 (weight * loss).backward()
                 total += weight * loss.item() / len(text)
         total = float(_summed([torch.tensor(total, dtype=torch.float64)])[0])
         if not math.isfinite(total):  # in all processes, so that none waits for another
-            raise FloatingPointError(f"scores, texts {self.batch + 1} of {self.batches}: the loss is {total}")
+            raise FloatingPointError(f"scores, step {self.batch + 1} of {self.batches}: the loss is {total}")
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         for gradient, summed in zip(gradients, _summed(gradients), strict=True):
             gradient.copy_(summed)
@@ -256,7 +250,7 @@ class _Trainer:
                 continue
             lookups, network = text[layer_idx], self.networks.by_layer[layer_idx]
             features = network(lookups.keys, lookups.values)
-            shares.append(lost_shares(lookups, self.groups[layer_idx], features))
+            shares.append(lost_shares(lookups, self.networks.config, features))
         return torch.tensor(shares, dtype=torch.float64)
 
     def save(self) -> None:
@@ -291,40 +285,26 @@ def _summed(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     return tensors if processes.num_processes == 1 else reduce([each.to(processes.device) for each in tensors], "sum")
 
 
-def lookup_loss(network: Any, lookups: Lookups, groups: Sequence[HeadGroup]) -> torch.Tensor:
+def lookup_loss(network: Any, lookups: Lookups, config: LoCoCoConfig) -> torch.Tensor:
     """Cross-entropy between the attention that tokens will receive and the softmax of their scores' logits."""
-    features = network(lookups.keys, lookups.values)
-    losses = []
-    for heads, config, entries, age in _by_group(lookups, groups, features):
-        is_candidate = lookups.is_candidate[:, heads]
-        later = lookups.later[:, heads] * is_candidate
-        total = later.sum(dim=-1, keepdim=True)
-        logits = SCORES[config.score]().logits(entries, age, config).masked_fill(~is_candidate, HIDDEN)
-        losses.append(-(later / total.clamp_min(1e-12) * logits.log_softmax(dim=-1)).sum(dim=-1))
-    return torch.cat([loss.flatten() for loss in losses]).mean()
+    entries, age = lookups.entries(network(lookups.keys, lookups.values))
+    later = lookups.later * lookups.is_candidate
+    shares = later / later.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    logits = SCORES[config.score]().logits(entries, age, config).masked_fill(~lookups.is_candidate, HIDDEN)
+    return -(shares * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
-def lost_shares(lookups: Lookups, groups: Sequence[HeadGroup], features: torch.Tensor) -> list[float]:
+def lost_shares(lookups: Lookups, config: LoCoCoConfig, features: torch.Tensor) -> list[float]:
     """Share of later attention to candidates that are not kept: by new networks, by features, and by the oracle."""
-    lost: list[list[torch.Tensor]] = [[], [], []]
-    for heads, config, entries, age in _by_group(lookups, groups, features):
-        is_candidate = lookups.is_candidate[:, heads]
-        later = lookups.later[:, heads] * is_candidate
-        kept = min(config.num_heavy + config.num_fused, later.shape[-1])  # type: ignore[operator]
-        score = SCORES[config.score]()
-        new = dataclasses.replace(entries, features=None)
-        for index, ranking in enumerate((score.rank(new, age, config), score.rank(entries, age, config), later)):
-            best = ranking.masked_fill(~is_candidate, float("-inf")).topk(kept, dim=-1).indices
-            share = 1 - later.gather(-1, best).sum(-1) / later.sum(-1).clamp_min(1e-12)
-            # Where everything fits nothing is chosen.
-            lost[index].append(share[(lookups.seen > config.num_slots).expand(*share.shape, 1)[..., 0]].flatten())
-    means = [torch.cat(each).float() for each in lost]
-    return [float(each.mean()) if len(each) else 0.0 for each in means]
-
-
-def _by_group(
-    lookups: Lookups, groups: Sequence[HeadGroup], features: torch.Tensor
-) -> Iterator[tuple[list[int], LoCoCoConfig, Entries, torch.Tensor]]:
-    for group in groups:
-        entries, age = lookups.entries(group, features)
-        yield list(group.heads), group.config, entries, age
+    is_full = lookups.seen.flatten() > config.num_slots  # where everything fits nothing is chosen
+    if not is_full.any():
+        return [0.0, 0.0, 0.0]
+    entries, age = lookups.entries(features)
+    later = lookups.later * lookups.is_candidate
+    kept = min(config.num_heavy + config.num_fused, later.shape[-1])  # type: ignore[operator]
+    score, new, lost = SCORES[config.score](), dataclasses.replace(entries, features=None), []
+    for ranking in (score.rank(new, age, config), score.rank(entries, age, config), later):
+        best = ranking.masked_fill(~lookups.is_candidate, float("-inf")).topk(kept, dim=-1).indices
+        share = 1 - later.gather(-1, best).sum(-1) / later.sum(-1).clamp_min(1e-12)
+        lost.append(float(share[is_full].float().mean()))
+    return lost

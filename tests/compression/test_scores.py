@@ -247,6 +247,39 @@ def test_the_learned_score_ranks_by_its_formula(features):
     torch.testing.assert_close(got + 1e-5, torch.tensor([expected], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_extreme_features_give_finite_ranks_in_order(which, dtype):
+    """The largest numbers of float16 are no more than the largest change; a token that was never looked at counts."""
+    config, learned = LoCoCoConfig(16, block_size=8, score="learned"), scores.LearnedScore()
+    size = torch.tensor([-65504.0, -3000, -100, -30, -3, 0, 3, 30, 100, 3000, 65504]).to(dtype)
+    tokens = len(size)
+    # Received attention and ages that make the logarithms, as they are centred, positive.
+    age, statistic = torch.full((1, 1, tokens), 4000.0, dtype=dtype), torch.full((1, 1, tokens), 60.0, dtype=dtype)
+    for received in (statistic, torch.zeros_like(statistic)):
+        entries = Entries(torch.zeros(1, 1, tokens, 4), torch.zeros(1, 1, tokens, 4), received)
+        entries.features = torch.zeros(1, 1, tokens, 3, dtype=torch.float16)
+        entries.features[..., which] = size.half()
+        ranks = learned.rank(entries, age, config)
+        assert ranks.isfinite().all() and ranks.dtype == dtype
+        falls = received.max() == 0 and which == 1  # nothing received: its logarithm is negative
+        steps = ranks.diff(dim=-1) * (-1 if falls else 1)
+        assert (steps >= 0).all() and (steps[..., 4:6] > 0).all()
+        assert torch.equal(ranks[..., -1], ranks[..., -2]) and torch.equal(ranks[..., 0], ranks[..., 1])
+    distant = scores.DistantScore().rank(entries, age, config)
+    assert torch.equal(ranks[..., 5], distant[..., 5])
+
+
+@pytest.mark.parametrize("own", [8, 16, 24])
+def test_a_learned_score_counts_alike_in_every_head_and_the_distant_one_by_its_slots(own):
+    whole = LoCoCoConfig(16, block_size=8, score="learned", slots_per_head=((own, 32 - own),))
+    head = whole.with_slots(own)
+    assert (head.score_delay, head.score_fade) == (whole.num_recent, 0.8 ** (1 / 16))
+    distant = dataclasses.replace(whole, score="distant").with_slots(own)
+    assert distant.score_delay == distant.num_recent == whole.num_recent * own // 16
+    assert distant.score_fade == 0.8 ** (1 / own)
+
+
 def test_heads_of_a_score_that_is_not_here_say_so(tmp_path):
     config = own_config("key-norm")
     lococo.save_heads(patched_llama(config), tmp_path / "heads")

@@ -1,5 +1,6 @@
 """Every kernel against a float64 softmax written out by hand."""
 
+import functools
 import subprocess
 import sys
 import types
@@ -17,7 +18,14 @@ from lococo import LoCoCoConfig, patched
 from lococo.kernels import attention as backends
 from lococo.kernels import scoring as kernels
 from lococo.kernels.attention import KernelRequest, best_backend, lower_right
-from lococo.kernels.scoring import LogitBias, attend, attend_and_lse, attention_mass
+from lococo.kernels.scoring import (
+    LogitBias,
+    attend,
+    attend_and_lse,
+    attend_and_score,
+    attention_mass,
+    computes_at_once,
+)
 
 BACKENDS = ["auto", "sdpa", "eager"]
 
@@ -102,6 +110,66 @@ def test_log_sum_exp_is_left_to_training():
     assert output.requires_grad and lse is None
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tile", [1, 2, 128])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("delay", [0, 3, 20])
+def test_attention_and_what_is_received_from_the_same_probabilities(name, tile, squared, delay, monkeypatch):
+    """By hand, and as they are one after the other; what counts by a delay and by a mask of counts."""
+    monkeypatch.setattr(kernels, "SCORE_TILE", tile)
+    query, key, value, visibility = case(name)
+    expected, probabilities = by_hand(query, key, value, 0.3, visibility)
+    counts = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    if delay:
+        counts = lower_right(query.shape[2], key.shape[2], delay, query.device)
+    counted = (probabilities.square() if squared else probabilities) * counts
+    columns = counted.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
+    with torch.no_grad():
+        for options in ({"delay": delay}, {"counts": counts[None, None]}):
+            output, received = attend_and_score(query, key, value, 0.3, visibility, squared=squared, **options)
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(received, columns, rtol=0, atol=1e-12)
+            apart = attention_mass(query, key, 0.3, visibility, squared=squared, **options)
+            torch.testing.assert_close(received, apart, rtol=0, atol=1e-12)
+        torch.testing.assert_close(output, attend(query, key, value, 0.3, visibility), rtol=0, atol=1e-12)
+
+
+def test_both_are_made_at_once_on_a_cpu_without_gradients():
+    query = torch.zeros(1, 1, 1, 1)
+    with torch.no_grad():
+        assert computes_at_once(query, 0.0, "auto") and computes_at_once(query.double(), 0.0, "auto")
+        assert not any(computes_at_once(query.to(dtype), 0.0, "auto") for dtype in (torch.bfloat16, torch.float16))
+        assert not computes_at_once(query, 0.1, "auto") and not computes_at_once(query.to("meta"), 0.0, "auto")
+        assert not any(computes_at_once(query, 0.0, name) for name in backends.ATTENTIONS if name != "auto")
+    assert not computes_at_once(query, 0.0, "auto")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"positions": "slot"}, {"slots_per_head": ((24, 8), (6, 26))}, {"score": "learned"}, {"score": "sum"}],
+    ids=str,
+)
+def test_a_model_reads_the_same_at_once_and_one_after_the_other(options, padding, monkeypatch):
+    """Logits, and scores of all that is held."""
+    at_once, found = [], []
+    noted = kernels.attend_and_score
+    monkeypatch.setattr(kernels, "attend_and_score", lambda *call: at_once.append(1) or noted(*call))
+    ids, mask = tiny_ids(2, 61), torch.ones(2, 61, dtype=torch.long)
+    mask[0, :padding] = 0
+    config = LoCoCoConfig(16, **{"block_size": 8, "gate_init": 0.4, **options})
+    for attention in ("auto", "sdpa", "eager"):
+        torch.manual_seed(0)
+        with patched(tiny_llama().double(), config, attention=attention) as model:
+            read = model(ids, attention_mask=mask, use_cache=True)
+        found.append([read.logits, *(layer.entries.scores for layer in read.past_key_values.layers)])
+        assert bool(at_once) == (attention == "auto")
+        at_once.clear()
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=0, atol=1e-10)
+
+
 def test_padding_queries_do_not_vote():
     query, key, value, visibility = case("mask")
     counts = torch.tensor([[[1, 1, 0, 0, 0]], [[1, 1, 1, 1, 0]]], dtype=torch.bool)[..., None]
@@ -131,19 +199,23 @@ def test_gradients_equal_those_by_hand(name):
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_two_tiles_are_held_for_scores(with_lse):
+@pytest.mark.parametrize("way", ["softmax", "log-sum-exp", "with-attention"])
+def test_two_tiles_are_held_for_scores(way):
     from experiments.benchmarks.counters import HeldBytes
 
     queries, entries = 1024, 1536
     query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 1, entries, 8)
-    lse = torch.zeros(1, 2, queries) if with_lse else None
-    attention_mass(query, key, 0.3, LogitBias(), lse=lse)  # what is kept for the next call is made
-    with HeldBytes() as held:
-        attention_mass(query, key, 0.3, LogitBias(), squared=True, lse=lse, delay=100)
+    read = functools.partial(attention_mass, query, key, lse=torch.zeros(1, 2, queries))
+    if way != "log-sum-exp":
+        read = functools.partial(attention_mass, query, key)
+    if way == "with-attention":
+        read = functools.partial(attend_and_score, query, key, torch.randn_like(key))
+    read(scale=0.3, logit_bias=LogitBias())  # what is kept for the next call is made
+    with HeldBytes() as held, torch.no_grad():
+        read(scale=0.3, logit_bias=LogitBias(), squared=True, delay=100)
     tile = 4 * 2 * kernels.SCORE_TILE * entries
     assert held.largest <= tile
-    assert held.peak <= (1.5 if with_lse else 2.5) * tile
+    assert held.peak <= (1.5 if way == "log-sum-exp" else 2.5) * tile
 
 
 NARROW = KernelRequest("cuda", torch.bfloat16, 128)
@@ -202,10 +274,11 @@ def test_attention_under_a_dispatch_mode(backend, name):
     with FlopCounterMode(display=False), torch.no_grad():
         output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
         mass = attention_mass(query, key, 0.3, visibility, lse=lse)
+        at_once = attend_and_score(query, key, value, 0.3, visibility)
     expected, probabilities = by_hand(query, key, value, 0.3, visibility)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
-    torch.testing.assert_close(mass, columns, rtol=0, atol=1e-12)
+    for found in ((output, mass), at_once):
+        torch.testing.assert_close(found, (expected, columns), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,12 +301,15 @@ def test_mixed_types_are_computed_in_the_widest(dtypes, name, backend):
         output, lse = attend_and_lse(query, key, value, 0.3, visibility, backend)
         same = attend(query, key, value, 0.3, visibility, backend)
         mass = attention_mass(query, key, 0.3, visibility, lse=lse)
+        at_once, received = attend_and_score(query, key, value, 0.3, visibility)
     expected, probabilities = by_hand(query.double(), key.double(), value.double(), 0.3, visibility)
-    assert output.dtype == same.dtype == query.dtype
+    assert output.dtype == same.dtype == at_once.dtype == query.dtype
     rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[query.dtype]
-    torch.testing.assert_close(output.double(), expected, rtol=0, atol=rounding)
+    for each in (output, at_once):
+        torch.testing.assert_close(each.double(), expected, rtol=0, atol=rounding)
     columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
-    torch.testing.assert_close(mass.double(), columns, rtol=0, atol=1e-4)
+    for each in (mass, received):
+        torch.testing.assert_close(each.double(), columns, rtol=0, atol=1e-4)
 
 
 def test_mass_is_not_rounded_by_autocast():
@@ -241,8 +317,11 @@ def test_mass_is_not_rounded_by_autocast():
     _, probabilities = by_hand(query, key, value, 0.3, visibility)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mass = attention_mass(query, key, 0.3, visibility)
+        output, received = attend_and_score(query, key, value, 0.3, visibility)
     columns = probabilities.unflatten(1, (key.shape[1], -1)).sum(dim=(2, 3))
     torch.testing.assert_close(mass, columns, rtol=0, atol=1e-5)
+    torch.testing.assert_close(received, columns, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output, by_hand(query, key, value, 0.3, visibility)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "most"), [("flash_attention_2", 256), ("flash_attention_4", 128)])

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import patched_llama, tiny_ids, tiny_llama
 
 import lococo
+from lococo.compression.scores import SCORES, DistantScore
 from lococo.patch import suspended
 from lococo.state import NETWORK, patch_of
 
@@ -33,10 +34,22 @@ def with_score(name, score):
 
 @pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head", "reference", "decode-block-1"])
 @torch.no_grad()
-def test_a_new_network_changes_no_bit(name):
-    """Of logits and caches, in calls and in steps, padded or not."""
-    found = []
-    for score in ("learned", "distant"):
+def test_a_new_network_changes_no_bit(name, monkeypatch):
+    """Of logits and caches, in calls and in steps, padded or not, of the distant score as the average head has it."""
+    monkeypatch.setattr(SCORES, "_items", dict(SCORES._items))
+
+    @lococo.register_score("distant-alike")
+    class DistantAlike(DistantScore):
+        """With the same delay and fade in every head, whatever its slots."""
+
+        def delay(self, config):
+            return CONFIGS[name].num_recent
+
+        def fade(self, config):
+            return 0.8 ** (1 / CONFIGS[name].num_slots)
+
+    found = {}
+    for score in ("learned", "distant-alike", "distant"):
         model, cache, logits = patched_llama(with_score(name, score)), None, []
         for start, stop in itertools.pairwise([0, 31, *range(32, 50), 61]):
             part = dict(attention_mask=MASK[:, :stop], past_key_values=cache, use_cache=True)
@@ -44,10 +57,12 @@ def test_a_new_network_changes_no_bit(name):
             cache = output.past_key_values
             logits.append(output.logits)
         held = [tensor for layer in cache.layers for tensor in layer.entries.tensors()[:-1] if tensor is not None]
-        found.append([torch.cat(logits, dim=1), *held])
+        found[score] = [torch.cat(logits, dim=1), *held]
         has_features = [layer.entries.features is not None for layer in cache.layers]
         assert has_features == [score == "learned"] * 2
-    assert len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
+    learned, alike, distant = found.values()
+    assert len(learned) == len(alike) == len(distant) and all(map(torch.equal, learned, alike))
+    assert all(map(torch.equal, learned, distant)) == (CONFIGS[name].slots_per_head is None)
 
 
 @pytest.mark.parametrize("name", ["learned", "learned-slot", "learned-per-head"])

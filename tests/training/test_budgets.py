@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_layer import DIM, random_head
 from one_layer import read as read_one_layer
-from reference import naive_full, naive_head, naive_lococo
+from reference import foreseen, naive_features, naive_full, naive_head, naive_lococo, naive_network, rope_rotate
 from tiny import tiny_ids, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +25,7 @@ from lococo.state import patch_of
 from lococo.training import budgets
 from lococo.training.budgets import allocate, eviction_errors, slot_levels
 from lococo.training.record import record
+from lococo.training.scores import ScoreNetworks
 
 LENGTH = 41
 IDS = tiny_ids(2, LENGTH)
@@ -110,6 +111,7 @@ def test_models_that_cannot_be_recorded_are_refused():
 CONFIGS = {
     "default": LoCoCoConfig(16, block_size=6),
     "h2o": LoCoCoConfig.h2o(16, block_size=7),
+    "learned": LoCoCoConfig(17, block_size=7, num_sinks=1, num_heavy=11, num_recent=5, score="learned"),
     "slots-per-head": LoCoCoConfig(16, block_size=6, slots_per_head=((8, 24), (8, 24))),
 }
 
@@ -118,23 +120,43 @@ def remember_nothing(key, function):
     return function()
 
 
-def naive_errors(model, ids, config, levels):
+def networks_of(model, config):
+    """Whose features are not zero; None for a score that has none."""
+    if not config.has_features:
+        return None
+    torch.manual_seed(0)
+    networks = ScoreNetworks.of(model, config)
+    for network in networks.by_layer.values():
+        torch.nn.init.normal_(network.output.bias)
+        torch.nn.init.normal_(network.output.weight)
+    return networks
+
+
+def naive_errors(model, ids, config, levels, networks=None):
     """(levels, layers, kv_heads) of one text, head by head."""
-    errors = torch.zeros(len(levels), 2, 2, dtype=torch.float64)
+    errors, rotate = torch.zeros(len(levels), 2, 2, dtype=torch.float64), rope_rotate(8)
     for layer, entry in record(model, ids[None], gradients=True).items():
         full, gradient = naive_full(entry)[0], entry.gradient[0]
+        features = None
+        if networks is not None:
+            keys = rotate(entry.key[0], -torch.arange(len(ids)))
+            features = naive_features(keys, entry.value[0], naive_network(networks.by_layer[layer]))
         for (place, slots), head in itertools.product(enumerate(levels), range(2)):
             group = slice(2 * head, 2 * head + 2)
             states = entry.query[0, group] * entry.scale, entry.key[0, head], entry.value[0, head]
-            output = naive_evicted(*states, config.with_slots(slots))
+            own = config.with_slots(slots)
+            output = naive_evicted(*states, own, *((own, None) if features is None else (config, features[head])))
             errors[place, layer, head] = ((output - full[group]) * gradient[group]).sum(-1).square().sum()
     return errors
 
 
-def naive_evicted(query, key, value, config):
-    """(groups, tokens, head_dim) output over the tokens that are kept, chosen by the full cache's attention."""
+def naive_evicted(query, key, value, config, counted, features):
+    """(groups, tokens, head_dim) output over the tokens that are kept, chosen by the full cache's attention.
+
+    Of ``counted`` are the slots and recents by which the attention of distant queries is counted.
+    """
     tokens, size = len(key), config.block_size
-    distant = config.score == "distant"
+    distant = config.score in ("distant", "learned")
     kept, score, outputs = [], [0.0] * tokens, []
     for start in range(0, tokens, size):
         block = list(range(start, min(start + size, tokens)))
@@ -145,7 +167,7 @@ def naive_evicted(query, key, value, config):
             outputs[-1][group, now - start] = logits.softmax(0) @ value[held]
             full = torch.stack([query[group, now] @ key[token] for token in range(now + 1)]).softmax(0)
             for token in range(now + 1):
-                if now - token >= (config.num_recent if distant else 0):
+                if now - token >= (counted.num_recent if distant else 0):
                     score[token] += float(full[token]) ** (2 if distant else 1)
         kept, seen = kept + block, block[-1] + 1
         if len(kept) > config.num_slots:
@@ -153,25 +175,30 @@ def naive_evicted(query, key, value, config):
             others = [token for token in kept if token not in fixed]
 
             def rank(token, seen=seen, score=score):
-                fade, queries = 0.8 ** (1 / config.num_slots), max(seen - token - config.num_recent, 0)
-                return score[token] / (sum(fade**number for number in range(queries)) + 8) if distant else score[token]
+                if not distant:
+                    return score[token]
+                fade, queries = 0.8 ** (1 / counted.num_slots), max(seen - token - counted.num_recent, 0)
+                statistic = score[token] / (sum(fade**number for number in range(queries)) + 8)
+                return statistic if features is None else foreseen(statistic, seen - token, features[token])
 
             kept = sorted(fixed + sorted(others, key=rank, reverse=True)[: config.num_slots - len(fixed)])
         if distant:
-            score = [each * 0.8 ** (size / config.num_slots) for each in score]
+            score = [each * 0.8 ** (size / counted.num_slots) for each in score]
     return torch.cat(outputs, dim=1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_errors_equal_the_naive_ones_on_average(name):
     model, levels = tiny_llama().double(), (3, 9, 20, LENGTH)
-    errors = eviction_errors(model, IDS, CONFIGS[name], levels, remember_nothing)
-    expected = torch.stack([naive_errors(model, ids, CONFIGS[name], levels) for ids in IDS])
+    networks = networks_of(model, CONFIGS[name])
+    errors = eviction_errors(model, IDS, CONFIGS[name], levels, remember_nothing, networks)
+    expected = torch.stack([naive_errors(model, ids, CONFIGS[name], levels, networks) for ids in IDS])
     expected /= expected[:, 2].sum((1, 2))[:, None, None, None]  # every text counts as much, by its errors at 20 slots
     assert errors.dtype == torch.float64 and errors[:-1].min() > 1e-3
     assert gap(expected[0], expected[1]) > 1e-2
     torch.testing.assert_close(errors, expected.mean(0), rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(errors, eviction_errors(model, IDS.flip(0), CONFIGS[name], levels, remember_nothing))
+    again = eviction_errors(model, IDS.flip(0), CONFIGS[name], levels, remember_nothing, networks)
+    torch.testing.assert_close(errors, again)
 
 
 @every_family

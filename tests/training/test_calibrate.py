@@ -1,5 +1,6 @@
 """``lococo calibrate`` from text to a heads folder: what stands in it is true, and what cannot be is refused."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -74,7 +75,7 @@ def test_a_heads_folder_is_written_and_nothing_else(heads):
     training = content(heads)["training"]
     assert training["objective"] == "Distill" and training["sources"] == ["words.jsonl"]
     recipe = training["recipe"]
-    assert (recipe["steps"], recipe["local"]["steps"], recipe["scores"]["texts"]) == (4, 3, 4)
+    assert (recipe["steps"], recipe["local"]["steps"], recipe["scores"]["texts"]) == (4, 3, 10)
     assert training["command"].startswith("lococo calibrate --model")
     assert not re.search(r"(^|[ =])/", training["command"]), "a folder of the author"
 
@@ -111,8 +112,10 @@ def test_rows_tell_what_happened(heads):
     assert [row["step"] for row in rows(heads, "end-to-end") if "gap_ratio" in row] == [2, 4]
     assert [row["layer"] for row in rows(heads, "local") if "error" in row] == [0, 1]
     scores = rows(heads, "scores")
-    assert [row["layer"] for row in scores] == [0, 1, 0, 1], "without slots per head, then with them"
+    assert [row.get("texts") for row in scores] == [0, 8, None, None], "eight at once"
+    assert [row.get("layer") for row in scores] == [None, None, 0, 1]
     assert all(0 < row["lost_oracle"] < min(row["lost_before"], row["lost"]) < 1 for row in scores)
+    assert scores[0]["lost"] == scores[0]["lost_before"] and scores[1]["lost"] != scores[1]["lost_before"]
     for row in rows(heads):
         if "gap_ratio" in row:
             full, h2o = metrics["heldout_nll_full"], metrics["heldout_nll_h2o"]
@@ -168,7 +171,7 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
 
     monkeypatch.setattr(gap.GapRatio, "measure", noted_measure)
     monkeypatch.setattr("lococo.training.calibrate.train_scores", noted_training)
-    assert run(tmp_path / "heads", "--score-texts", "5", "--budget-texts", "1") == 0
+    assert run(tmp_path / "heads", "--score-texts", "9", "--budget-texts", "1") == 0
     config = LoCoCoConfig.from_pretrained(tmp_path / "heads")
     assert config.num_fused == 0 and config.slots_per_head is not None
     tensors = load_file(tmp_path / "heads" / HEADS_NAME)
@@ -180,7 +183,7 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
         assert torch.equal(after, here) and torch.equal(before.bfloat16().float(), here)
     assert any(not torch.equal(*pair) for pair in zip(*measured, strict=True)), "nothing was rounded"
     train = prepare(data_config(texts), word_tokenizer(), cache / "tokens")[0]
-    assert [len(part) for part in learned] == [2, 3] and torch.equal(torch.cat(learned), train.evenly(5))
+    assert len(learned) == 1 and torch.equal(learned[0], train.evenly(9))
     (start,), (saved,) = rows(tmp_path / "heads", "start"), rows(tmp_path / "heads", "saved")
     assert saved["heldout_nll"] == pytest.approx(nll(model, heldout_windows(texts, cache)), rel=1e-6)
     assert "loss" not in start
@@ -193,9 +196,9 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
 
 def calibrate_in_python(model, dataset, output, cache, **options):
     """The calibration of ``SHORT`` by the package's own function."""
-    short = dict(recipe="blend", score_texts=4, budget_texts=1, local_steps=3, local_texts=4)
+    short = dict(recipe="blend", score_texts=10, budget_texts=2, local_steps=3, local_texts=4)
     short |= dict(steps=4, windows_per_step=2, measure_every=2)
-    given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=6, num_heldout=2)
+    given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=12, num_heldout=2)
     return lococo.calibrate(
         model, word_tokenizer(), dataset, output=output, cache_dir=cache, **{**given, **short, **options}
     )
@@ -224,8 +227,7 @@ def test_the_function_makes_the_heads_of_the_command_and_tells_what_it_measures(
     assert_same_heads(made.folder, heads)
     assert [path.name for path in made.folder.parent.iterdir()] == ["heads"]
     assert sorted(str(row) for row in told if "closed" not in row) == sorted(map(str, made.rows))
-    steps = [row["step"] / row["steps"] for row in told if "closed" in row]
-    assert steps[-1] == 1 and steps.count(1) == 2, "of both trainings of scores"
+    assert [(row["step"], row["steps"]) for row in told if "closed" in row] == [(1, 2), (2, 2)]
     measured = [row["gap_ratio"] for row in told if "gap_ratio" in row]
     assert len(measured) == 5 and measured[-1] == made.gap_ratio
 
@@ -277,13 +279,36 @@ def test_too_few_or_too_short_documents_are_refused_with_counts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the data holds 1 training windows")
-def test_one_window_is_too_little_for_scores_and_slots_per_head(tmp_path):
-    dataset, folder = own_documents(2), tmp_path / "heads"
-    with pytest.raises(ValueError, match=r"training windows in the data must be at least 2: half .*, got 1"):
-        calibrate_in_python(tiny_llama(), dataset, folder, tmp_path / "cache")
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-    once = dict(budget_texts=0, local_steps=0, steps=1, windows_per_step=1)
-    calibrate_in_python(tiny_llama(), dataset, folder, tmp_path / "cache", **once)
+def test_one_window_is_enough_for_scores_and_slots_per_head(tmp_path):
+    once = dict(local_steps=0, steps=1, windows_per_step=1)
+    made = calibrate_in_python(tiny_llama(), own_documents(2), tmp_path / "heads", tmp_path / "cache", **once)
+    assert [row["texts"] for row in made.rows if "texts" in row] == [0]
+    assert content(made.folder)["config"]["slots_per_head"] is not None
+
+
+def test_scores_learn_from_the_beginnings_of_texts_before_the_slots_of_heads(texts, cache, tmp_path, monkeypatch):
+    """Which change nothing of what they learn, found or given."""
+    recipe, seen, learned = Recipe(objective=None, steps=0, budget_texts=1), [], []
+    recipe = dataclasses.replace(recipe, scores=ScoreConfig(texts=5, length=40, texts_at_once=2))
+
+    def noted(model, networks, windows, *arguments):
+        rows = train_scores(model, networks, windows, *arguments)
+        seen.append((networks.config, windows))
+        learned.append(networks.digest())
+        return rows
+
+    monkeypatch.setattr("lococo.training.calibrate.train_scores", noted)
+    given = dict(recipe=recipe, score_texts=None, local_steps=None, steps=None, windows_per_step=None)
+    for index, slots in enumerate((None, ((24, 8), (12, 20)))):
+        config = dataclasses.replace(LEARNED, slots_per_head=slots)
+        options = {**given, "config": config, "budget_texts": None}
+        made = calibrate_in_python(tiny_llama(), texts, tmp_path / str(index), cache, measure_every=None, **options)
+        found = LoCoCoConfig.from_pretrained(made.folder).slots_per_head
+        assert found == slots if slots else found is not None
+        assert [row["texts"] for row in made.rows if "texts" in row] == [0, 2, 4]
+    train = prepare(data_config(texts), word_tokenizer(), cache / "tokens")[0]
+    assert all(config == LEARNED and torch.equal(windows, train.evenly(5)[:, :40]) for config, windows in seen)
+    assert len(seen) == 2 and learned[0] == learned[1]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +342,7 @@ def test_one_window_is_too_little_for_scores_and_slots_per_head(tmp_path):
         (dict(scores=3, score_texts=None), TypeError, "scores must be a ScoreConfig or None, got 3"),
         (dict(score_texts=2.5), ValueError, "score_texts must be an integer of at least 0, got 2.5"),
         (dict(score_texts=0, config=LEARNED), ValueError, "'learned' learns from texts: .* or use score='distant'"),
-        (dict(config=LoCoCoConfig(16)), ValueError, "score='distant', num_heavy=.* got 4; or use score='learned'"),
+        (dict(config=LoCoCoConfig(16)), ValueError, "score='distant', num_heavy=.* got 10; or use score='learned'"),
         (dict(config=LEARNED), ValueError, r"objective trains blends, .* \(num_fused=0\): use recipe='bl.* Distill"),
         (dict(config=LEARNED, objective="none"), ValueError, "local_steps trains blends, .* recipe='blend', .* got 3"),
         (dict(config={}), TypeError, "config must be a LoCoCoConfig, got {}"),
@@ -348,7 +373,7 @@ def test_bad_options_of_the_function_are_refused(options, error, message, texts,
         (tiny_llama, lambda: "org/model", TypeError, "tokenizer must be a Transformers tokenizer, got 'org/model'"),
         (lambda: lococo.patch_model(tiny_llama()), word_tokenizer, ValueError, "patched: call lococo.unpatch_model"),
         (lambda: torch.nn.Linear(1, 1), word_tokenizer, ValueError, "Linear"),
-        (dynamic_llama, word_tokenizer, ValueError, "must see keys before .* 'dynamic'; use score='distant'"),
+        (dynamic_llama, word_tokenizer, ValueError, "must see keys before .* 'dynamic' have .*; use score='distant'"),
         (
             lambda: causal_lm("Phi", partial_rotary_factor=0.5),
             word_tokenizer,
@@ -532,10 +557,40 @@ def test_options_change_the_recipe(options, changes, monkeypatch):
 def test_windows_needed_are_those_of_the_hungriest_stage():
     assert Recipe().windows_needed == 50
     assert Recipe(steps=3, windows_per_step=4).windows_needed == 12
-    assert Recipe(objective=None).windows_needed == 6
+    assert Recipe(objective=None).windows_needed == 7
     assert Recipe(objective=None, budget_texts=0).windows_needed == 1
     assert Recipe(objective=None, local=LocalConfig()).windows_needed == 12
     assert Recipe(scores=ScoreConfig(texts=70)).windows_needed == 70
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(texts=0), "score texts must be at least 1, got 0"),
+        (dict(length=1), "score length must be at least 2, got 1"),
+        (dict(length="all"), "score length must be a whole number, got 'all'"),
+        (dict(texts_per_step=0), "score texts_per_step must be at least 1, got 0"),
+        (dict(texts_per_step=4, texts_at_once=3), "score texts_at_once must be at least 4, got 3"),
+        (dict(repeats=0), "score repeats must be at least 1, got 0"),
+        (dict(learning_rate=0), "score learning_rate must be positive, got 0"),
+        (dict(weight_decay=-0.1), "score weight_decay must be at least 0, got -0.1"),
+    ],
+    ids=str,
+)
+def test_scores_cannot_learn_by_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScoreConfig(**settings)
+
+
+def test_the_default_recipe_blends_nothing_and_goes_nowhere_backward():
+    for num_slots in (16, 128, 512):
+        config, recipe = RECIPES["default"](num_slots, 64)
+        assert (config.num_fused, config.score, config.slots_per_head) == (0, "learned", None)
+        assert (recipe.objective, recipe.local, recipe.steps) == (None, None, 0)
+        assert recipe.scores == ScoreConfig() and recipe.budget_texts > 0
+        blend, _ = RECIPES["blend"](num_slots, 64)
+        kept = ("num_slots", "num_sinks", "num_recent", "score", "block_size")
+        assert blend.num_fused > 0 and all(getattr(config, name) == getattr(blend, name) for name in kept)
 
 
 # Bad arguments
@@ -552,8 +607,6 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
         (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
         (["--score-texts", "-1"], "score_texts must be an integer of at least 0, got -1"),
-        (["--score-texts", "1"], r"score_texts must be at least 2: half .* \(budget_texts=0: all at once\), got 1"),
-        (["--windows", "1"], "num_windows must be at least 2: half .*, got 1"),
         (["--recipe", "paper", "--score-texts", "3"], "must be 0 .*score='last', .* got 3; or use score='learned'"),
         (["--num-slots", "4"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
         (["--objective", "distill", "--steps", "5"], "objective trains blends, .* use recipe='blend', .* got Distill"),
@@ -563,6 +616,10 @@ def test_windows_needed_are_those_of_the_hungriest_stage():
         (
             ["--num-slots", "8", "--block-size", "12", "--length", "20", "--first", "9"],
             "windows of 20 tokens are too short for scores: .* a block of 12; choose windows of two blocks at least",
+        ),
+        (
+            ["--block-size", "1030", "--length", "4096"],
+            r"windows of 2048 tokens \(cut to ScoreConfig.length\) are too short for scores: .* a block of 1030",
         ),
         (["--budget-texts", "-1"], "budget_texts must be at least 0, got -1"),
         (["--local-steps", "-1"], "local_steps must be an integer of at least 0, got -1"),
@@ -622,5 +679,7 @@ def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path,
     printed = capsys.readouterr().out
     assert "perplexity with the full cache: " in printed and "with 16 slots per layer: " in printed
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
-    untrained = LoCoCoConfig.from_pretrained(tmp_path / "heads").gate_init
-    assert all((head.gate != untrained).any() for head in lococo.state.patch_of(model).heads.values())
+    config, patch = LoCoCoConfig.from_pretrained(tmp_path / "heads"), lococo.state.patch_of(model)
+    assert all((head.gate != config.gate_init).any() for head in patch.heads.values()) and patch.heads
+    assert all(network.output.weight.abs().max() > 0 for network in patch.networks.values())
+    assert len(patch.networks) == 2 and config.slots_per_head is not None

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -18,7 +19,7 @@ from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.state import patch_of
 from lococo.training import budgets, scores
-from lococo.training.budgets import eviction_errors
+from lococo.training.budgets import eviction_errors, layer_errors
 from lococo.training.lookups import Lookups, record_lookups
 from lococo.training.recipes import ScoreConfig
 from lococo.training.record import record
@@ -26,7 +27,7 @@ from lococo.training.scores import ScoreNetworks, lookup_loss, lost_shares, trai
 
 CONFIG = LoCoCoConfig(16, block_size=8, score="learned", num_sinks=1, num_heavy=11, num_recent=4)
 TEXTS = tiny_ids(5, 48, seed=2).int()
-SHORT = ScoreConfig(texts=5, texts_per_step=2, repeats=2)
+SHORT = ScoreConfig(texts=5, texts_at_once=2, texts_per_step=2, repeats=2)
 STORIES = Path(__file__).parents[3] / "shared/data/weights/stories260K"
 
 
@@ -53,21 +54,24 @@ def assert_same(networks, expected):
 
 def on_new_texts(model, networks, windows):
     """Mean loss, and lost shares by a new network, this one and the oracle, on texts."""
-    groups = networks.groups(model.config.num_key_value_heads)
-    losses, lost = [], []
+    config, losses, lost = networks.config, [], []
     for ids in windows:
-        for index, lookups in record_lookups(model, ids[None].long(), groups, networks.rotary).items():
+        for index, lookups in record_lookups(model, ids[None].long(), config, networks.rotary).items():
             network = networks.by_layer[index]
             with torch.no_grad():
-                losses.append(lookup_loss(network, lookups, groups[index]).item())
+                losses.append(lookup_loss(network, lookups, config).item())
                 features = network(lookups.keys, lookups.values)
-            lost.append(lost_shares(lookups, groups[index], features))
+            lost.append(lost_shares(lookups, config, features))
     return sum(losses) / len(losses), torch.tensor(lost).mean(0).tolist()
+
+
+def of_layers(rows):
+    return [row for row in rows if "layer" in row]
 
 
 def test_the_loss_falls_and_part_of_the_way_to_the_oracle_is_gone_on_new_texts(tmp_path):
     model, told = tiny_llama(), []
-    settings = ScoreConfig(texts_per_step=4, repeats=8, learning_rate=1e-2)
+    settings = ScoreConfig(texts_at_once=4, texts_per_step=4, repeats=8, learning_rate=1e-2)
     texts, others = tiny_ids(40, 96, seed=5), tiny_ids(6, 96, seed=6)
     before, (distant, new, _) = on_new_texts(model, new_networks(model), others)
     networks, rows = trained(model, tmp_path / "state", texts, settings, tell=lambda **row: told.append(row))
@@ -76,8 +80,15 @@ def test_the_loss_falls_and_part_of_the_way_to_the_oracle_is_gone_on_new_texts(t
     assert learned < distant - 0.2 * (distant - oracle)
     assert [row["step"] for row in told] == list(range(1, 11)) and {row["steps"] for row in told} == {10}
     assert told[0]["closed"] == 0 and told[-1]["closed"] > 0.1 and told[-1]["loss"] < told[0]["loss"]
-    assert [row["layer"] for row in rows] == [0, 1]
-    assert all(row["lost_oracle"] < row["lost"] < row["lost_before"] for row in rows)
+    curve = rows[:10]
+    assert [row["texts"] for row in curve] == list(range(0, 40, 4)), "learned from before them"
+    assert curve[0]["lost"] == curve[0]["lost_before"] and curve[-1]["lost"] < curve[-1]["lost_before"]
+    assert [row["layer"] for row in rows[10:]] == [0, 1]
+    assert all(row["lost_oracle"] < row["lost"] < row["lost_before"] for row in rows[10:])
+    # Of a layer: over the last 32 texts, of which as many are read at once.
+    for name in ("lost_before", "lost", "lost_oracle"):
+        told_of_layers = sum(row[name] for row in rows[10:]) / 2
+        assert told_of_layers == pytest.approx(sum(row[name] for row in curve[2:]) / 8)
 
 
 @pytest.mark.slow
@@ -123,8 +134,13 @@ def test_where_a_window_decides_nothing_is_learned(tmp_path):
         if not torch.equal(tensor, unchanged.named_tensors()[name])
     }
     assert changed == {name for name in unchanged.named_tensors() if name.startswith("1.")}
-    assert [row["layer"] for row in rows] == [1] and 0 < rows[0]["lost_oracle"] < rows[0]["lost"] < 1
-    assert all(row["closed"] == row["closed"] for row in told), "not a number"
+    (of_layer,) = of_layers(rows)
+    assert of_layer["layer"] == 1 and 0 < of_layer["lost_oracle"] < of_layer["lost"] < 1
+    assert [row["texts"] for row in rows[:-1]] == [0, 2, 4]
+    assert all(math.isfinite(value) for row in told + rows for value in row.values())
+    told.clear()
+    _, rows = trained(build("Mistral-window"), tmp_path / "nothing", tell=lambda **row: told.append(row))
+    assert rows == [] and [row["closed"] for row in told] == [0, 0, 0]
 
 
 def test_the_learning_rate_falls_linearly_and_matrices_decay(tmp_path, monkeypatch):
@@ -141,12 +157,40 @@ def test_the_learning_rate_falls_linearly_and_matrices_decay(tmp_path, monkeypat
     trained(tiny_llama(), tmp_path / "state", settings=settings)
     rates = [0.5 * (1 - done / 6) for done in range(6)]  # three steps on texts, two of the optimizer on each
     assert seen == [[(pytest.approx(rate), 0.3), (pytest.approx(rate), 0.0)] for rate in rates]
+    seen.clear()
+    trained(tiny_llama(), tmp_path / "more", settings=dataclasses.replace(settings, texts_at_once=4))
+    # Four texts at once, in two steps that take turns, then one.
+    rates = [
+        0.5 * (1 - (batch + done) / 2) for batch, steps in enumerate((4, 2)) for done in torch.arange(steps) / steps
+    ]
+    assert seen == [[(pytest.approx(float(rate)), 0.3), (pytest.approx(float(rate)), 0.0)] for rate in rates]
+
+
+def test_texts_held_at_once_are_learned_from_in_turn(tmp_path, monkeypatch):
+    read, learned = [], []
+
+    def noted(model, ids, *arguments):
+        found = record_lookups(model, ids, *arguments)
+        read.append(ids[0].tolist())
+        found[0].keys.text = len(read)
+        return found
+
+    def noted_loss(network, lookups, config):
+        if hasattr(lookups.keys, "text"):
+            learned.append(lookups.keys.text)
+        return lookup_loss(network, lookups, config)
+
+    monkeypatch.setattr(scores, "record_lookups", noted)
+    monkeypatch.setattr(scores, "lookup_loss", noted_loss)
+    trained(tiny_llama(), tmp_path / "state", settings=dataclasses.replace(SHORT, texts_at_once=3, repeats=3))
+    assert read == TEXTS.tolist()
+    assert learned == [1, 2, 3] * 3 + [4, 5] * 3
 
 
 def test_the_loss_must_be_finite(tmp_path):
     model = tiny_llama()
     model.model.layers[1].self_attn.v_proj.weight.data[:] = torch.inf
-    with pytest.raises(FloatingPointError, match="scores, step 1: the loss is nan"):
+    with pytest.raises(FloatingPointError, match="scores, step 1 of 3: the loss is nan"):
         trained(model, tmp_path / "state")
 
 
@@ -207,8 +251,8 @@ def test_no_text_is_read_after_the_deadline(tmp_path, monkeypatch):
     assert len(read) == 2 and (tmp_path / "state").is_file()
 
 
-@pytest.mark.parametrize("texts_per_step", [1, 2])
-def test_texts_held_at_once_are_those_of_a_step(texts_per_step, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("texts_at_once", "texts_per_step"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_no_more_texts_are_held_at_once_than_is_said(texts_at_once, texts_per_step, tmp_path, monkeypatch):
     alive, most = weakref.WeakSet(), []
     monkeypatch.setattr(Lookups, "__hash__", object.__hash__)
 
@@ -219,8 +263,9 @@ def test_texts_held_at_once_are_those_of_a_step(texts_per_step, tmp_path, monkey
         return found
 
     monkeypatch.setattr(scores, "record_lookups", noted)
-    trained(tiny_llama(), tmp_path / "state", settings=dataclasses.replace(SHORT, texts_per_step=texts_per_step))
-    assert len(most) == 5 and max(most) == 2 * texts_per_step, "a text has two layers"
+    settings = dataclasses.replace(SHORT, texts_at_once=texts_at_once, texts_per_step=texts_per_step)
+    trained(tiny_llama(), tmp_path / "state", settings=settings)
+    assert len(most) == 5 and max(most) == 2 * texts_at_once, "a text has two layers"
 
 
 # Slots per head
@@ -239,16 +284,14 @@ def remember_nothing(key, function):
 
 
 @torch.no_grad()
-def test_errors_with_networks_are_those_of_a_patched_model_that_has_them():
-    """In the first layer, whose queries, keys and values do not depend on what is kept."""
-    model, texts, levels = tiny_llama().double(), tiny_ids(2, 41), (5, 12, 41)
+@pytest.mark.parametrize(("slots", "length"), [(5, 16), (12, 24)])
+def test_errors_with_networks_are_those_of_a_patched_model_that_has_them(slots, length):
+    """In the first layer, whose queries, keys and values do not depend on what is kept, after one compression."""
+    model, texts = tiny_llama().double(), tiny_ids(2, length)
     networks = random_networks(model)
-    with torch.enable_grad():
-        errors = eviction_errors(model, texts, CONFIG, levels, remember_nothing, networks)
-        without = eviction_errors(model, texts, CONFIG, levels, remember_nothing)
-    expected = torch.zeros(len(levels), 2, dtype=torch.float64)
-    for ids, (place, slots) in itertools.product(texts, enumerate(levels)):
+    for ids in texts:
         with torch.enable_grad():
+            errors = eviction_errors(model, ids[None], CONFIG, (slots,), remember_nothing, networks)
             entry = record(model, ids[None], gradients=True)[0]
         outputs, patched = [], lococo.patch_model(copy.deepcopy(model), CONFIG.with_slots(slots))
         networks.put_into(patch_of(patched))
@@ -256,11 +299,14 @@ def test_errors_with_networks_are_those_of_a_patched_model_that_has_them():
             lambda module, args, outputs=outputs: outputs.append(args[0])
         )
         patched(ids[None])
-        output = outputs[0].view(1, 41, 4, 8).transpose(1, 2)
+        output = outputs[0].view(1, length, 4, 8).transpose(1, 2)
         error = ((output - entry.output) * entry.gradient).sum(-1).square().sum(-1)
-        expected[place] += error[0].view(2, 2).sum(-1) / len(texts)
-    torch.testing.assert_close(errors[:, 0], expected, rtol=1e-3, atol=1e-9)
-    assert (errors - without)[:2].abs().max() > 1e-2 and errors[2].max() < 1e-12
+        expected = error[0].view(2, 2).sum(-1)
+        features = networks.features(0, entry.key, entry.value)
+        (found,) = layer_errors(entry, [CONFIG.with_slots(slots)], features)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
+        assert errors.sum() == pytest.approx(1)  # what a text's errors are relative to
+        torch.testing.assert_close(errors[0, 0] / errors[0, 0].sum(), found / found.sum())
 
 
 def test_errors_of_networks_are_not_taken_for_those_of_others(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from configs import CONFIGS
 from families import WINDOW, build
-from reference import naive_full, naive_head, naive_lococo
+from reference import naive_features, naive_full, naive_head, naive_lococo, naive_network, rope_rotate
 from safetensors.torch import load_file, save_file
 from tiny import tiny_ids, tiny_llama
 
@@ -105,8 +105,29 @@ def test_a_recorded_layer_is_read_with_features_as_the_model_reads_it(name):
         model(ids)
         projected.remove()
     assert (outputs[config.score] - outputs["distant"]).abs().max() > 1e-2
+    # Without features it is the distant score, as the average head has it.
     new = compressed_output(entry, config, 0, head)
-    assert torch.equal(new, outputs["distant"])
+    assert torch.equal(new, outputs["distant"]) == (config.slots_per_head is None)
+
+
+@pytest.mark.parametrize("name", ["learned", "learned-slot", "open"])
+def test_blends_learn_beside_the_tokens_that_a_learned_score_selects(name, tmp_path, monkeypatch):
+    recordings, seen = recorded(tmp_path / "texts", tiny_llama()), []
+
+    def noted(entry, config, layer_idx, head, features):
+        seen.append(features)
+        if CONFIGS[name].has_features:
+            keys = rope_rotate(8)(entry.key.double(), -torch.arange(48))
+            network = naive_network(patch_of(model).networks[layer_idx])
+            expected = naive_features(keys[0], entry.value[0], network)
+            torch.testing.assert_close(features[0].double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-3)
+        return compressed_output(entry, config, layer_idx, head, features)
+
+    monkeypatch.setattr(local, "compressed_output", noted)
+    model = patch(tiny_llama(), CONFIGS[name])
+    train_locally(model, recordings, LocalConfig(steps=1, num_checked=1), tmp_path / "local")
+    assert len(seen) == 2 * 4, "of two layers, two texts, each with the head and without"
+    assert {features is None for features in seen} == {not CONFIGS[name].has_features}
 
 
 def test_small_gradients_are_not_lost(tmp_path):
@@ -193,8 +214,13 @@ def test_closed_gates_open(options, tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, LoCoCoConfig(16, block_size=8, kernel_size=5, gate_init=0.3, slots_per_head=((12, 20), (22, 10)))],
-    ids=["low-rank", "slots-per-head"],
+    [
+        CONFIG,
+        LoCoCoConfig(16, block_size=8, kernel_size=5, gate_init=0.3, slots_per_head=((12, 20), (22, 10))),
+        CONFIGS["learned"],
+        CONFIGS["learned-per-head"],
+    ],
+    ids=["low-rank", "slots-per-head", "learned", "learned-per-head"],
 )
 def test_loss_and_gradients_are_the_naive_ones(config):
     ids = TEXTS[:1].long()
@@ -202,12 +228,19 @@ def test_loss_and_gradients_are_the_naive_ones(config):
     model = patch(tiny_llama(), config).double()
     head = patch_of(model).heads[0].requires_grad_(True)
     parameters = dict(head.named_parameters())
-    loss = local._summed_error(entry, config, 0, head) / local._summed_error(entry, config, 0)
+    networks, features = local._networks(patch_of(model)), None
+    assert (networks is not None) == config.has_features
+    if networks is not None:
+        features = networks.features(0, entry.key, entry.value)
+    loss, without = (local._summed_error(entry, config, 0, each, features) for each in (head, None))
+    loss = loss / without
+    selected = dict(rotate=rope_rotate(8), network=naive_network(patch_of(model).networks.get(0)))
 
     def naive_error(gate):
         weights = naive_head(head)
         weights.gate = gate
-        output, _ = naive_lococo(entry.query[0], entry.key[0], entry.value[0], config, weights, scale=entry.scale)
+        states = entry.query[0], entry.key[0], entry.value[0]
+        output, _ = naive_lococo(*states, config, weights, scale=entry.scale, **selected)
         return ((output - naive_full(entry)[0]) * entry.gradient[0]).sum(-1).square().sum()
 
     with torch.no_grad():

@@ -12,7 +12,6 @@ from torch.func import functional_call
 import lococo
 from lococo import LoCoCoConfig
 from lococo.kernels.scoring import is_autocast
-from lococo.models import find_family
 from lococo.registry import SCORES
 from lococo.training.lookups import fast_products, record_lookups
 from lococo.training.record import record, recording
@@ -38,15 +37,9 @@ def networks_of(model, config=CONFIG, seed=0):
 
 
 def recorded(model, config=CONFIG, ids=IDS):
-    """Lookups by layer, and the groups of heads that they are of."""
+    """Lookups by layer."""
     networks = networks_of(model, config)
-    groups = networks.groups(find_family(model).shape["num_kv_heads"])
-    return record_lookups(model, ids, groups, networks.rotary), groups
-
-
-def budget(config, layer, head):
-    """Config of one KV head."""
-    return config if config.slots_per_head is None else config.with_slots(config.slots_per_head[layer][head])
+    return record_lookups(model, ids, networks.config, networks.rotary)
 
 
 def naive_lookups(entry, config, head):
@@ -66,7 +59,7 @@ def naive_lookups(entry, config, head):
                     if end >= block and query - token >= config.num_recent:
                         scores[end, token] += probability**2 * 0.8 ** ((end - block) * BLOCK / config.num_slots)
                     if end < block:
-                        later[end, token] += probability**2 * 0.8 ** (block - end - 1)
+                        later[end, token] += probability**2 * 0.6 ** (block - end - 1)
     for end in range(ends):
         is_candidate[end, config.num_sinks : (end + 1) * BLOCK - config.num_recent] = True
     return scores, later, is_candidate
@@ -75,15 +68,16 @@ def naive_lookups(entry, config, head):
 @every_family
 @pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["even", "split"])
 def test_lookups_equal_the_naive_ones(family, config):
+    """Which are the same for all heads, whatever their slots."""
     model = build(family).double()
-    actual, _ = recorded(model, config)
+    actual = recorded(model, config)
     entries = record(model, IDS)
     assert list(actual) == [index for index, entry in entries.items() if entry.window is None]
     for index, lookups in actual.items():
         for head in range(2):
-            expected = naive_lookups(entries[index], budget(config, index, head), head)
+            expected = naive_lookups(entries[index], config, head)
             for name, tensor in zip(("scores", "later", "is_candidate"), expected, strict=True):
-                of_head = getattr(lookups, name)[:, head].to(tensor.dtype)
+                of_head = getattr(lookups, name).expand_as(lookups.scores)[:, head].to(tensor.dtype)
                 torch.testing.assert_close(of_head, tensor, rtol=1e-4, atol=1e-6, msg=f"{name} of {index}, {head}")
         assert lookups.scores.max() > 0.1 and lookups.block_size == BLOCK
         assert lookups.seen.flatten().tolist() == [8, 16, 24, 32]
@@ -99,7 +93,7 @@ def test_keys_and_values_are_those_before_the_rotation(family):
             last.register_forward_hook(
                 lambda module, args, output, key=(index, name): projected.__setitem__(key, output.detach())
             )
-    for index, lookups in recorded(model)[0].items():
+    for index, lookups in recorded(model).items():
         for name in ("keys", "values"):
             expected = projected[index, name].view(1, LENGTH, 2, 8).transpose(1, 2)
             torch.testing.assert_close(getattr(lookups, name), expected, rtol=0, atol=1e-5)
@@ -110,7 +104,7 @@ def test_keys_and_values_are_those_before_the_rotation(family):
 def test_scores_are_those_that_a_cache_holds_in_which_nothing_is_evicted(slots, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # no bfloat16
     config = dataclasses.replace(CONFIG, num_slots=62, num_heavy=56, slots_per_head=slots)
-    lookups, _ = recorded(tiny_llama(), config)
+    lookups = recorded(tiny_llama(), config)
     model = lococo.patch_model(tiny_llama(), config)
     for end in range(LENGTH // BLOCK - 1):
         tokens = (end + 1) * BLOCK
@@ -126,8 +120,8 @@ def test_scores_are_those_that_a_cache_holds_in_which_nothing_is_evicted(slots, 
 @pytest.mark.parametrize(("capabilities", "error"), [({}, 2e-3), ({"avx512_bf16": True}, 3e-2)])
 def test_a_model_in_float32_is_close_to_one_in_float64(capabilities, error, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    exact, _ = recorded(tiny_llama().double())
-    for index, lookups in recorded(tiny_llama())[0].items():
+    exact = recorded(tiny_llama().double())
+    for index, lookups in recorded(tiny_llama()).items():
         assert (lookups.keys.dtype, lookups.scores.dtype) == (torch.float16, torch.float32)
         for name in ("keys", "values", "scores", "later"):
             expected = getattr(exact[index], name).double()
@@ -143,20 +137,21 @@ def test_what_tokens_receive_is_exact_where_a_model_computes_in_bfloat16(monkeyp
     model, entries = tiny_llama(), {}
     with recording(model, entries.__setitem__), fast_products(model):
         model(IDS)
-    for index, lookups in recorded(model)[0].items():
+    for index, lookups in recorded(model).items():
         scores, later, _ = naive_lookups(entries[index], CONFIG, 0)
         torch.testing.assert_close(lookups.scores[:, 0].double(), scores, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(lookups.later[:, 0].double(), later, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_in_half_precision_keeps_its_own(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_keeps_its_own(dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    lookups = recorded(tiny_llama().bfloat16())[0][0]
-    assert (lookups.keys.dtype, lookups.values.dtype, lookups.scores.dtype) == (*[torch.bfloat16] * 2, torch.float32)
+    lookups = recorded(tiny_llama().to(dtype))[0]
+    assert (lookups.keys.dtype, lookups.values.dtype, lookups.scores.dtype) == (dtype, dtype, torch.float32)
 
 
 def test_layers_with_a_window_are_left_out_and_none_may_be_left():
-    assert recorded(build("Mistral-window"))[0] == {} and WINDOW < LENGTH
+    assert recorded(build("Mistral-window")) == {} and WINDOW < LENGTH
 
 
 def state(model):
@@ -174,7 +169,7 @@ def test_recording_leaves_the_model_as_it_was_also_when_it_fails(training):
     before = state(model)
     for ids, is_wrong in ((IDS, False), (IDS + 64, True)):
         try:
-            record_lookups(model, ids, networks.groups(2), networks.rotary)
+            record_lookups(model, ids, networks.config, networks.rotary)
         except IndexError:
             assert is_wrong
         assert state(model) == before and not is_autocast("cpu")
@@ -184,38 +179,37 @@ def test_recording_leaves_the_model_as_it_was_also_when_it_fails(training):
 # The loss, and what is lost
 
 
-def naive_logits(scores, features, end, head_config):
+def naive_logits(scores, features, end, config):
     """Logits of all tokens of one KV head at the end of a block, one after the other."""
-    fade, logits = 0.8 ** (1 / head_config.num_slots), []
+    fade, logits = 0.8 ** (1 / config.num_slots), []
     for token, (bias, trust, decay) in enumerate(features.double().tolist()):
         age = (end + 1) * BLOCK - token
-        queries = max(age - head_config.num_recent, 0)
+        queries = max(age - config.num_recent, 0)
         statistic = scores[token].item() / (sum(fade**query for query in range(queries)) + 8)
         log = math.log(statistic + 1e-5)
         logits.append(log + bias + trust * (log + 8) / 4 + decay * (math.log(max(age, 1)) - 6) / 1.5)
     return torch.tensor(logits, dtype=torch.float64)
 
 
-def naive_terms(lookups, features, config, layer):
-    """(logits, later, config) of the candidates of every KV head at every end."""
+def naive_terms(lookups, features, config):
+    """(end, logits, later) of the candidates of every KV head at every end."""
     for head in range(2):
-        head_config = budget(config, layer, head)
-        for end, chosen in enumerate(lookups.is_candidate[:, head]):
-            logits = naive_logits(lookups.scores[end, head], features[0, head], end, head_config)
-            yield end, logits[chosen], lookups.later[end, head][chosen].double(), head_config
+        for end, chosen in enumerate(lookups.is_candidate[:, 0]):
+            logits = naive_logits(lookups.scores[end, head], features[0, head], end, config)
+            yield end, logits[chosen], lookups.later[end, head][chosen].double()
 
 
 @pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["even", "split"])
 def test_the_loss_equals_the_naive_one(config):
     model = tiny_llama()
-    networks, (found, groups) = networks_of(model, config), recorded(model, config)
-    for index, lookups in found.items():
+    networks = networks_of(model, config)
+    for index, lookups in recorded(model, config).items():
         network = networks.by_layer[index]
         losses = [
             -(later / later.sum() * (logits - logits.logsumexp(0))).sum().item()
-            for _, logits, later, _ in naive_terms(lookups, network(lookups.keys, lookups.values), config, index)
+            for _, logits, later in naive_terms(lookups, network(lookups.keys, lookups.values), config)
         ]
-        loss = lookup_loss(network, lookups, groups[index])
+        loss = lookup_loss(network, lookups, networks.config)
         assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
@@ -227,8 +221,7 @@ def in_float64(lookups):
 
 def test_gradients_of_the_loss_are_its_differences():
     model = tiny_llama()
-    network, (found, groups) = networks_of(model, SPLIT).by_layer[1].double(), recorded(model, SPLIT)
-    lookups = in_float64(found[1])
+    network, lookups = networks_of(model).by_layer[1].double(), in_float64(recorded(model)[1])
     parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     torch.manual_seed(0)
     directions = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
@@ -238,7 +231,7 @@ def test_gradients_of_the_loss_are_its_differences():
             name: value + step * directions[name]
             for (name, value), step in zip(parameters.items(), steps, strict=True)
         }
-        return lookup_loss(lambda *states: functional_call(network, moved, states), lookups, groups[1])
+        return lookup_loss(lambda *states: functional_call(network, moved, states), lookups, CONFIG)
 
     steps = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in parameters]
     assert torch.autograd.gradcheck(loss, steps)
@@ -256,35 +249,36 @@ def naive_lost(rankings, laters, kept):
 
 def test_shares_that_are_lost_equal_the_naive_ones_and_count_where_something_is_chosen():
     model = tiny_llama()
-    networks, (found, groups) = networks_of(model), recorded(model)
-    for index, lookups in found.items():
+    networks = networks_of(model)
+    for index, lookups in recorded(model).items():
         features = networks.by_layer[index](lookups.keys, lookups.values)
         kinds = {"new": torch.zeros_like(features), "now": features}
         ranked = {
-            name: [term for term in naive_terms(lookups, each, CONFIG, index) if term[0] >= 2]  # 16 tokens fit
+            name: [term for term in naive_terms(lookups, each, CONFIG) if term[0] >= 2]  # 16 tokens fit
             for name, each in kinds.items()
         }
-        laters = [later for _, _, later, _ in ranked["new"]]
+        laters = [later for _, _, later in ranked["new"]]
         kept = CONFIG.num_heavy + CONFIG.num_fused
-        expected = [naive_lost([logits for _, logits, _, _ in ranked[name]], laters, kept) for name in ("new", "now")]
+        expected = [naive_lost([logits for _, logits, _ in ranked[name]], laters, kept) for name in ("new", "now")]
         expected.append(naive_lost(laters, laters, kept))
-        assert lost_shares(lookups, groups[index], features) == pytest.approx(expected, abs=1e-6)
+        assert lost_shares(lookups, CONFIG, features) == pytest.approx(expected, abs=1e-6)
         assert 0 < expected[2] < min(expected[:2]) and expected[0] != pytest.approx(expected[1], abs=1e-3)
 
 
 def test_a_perfect_network_loses_what_the_oracle_does_and_a_new_one_what_the_distant_score_does():
-    found, groups = recorded(tiny_llama())
+    found = recorded(tiny_llama())
     # At one end of a block a feature can say what is looked up after it.
     last = {name: getattr(found[0], name)[-1:] for name in ("scores", "later", "is_candidate")}
     last = dataclasses.replace(found[0], **last, block_size=4 * BLOCK)
     features = torch.zeros(1, 2, LENGTH, 3)
-    before, new, oracle = lost_shares(last, groups[0], features)
+    before, new, oracle = lost_shares(last, CONFIG, features)
     assert new == before > oracle + 0.05
-    statistic = SCORES["distant"]().rank(*last.entries(groups[0][0], None), CONFIG)
+    statistic = SCORES["distant"]().rank(*last.entries(None), CONFIG)
     features[..., 0] = (last.later + 1e-9).log() - (statistic + 1e-5).log()
-    assert lost_shares(last, groups[0], features) == pytest.approx([before, oracle, oracle], abs=1e-5)
+    assert lost_shares(last, CONFIG, features) == pytest.approx([before, oracle, oracle], abs=1e-5)
 
 
 def test_where_everything_fits_nothing_is_lost():
-    found, groups = recorded(tiny_llama(), dataclasses.replace(CONFIG, num_slots=LENGTH, num_heavy=LENGTH - 6))
-    assert lost_shares(found[0], groups[0], torch.zeros(1, 2, LENGTH, 3)) == [0.0, 0.0, 0.0]
+    config = dataclasses.replace(CONFIG, num_slots=LENGTH, num_heavy=LENGTH - 6)
+    found = recorded(tiny_llama(), config)
+    assert lost_shares(found[0], config, torch.zeros(1, 2, LENGTH, 3)) == [0.0, 0.0, 0.0]

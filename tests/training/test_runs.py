@@ -55,8 +55,8 @@ def stop_in(name, when):
 
 STOPS = {
     "learning scores": (stop_in("save", 1), scores._Trainer),
-    "between the trainings of scores": (stop_in("eviction_errors", 1), module),
-    "learning scores with slots per head": (stop_in("record_lookups", 4), scores),
+    "learning scores from more texts": (stop_in("record_lookups", 10), scores),
+    "before slots per head": (stop_in("eviction_errors", 1), module),
     "recording the third text": (stop_in("record", 3), local),
     "learning the second layer": (stop_in("train_layer", 2), local),
     "between the stages": (stop_in("_train_end_to_end", 1), Calibration),
@@ -66,8 +66,7 @@ STOPS = {
 
 
 def test_stopped_again_and_again_equals_uninterrupted(heads, run, tmp_path, monkeypatch, capsys):
-    late = stop_in("record_lookups", 2), scores  # where the texts before are not read again
-    for stop, (replace, holder) in {**STOPS, "learning scores with slots per head": late}.items():
+    for stop, (replace, holder) in STOPS.items():
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             replace(patched, holder)
             run(tmp_path / "heads", *SHORT, "--resume")
@@ -139,7 +138,7 @@ def test_a_folder_of_something_else_is_neither_resumed_nor_removed(run, tmp_path
 def calibrate_tiny(folder, windows_per_step=2):
     """Float32 heads after every stage, in one process or in one of two."""
     recipe = Recipe(
-        scores=ScoreConfig(texts=6, texts_per_step=2, repeats=3),  # twice a step of two and one of one
+        scores=ScoreConfig(texts=7, texts_at_once=4, texts_per_step=2, repeats=3),  # steps of two, and one of one
         budget_texts=2,
         local=LocalConfig(steps=3),
         local_texts=4,
