@@ -183,6 +183,7 @@ class HeatMap:
     def draw(self, figure: Any, axes: Any) -> None:
         """Draw into matplotlib's axes."""
         from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.ticker import LogLocator, NullLocator
 
         norm = (LogNorm if self.log else Normalize)(*self.limits)
         image = axes.imshow(self.values, norm=norm, cmap=self.colors, aspect="auto")
@@ -192,8 +193,10 @@ class HeatMap:
                 axis.set_ticks(range(len(names)), names, fontsize=7)
         bar = figure.colorbar(image, ax=axes)
         if self.log:
+            is_wide = bar.vmax > 20 * bar.vmin  # too many labels would lie on each other
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_wide else range(1, 10)))
+            bar.ax.yaxis.set_minor_locator(NullLocator())
             bar.ax.yaxis.set_major_formatter("{x:.0f}")
-            bar.ax.yaxis.set_minor_formatter("{x:.0f}")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
         axes.set_title(self.title, fontsize=9)
 
