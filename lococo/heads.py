@@ -36,15 +36,7 @@ NO_HEADS = (
     "it has no heads; call lococo.patch_model(model) first, or lococo.patch_model(model, heads=...) to patch and load "
     "at once"
 )
-HEAD_FIELDS = (
-    "compressor",
-    "num_fused",
-    "kernel_size",
-    "head_rank",
-    "residual",
-    "normalization",
-    "has_mass",
-)
+HEAD_FIELDS = ("compressor", "num_fused", "kernel_size", "head_rank", "residual", "normalization", "has_mass")
 
 
 def save_heads(
