@@ -240,12 +240,19 @@ class Calibration(TrainingRun):
                 f"score_texts must be 0 where no score that learns gives slots (score={config.score!r}, num_heavy="
                 f"{config.num_heavy}), got {settings.texts}; or use score='learned' and more slots"
             )
-        read, cut = min(length, settings.length), "" if length <= settings.length else " (cut to ScoreConfig.length)"
+        read = self._score_length
+        cut = "" if read == length else " (cut to ScoreConfig.length)"
         if read < 2 * config.block_size:
             raise ValueError(
                 f"windows of {read} tokens{cut} are too short for scores: they learn what is looked up after a block "
                 f"of {config.block_size}; choose windows of two blocks at least, or smaller blocks"
             )
+
+    @property
+    def _score_length(self) -> int:
+        """Tokens that scores learn from in a window: so many that there is something to choose from."""
+        assert self.recipe.scores is not None
+        return min(self.data.length, max(self.recipe.scores.length, 2 * self.config.num_slots))
 
     @property
     def _finds_budgets(self) -> bool:
@@ -320,7 +327,7 @@ class Calibration(TrainingRun):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.data.seed)
             networks = ScoreNetworks.of(model, self.config)
-        windows = train.evenly(settings.texts)[:, : settings.length]
+        windows = train.evenly(settings.texts)[:, : self._score_length]
         tell = functools.partial(self._tell_stage, "scores")
         for row in train_scores(model, networks, windows, settings, self.work / SCORE_STATE, self.deadline, tell):
             add("scores", **row)

@@ -116,7 +116,7 @@ class ScoreConfig:
     texts : int
         Texts read, each once.
     length : int
-        Tokens read of a text, at most: scores of shorter texts serve longer ones.
+        Tokens read of a text, at most, or twice the slots if that is more: scores of shorter texts serve longer ones.
     texts_at_once : int
         Texts that are held, and learned from in turn.
     texts_per_step : int
