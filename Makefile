@@ -179,7 +179,7 @@ agreement: ## scores with enough slots against lm-eval's own model -> docs/resul
 SHOWN := layer=21&head=1&slot=14
 inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a picture of it -> docs/results/inspect.png
 	$(LOCOCO) inspect $(ON_MODEL) --data docs/results/notes/2026-11-23-heavy-hitter-score.md --max-tokens 1000 \
-		--heads $(HEADS)-128 --output .demo/inspect.html
+		--heads $(HEADS)-128-blend --output .demo/inspect.html
 	$(or $(BROWSER),$(error no Chromium found)) --headless=new --no-sandbox --disable-gpu --window-size=1360,820 \
 		--user-data-dir=$(CURDIR)/.demo/browser --screenshot=$(abspath $(RESULTS)/inspect.png) \
 		"file://$(CURDIR)/.demo/inspect.html#$(SHOWN)"

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 TEXT = ROOT.parent / "shared/data/text"
 HELDOUT = TEXT / "wikipedia/heldout.jsonl"
 MATHS = TEXT / "math_latex/heldout.jsonl"
+# Heads in examples/heads: with learned scores, and from before those, with blends.
+SHIPPED = [(128, ""), (256, ""), (128, "-blend")]
 LENGTH = 640
 
 pytestmark = pytest.mark.slow
@@ -107,10 +109,10 @@ def test_uncalibrated_model_is_better_than_h2o_on_held_out_text(smollm2):
     assert measure(LoCoCoConfig(128, block_size=128)) < h2o
 
 
-@pytest.mark.parametrize("num_slots", [128, 256])
-def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots):
+@pytest.mark.parametrize(("num_slots", "kind"), SHIPPED)
+def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots, kind):
     model, _ = smollm2
-    with patched(model, heads=ROOT / f"examples/heads/smollm2-135m-{num_slots}"), torch.no_grad():
+    with patched(model, heads=ROOT / f"examples/heads/smollm2-135m-{num_slots}{kind}"), torch.no_grad():
         cache = model(manual, use_cache=True).past_key_values
     groups = [group for layer in cache.layers for group in layer.groups]
     slots = sum(group.config.num_slots * len(group.heads) for group in groups)
@@ -120,17 +122,18 @@ def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots):
 
 
 @pytest.mark.skipif(not MATHS.is_file(), reason="needs ../shared/data/text")
-@pytest.mark.parametrize("num_slots", [128, 256])
-def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_slots):
+@pytest.mark.parametrize(("num_slots", "kind"), SHIPPED)
+def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_slots, kind):
     model, tokenizer = smollm2
-    recorded = json.loads((ROOT / "docs/results/calibration.json").read_text(encoding="utf-8"))["rows"]
+    results = ROOT / f"docs/results/calibration{kind.replace('-', '_')}.json"
+    recorded = json.loads(results.read_text(encoding="utf-8"))["rows"]
     rows = {
         row["method"]: row["nll"]
         for row in recorded
         if row["domain"] == "math_latex" and row["num_slots"] in (num_slots, None)
     }
     texts = read_windows([MATHS], tokenizer, Cut((4096,), first=512, limit=2))
-    (run,) = plan_runs([], [], 128, [str(ROOT / f"examples/heads/smollm2-135m-{num_slots}")])
+    (run,) = plan_runs([], [], 128, [str(ROOT / f"examples/heads/smollm2-135m-{num_slots}{kind}")])
     measured = perplexity_rows(model, texts, [run], 512, Journal(tmp_path / "journal.jsonl"))[0]["nll"]
     # Of two tokens with all but equal scores another processor's rounding may keep the other.
     assert measured == pytest.approx(rows["lococo"], abs=0.02)
