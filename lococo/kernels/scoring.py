@@ -152,7 +152,16 @@ def attend_and_score(
     squared: bool = False,
     delay: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``attend`` and ``attention_mass`` from the same probabilities, a tile of queries after the other."""
+    """``attend`` and ``attention_mass`` from the same probabilities, a tile of queries after the other.
+
+    Arguments as of those two, without gradients.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        (batch, heads, queries, head_dim) output, in the queries' dtype; (batch, kv_heads, entries) mass in float32 or
+        wider.
+    """
     dtype = query.dtype
     query, key, value = _of_one_type(query, key, value)
     with without_autocast(query.device.type):
