@@ -26,7 +26,8 @@ ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
 TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexchange web wikipedia)
 HEADS := examples/heads/smollm2-135m
-BUDGETS := 128 256
+# Scores are learned with the first.
+BUDGETS := 128 256 512
 TASK_FILES := .demo/tasks
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
@@ -188,7 +189,7 @@ calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the 
 
 calibrate-%: $(MODEL)/$(GGUF)
 	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --heldout 3 --output $(HEADS)-$* \
-		--resume
+		$(if $(filter-out $(firstword $(BUDGETS)),$*),--scores-from $(HEADS)-$(firstword $(BUDGETS))) --resume
 
 BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --documents 2 --methods full,h2o,h2o-slot \
 	--num-slots $(BUDGETS) --heads $(BUDGETS:%=$(HEADS)-%)

@@ -20,6 +20,7 @@ CONFIG_NAME = "lococo_config.json"
 NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
+SCALINGS = ("share", "count")
 # They say how something is computed, not what; files of earlier versions have them in their config.
 PATCH_OPTIONS = {"attention", "prefill_chunk_size"}
 
@@ -68,8 +69,12 @@ class LoCoCoConfig:
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
-    compressor : {"conv"} or str
-        What blends entries into fused slots: the convolution, or a name given to ``lococo.register_compressor``.
+    compressor : {"conv", "centroids"} or str
+        What blends entries into fused slots, of these or of a name given to ``lococo.register_compressor``. "conv":
+        the convolution; "centroids": a fused slot is the mean of all evicted tokens whose keys are closest to it.
+    scaling : {"share", "count"}
+        What sinks, recents and fused slots are to heads that have other numbers of slots (``slots_per_head``): the
+        same share of them, or as many, up to a quarter of a head's slots for each kind.
     """
 
     num_slots: int = 512
@@ -89,6 +94,7 @@ class LoCoCoConfig:
     decode_block_size: int | None = None
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
     compressor: str = "conv"
+    scaling: Literal["share", "count"] = "share"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoCoCoConfig:
         """Name the place of what is no field any more."""
@@ -118,6 +124,7 @@ class LoCoCoConfig:
             ("normalization", NORMALIZATIONS),
             ("residual", RESIDUALS),
             ("positions", POSITIONS),
+            ("scaling", SCALINGS),
             ("score", tuple(SCORES)),
             ("compressor", tuple(COMPRESSORS)),
         ):
@@ -202,7 +209,7 @@ class LoCoCoConfig:
         return SCORES[self.score]().power
 
     def with_slots(self, num_slots: int) -> LoCoCoConfig:
-        """The same method for heads with another number of slots, shared out in the same proportions."""
+        """The same method for heads with another number of slots, shared out as ``scaling`` says."""
         if num_slots == self.num_slots and self.slots_per_head is None:
             return self
         return _with_slots(self, num_slots, self.whole)
@@ -321,8 +328,12 @@ def _is_number(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _with_slots(config: LoCoCoConfig, num_slots: int, whole: LoCoCoConfig) -> LoCoCoConfig:
     assert config.num_sinks is not None and config.num_recent is not None  # filled by __post_init__
-    sinks = min(config.num_sinks, num_slots)
-    recent, fused = (count * num_slots // config.num_slots for count in (config.num_recent, config.num_fused))
+    if config.scaling == "share":
+        sinks = min(config.num_sinks, num_slots)
+        recent, fused = (count * num_slots // config.num_slots for count in (config.num_recent, config.num_fused))
+    else:
+        most = max(num_slots // 4, 1)
+        sinks, recent, fused = (min(each, most) for each in (config.num_sinks, config.num_recent, config.num_fused))
     recent = min(recent, num_slots - sinks)
     heavy = num_slots - sinks - recent - min(fused, num_slots - sinks - recent)
     if config.num_heavy == 0:  # what rounding left goes to another kind

@@ -20,13 +20,13 @@ class Registry(Generic[Item]):
     ----------
     kind : str
         What a config calls them.
-    home : str
-        Module that registers the library's own, imported when a name is first looked up.
+    *homes : str
+        Modules that register the library's own, imported when a name is first looked up.
     """
 
-    def __init__(self, kind: str, home: str) -> None:
+    def __init__(self, kind: str, *homes: str) -> None:
         self.kind = kind
-        self._home = home
+        self._homes = homes
         self._items: dict[str, Item] = {}
 
     def register(self, name: str, check: Callable[[Any], None]) -> Callable[[Item], Item]:
@@ -45,7 +45,7 @@ class Registry(Generic[Item]):
 
         def register(item: Item) -> Item:
             check(item)
-            importlib.import_module(self._home)  # its names are taken first
+            self._import_homes()  # their names are taken first
             taken = self._items.get(name)
             # A module that is read again, in a notebook for one, may register its own again.
             if taken is not None and taken.__qualname__ != item.__qualname__:
@@ -64,16 +64,22 @@ class Registry(Generic[Item]):
             If nothing has it; lists the names there are.
         """
         if name not in self._items:
-            importlib.import_module(self._home)
+            self._import_homes()
         if name not in self._items:
             raise ValueError(f"{self.kind} must be one of {', '.join(self._items)}, got {name!r}")
         return self._items[name]
 
     def __iter__(self) -> Iterator[str]:
-        importlib.import_module(self._home)
+        self._import_homes()
         return iter(self._items)
+
+    def _import_homes(self) -> None:
+        for home in self._homes:
+            importlib.import_module(home)
 
 
 SCORES: Registry[type[Score]] = Registry("score", "lococo.compression.scores")
-COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", "lococo.compression.fusion")
+COMPRESSORS: Registry[type[Compressor]] = Registry(
+    "compressor", "lococo.compression.fusion", "lococo.compression.centroids"
+)
 ATTENTIONS: Registry[Callable] = Registry("attention", "lococo.kernels.attention")

@@ -7,9 +7,8 @@ from reference import rope_rotate
 
 from lococo.attention import lococo_attention
 from lococo.cache.plan import RowState, plan_call
-from lococo.compression.fusion import FusionHead
 from lococo.context import ForwardContext
-from lococo.registry import SCORES
+from lococo.registry import COMPRESSORS, SCORES
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 45
 
@@ -35,7 +34,7 @@ def random_head(config, seed=0):
         return None
     torch.manual_seed(seed)
     largest = max(config.layer_configs(0), key=lambda config: config.num_fused)
-    return FusionHead(largest, DIM, dtype=torch.float64)
+    return COMPRESSORS[config.compressor](largest, DIM, dtype=torch.float64)
 
 
 def random_network(config, seed=0):

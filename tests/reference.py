@@ -51,7 +51,7 @@ class Entry:
 
 @dataclasses.dataclass
 class NaiveHead:
-    """Weights of one layer's fusion head, the same for all KV heads. C is F, or the rank r of a low-rank head.
+    """Weights of one layer's compressor, the same for all KV heads. C is F, or the rank r of a low-rank head.
 
     Parameters
     ----------
@@ -64,20 +64,31 @@ class NaiveHead:
     gate : Tensor (F) or (1), optional
         One gate per slot or one for the layer; not used with residual "none".
     mass_scale : Tensor () or float
+    log_scale : Tensor (1), optional
+        Of centroids, which have nothing else.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     up_weight: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     mass_scale: torch.Tensor | float = 1.0
+    log_scale: torch.Tensor | None = None
+
+    def logit_bias(self, entry: Entry) -> torch.Tensor:
+        """What is added to the logits of an entry ()."""
+        if self.log_scale is None:
+            return (self.mass_scale * entry.log_mass).sum()
+        return entry.log_mass + (self.log_scale[0] if entry.log_mass > 0 else 0.0)
 
 
 def naive_head(head) -> NaiveHead | None:
-    """The weights of a layer's ``FusionHead``; None for a layer without one."""
+    """The weights of a layer's ``FusionHead`` or ``CentroidCompressor``; None for a layer without one."""
     if head is None:
         return None
+    if hasattr(head, "log_scale"):
+        return NaiveHead(log_scale=head.log_scale)
     up = head.expand
     return NaiveHead(
         weight=head.conv.weight,
@@ -127,11 +138,18 @@ def naive_features(
 
 
 def foreseen(statistic: float, age: float, features: list[float]) -> float:
-    """What features make of a token's distant score: the one place where the learned score's formula is."""
+    """What features make of a token's statistic: the one place where the learned score's formula is."""
     bias, trust, decay = features
     received, read_since = (math.log(statistic + 1e-5) + 8) / 4, (math.log(max(age, 1.0)) - 6) / 1.5
     change = bias + trust * received + decay * read_since
     return (statistic + 1e-5) * math.exp(min(max(change, -60), 60))
+
+
+def delay_and_fade(config: LoCoCoConfig) -> tuple[int, float]:
+    """By how many entries a query must be later to count for a token, and what is left of its part per token read."""
+    if config.score in LEARNED:
+        return min(config.block_size // 4, 32), 0.8 ** (1 / 128)
+    return config.num_recent, 0.8 ** (1 / config.num_slots)
 
 
 def naive_lococo(
@@ -155,8 +173,7 @@ def naive_lococo(
     k, v : Tensor (num_kv_heads, L, d)
         q and k come rotated for absolute positions, un-rotated for slot positions.
     config : LoCoCoConfig
-        With ``slots_per_head``, the first layer's are taken. What a learned score is made of is counted in each
-        head as if it had ``num_slots``.
+        With ``slots_per_head``, the first layer's are taken.
     head : NaiveHead, optional
         Needed where slots are fused; heads that fuse fewer slots use its first channels.
     rotate : callable, optional
@@ -199,12 +216,11 @@ def naive_lococo(
     for h in range(num_kv_heads):
         queries = q[h * group : (h + 1) * group]
         head_config = config if config.slots_per_head is None else config.with_slots(config.slots_per_head[0][h])
-        counted = config if config.score in LEARNED else head_config
         if window is not None:
             heavy = head_config.num_slots - head_config.num_recent
             head_config = dataclasses.replace(head_config, slots_per_head=None, num_sinks=0, num_heavy=heavy)
         output, entries = _read(
-            queries, k[h], v[h], features[h], head_config, counted, head, rotate, scale, blocks, window, cuts
+            queries, k[h], v[h], features[h], head_config, head, rotate, scale, blocks, window, cuts
         )
         outputs.append(output)
         held.append(entries)
@@ -217,7 +233,6 @@ def _read(
     values: torch.Tensor,
     features: list[list[float]],
     config: LoCoCoConfig,
-    counted: LoCoCoConfig,
     head: NaiveHead | None,
     rotate: Rotate | None,
     scale: float,
@@ -225,10 +240,7 @@ def _read(
     window: int | None,
     cuts: Collection[int],
 ) -> tuple[torch.Tensor, list[Entry]]:
-    """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end.
-
-    Of ``counted`` are the slots and recents by which the attention of distant queries is counted.
-    """
+    """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end."""
     length = keys.shape[0]
     left_over = length - sum(blocks)
     entries: list[Entry] = []
@@ -247,15 +259,15 @@ def _read(
                 Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself, features[token])
             )
             seen = entries if window is None else [entry for entry in entries if token - entry.born < window]
-            outputs.append(_attend(queries[:, token], entries, seen, config, counted, head, rotate, scale))
+            outputs.append(_attend(queries[:, token], entries, seen, config, head, rotate, scale))
         now += block
         if now in cuts:
             entries = [_cut(entry) for entry in entries]
         if number < len(blocks) and len(entries) > config.num_slots:
-            entries = _compress(entries, config, counted, head, now, window)
+            entries = _compress(entries, config, head, now, window)
         if config.score in DISTANT and number < len(blocks):
             for entry in entries:
-                entry.score *= 0.8 ** (block / counted.num_slots)
+                entry.score *= delay_and_fade(config)[1] ** block
     return torch.stack(outputs, dim=1), entries
 
 
@@ -270,7 +282,6 @@ def _attend(
     entries: list[Entry],
     seen: list[Entry],
     config: LoCoCoConfig,
-    counted: LoCoCoConfig,
     head: NaiveHead | None,
     rotate: Rotate | None,
     scale: float,
@@ -286,13 +297,13 @@ def _attend(
     hidden = torch.tensor([all(entry is not other for other in seen) for entry in entries])
     bias = keys.new_zeros(len(entries)).masked_fill(hidden, -math.inf)
     if config.has_mass and head is not None:
-        bias = bias + head.mass_scale * torch.stack([entry.log_mass for entry in entries])
+        bias = bias + torch.stack([head.logit_bias(entry) for entry in entries])
 
     outputs = []
     for query in queries:
         probabilities = torch.softmax(keys @ query * scale + bias, dim=0)
         outputs.append(probabilities @ values)
-        distant = len(entries) - counted.num_recent if config.score in DISTANT else len(entries)
+        distant = len(entries) - delay_and_fade(config)[0] if config.score in DISTANT else len(entries)
         for entry, probability in zip(entries[: max(distant, 0)], probabilities.tolist(), strict=False):
             entry.score += probability**2 if config.score in DISTANT else probability
     return torch.stack(outputs)
@@ -301,7 +312,6 @@ def _attend(
 def _compress(
     entries: list[Entry],
     config: LoCoCoConfig,
-    counted: LoCoCoConfig,
     head: NaiveHead | None,
     now: int,
     window: int | None,
@@ -319,13 +329,15 @@ def _compress(
         if config.score == "mean":
             return entry.score / (now - entry.born)
         if config.score in DISTANT:
-            fade = 0.8 ** (1 / counted.num_slots)
-            queries = max(now - entry.born - counted.num_recent, 0)
+            delay, fade = delay_and_fade(config)
+            queries = max(now - entry.born - delay, 0)
             statistic = entry.score / ((1 - fade**queries) / (1 - fade) + 8)
             return foreseen(statistic, now - entry.born, entry.features) if entry.features else statistic
         return entry.score
 
     candidates.sort(key=lambda index: (-rank(index), index))
+    if config.compressor == "centroids":
+        return _with_centroids(entries, candidates, config)
     heavy = candidates[: config.num_heavy]
     anchors = sorted(candidates[config.num_heavy : config.num_heavy + config.num_fused])
 
@@ -339,6 +351,28 @@ def _compress(
             slots[anchor] = dataclasses.replace(
                 _fuse(entries, weights[channel], config), features=entries[anchor].features
             )
+    return [slots[index] for index in sorted(slots)]
+
+
+def _with_centroids(entries: list[Entry], candidates: list[int], config: LoCoCoConfig) -> list[Entry]:
+    """N entries -> slots: every one that is evicted joins the closest of those after the sinks."""
+    centroids = list(range(config.num_sinks, config.num_sinks + config.num_fused))
+    heavy = [index for index in candidates if index not in centroids][: config.num_heavy]
+    slots = {index: entries[index] for index in range(len(entries)) if index not in candidates}
+    slots.update({index: entries[index] for index in heavy})
+    members = {index: [index] for index in centroids}
+    for index, entry in enumerate(entries):
+        if index not in slots and index not in centroids:
+            closest = min(centroids, key=lambda other: float((entries[other].key - entry.key).square().sum()))
+            members[closest].append(index)
+    for index, joined in members.items():
+        counts = [entries[member].log_mass.exp() if config.has_mass else torch.tensor(1.0) for member in joined]
+        weights = torch.zeros(len(entries), dtype=torch.float64)
+        weights[joined] = torch.stack([count.detach().double() for count in counts]) / float(sum(counts))
+        blend = _fuse(entries, weights, config)
+        slots[index] = dataclasses.replace(
+            blend, log_mass=torch.stack(counts).sum().log(), features=entries[index].features
+        )
     return [slots[index] for index in sorted(slots)]
 
 

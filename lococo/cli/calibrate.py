@@ -37,6 +37,12 @@ class CalibrationOptions:
     score_texts: Annotated[
         int | None, option(TRAINING, "Texts that scores learn from; 0: the distant score.", show_default=RECIPE)
     ] = None
+    scores_from: Annotated[
+        str | None,
+        option(
+            TRAINING, "Heads whose scores are taken, whatever their slots.", metavar="FOLDER", show_default="learn"
+        ),
+    ] = None
     objective: Annotated[
         str | None, option(TRAINING, "distill, next-token, or none: no end-to-end training.", show_default=RECIPE)
     ] = None

@@ -13,6 +13,7 @@ training and inspection go through it alike::
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -36,9 +37,13 @@ class Compressor(nn.Module, abc.ABC):
     ----------
     needs_queries : bool
         Whether ``entries.queries`` are kept for it.
+    is_running : bool
+        Whether fused slots go on from one compression to the next: they lie after the sinks, and begin with the tokens
+        there. Else each compression begins them anew, with the best entries that are no heavy hitters.
     """
 
     needs_queries: ClassVar[bool] = False
+    is_running: ClassVar[bool] = False
 
     @property
     def is_closed(self) -> bool:
@@ -116,6 +121,15 @@ def log_mass(weights: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
     # The entropy's slope at 0 is infinite, so weights that are (almost) nothing count as nothing.
     entropy = torch.special.entr(torch.where(weights > SMALLEST_WEIGHT, weights, 1.0)).sum(dim=-1)
     return entropy + _average(weights, carried)
+
+
+def onloaded(head: nn.Module) -> contextlib.AbstractContextManager:
+    """Context in which weights that accelerate offloads between the forwards of their module are there."""
+    if not hasattr(head, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(head)
 
 
 def _average(weights: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor | None:

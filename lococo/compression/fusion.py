@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lococo.compression.base import SMALLEST_WEIGHT, Compressor, register_compressor
+from lococo.compression.base import SMALLEST_WEIGHT, Compressor, onloaded, register_compressor
 from lococo.compression.entries import Choice, Entries
 from lococo.kernels.attention import triton_takes
 from lococo.kernels.trials import TRITON, BlendTrial
@@ -94,7 +93,7 @@ class FusionHead(Compressor):
 
     def mass_bias(self, log_mass: torch.Tensor) -> torch.Tensor:
         """Bias on the logits of entries, ``mass_scale`` times their log-mass."""
-        with _onloaded(self):
+        with onloaded(self):
             return cast(nn.Parameter, self.mass_scale).to(log_mass.dtype) * log_mass
 
     def forward(
@@ -137,7 +136,7 @@ class FusionHead(Compressor):
         tuple
             (batch, kv_heads, slots, entries) output of the convolution, and (slots or 1,) gates or None.
         """
-        with _onloaded(self):
+        with onloaded(self):
             return self._logits(keys, values, slots), self._gates(slots, torch.float32)
 
     def _logits(self, keys: torch.Tensor, values: torch.Tensor, slots: int) -> torch.Tensor:
@@ -146,7 +145,7 @@ class FusionHead(Compressor):
         if self.expand is None:
             logits = logits[:, :slots]
         else:
-            with _onloaded(self.expand):
+            with onloaded(self.expand):
                 weight, bias = self.expand.weight[:slots, :, 0], cast(nn.Parameter, self.expand.bias)[:slots, None]
                 logits = weight @ logits + bias
         return logits.unflatten(0, keys.shape[:2])
@@ -217,19 +216,10 @@ def _convolve(conv: nn.Conv1d, entries: torch.Tensor) -> torch.Tensor:
     if entries.device.type != "cpu" or torch.is_grad_enabled() or not is_narrow:
         return conv(entries.transpose(1, 2))
     # The CPU's convolution packs its weights anew at every call; this is one matrix product for all taps.
-    with _onloaded(conv):
+    with onloaded(conv):
         channels, inputs, kernel = conv.weight.shape
         taps = entries @ conv.weight.permute(1, 2, 0).reshape(inputs, kernel * channels)
     rows, length, width = taps.shape
     taps = F.pad(taps, (0, 0, kernel // 2, kernel // 2))
     strides = (taps.stride(0), width, width + channels, 1)  # of an entry, tap t comes from t rows further down
     return taps.as_strided((rows, length, kernel, channels), strides).sum(dim=2).transpose(1, 2)
-
-
-def _onloaded(head: nn.Module) -> contextlib.AbstractContextManager:
-    """Context in which weights that accelerate offloads between the forwards of their module are there."""
-    if not hasattr(head, "_hf_hook"):
-        return contextlib.nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(head)

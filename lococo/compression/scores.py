@@ -34,6 +34,11 @@ SCORE_PRIOR = 8
 
 NEEDS = frozenset({"attention", "position", "keys", "values", "features"})
 
+# Queries closer to a token than this do not count for a learned score, nor those in the same quarter of a block.
+LEARNED_DELAY = 32
+# What is left of its sum per token read.
+LEARNED_FADE = DISTANT_FADE ** (1 / 128)
+
 # Attention below which a learned score takes a token's statistic for noise.
 SCORE_FLOOR = 1e-5
 # Logarithm of the largest factor that a learned score changes it by.
@@ -160,19 +165,20 @@ class LearnedScore(DistantScore):
 
     The logarithm of a token's statistic S, above a floor, gets a sum that is linear in it and in the logarithm of the
     token's age, with the token's three features u, a, c for coefficients: ``u + a s + c t``, where s and t are these
-    logarithms brought to numbers near zero. Features of zero, a new network's, leave the statistic as it is: the
-    distant score, with the delay and the fade of the average head. In layers with a sliding window there are none.
+    logarithms brought to numbers near zero. Features of zero, a new network's, leave the statistic as it is: a distant
+    score. Its delay and fade are the same for all numbers of slots, so that one network serves them all. In layers
+    with a sliding window there are no features.
     """
 
     needs = DistantScore.needs | {"features"}
 
     def delay(self, config: LoCoCoConfig) -> int:
-        """That of the average head, for all of them: the network learns one statistic, whatever the slots."""
-        return super().delay(config.whole)
+        """A quarter of a block, ``LEARNED_DELAY`` at most: the network learns one statistic, whatever the slots."""
+        return min(config.block_size // 4, LEARNED_DELAY)
 
     def fade(self, config: LoCoCoConfig) -> float:
-        """That of the average head."""
-        return super().fade(config.whole)
+        """``LEARNED_FADE``."""
+        return LEARNED_FADE
 
     def network(self, num_kv_heads: int, head_dim: int, **factory: Any) -> nn.Module:
         """Of three features."""

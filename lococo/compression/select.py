@@ -53,7 +53,9 @@ def rank(
     return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
 
 
-def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like: torch.Tensor) -> Choice:
+def choose(
+    ranking: torch.Tensor | None, num_entries: int, budget: Budget, like: torch.Tensor, is_running: bool = False
+) -> Choice:
     """Sinks first, recents last, between them the best of the others by rank (ties: the earlier one).
 
     Parameters
@@ -62,10 +64,15 @@ def choose(ranking: torch.Tensor | None, num_entries: int, budget: Budget, like:
         (batch, kv_heads, entries). None: the earliest entries after the sinks.
     like : torch.Tensor
         (batch, kv_heads, ...), for the device and the leading sizes.
+    is_running : bool
+        Whether the entries after the sinks are fused slots, whatever their rank.
     """
     sinks, heavy, recent, fused = budget
     batch, kv_heads = like.shape[:2]
     index = torch.arange(num_entries, device=like.device).expand(batch, kv_heads, num_entries)
+    if is_running and fused:
+        kept = choose(ranking, num_entries, Budget(sinks + fused, heavy, recent, 0), like)
+        return Choice(kept.anchors, index[..., sinks : sinks + fused])
     if ranking is None:
         best = index[..., : heavy + fused]
     else:
@@ -105,8 +112,7 @@ def compress(
     Entries
         ``num_slots`` entries in time order.
     """
-    budget = Budget.of(config, window)
-    choice = choose(rank(entries, seen, config, window), len(entries), budget, entries.keys)
+    budget, choice = _chosen(entries, seen, config, head, window)
     slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
@@ -121,13 +127,18 @@ def mixing(
     window: int | None = None,
 ) -> tuple[Choice, torch.Tensor]:
     """The compression of ``compress`` as one matrix: (batch, kv_heads, num_slots, entries), each row sums to 1."""
-    budget = Budget.of(config, window)
-    choice = choose(rank(entries, seen, config, window), len(entries), budget, entries.keys)
+    budget, choice = _chosen(entries, seen, config, head, window)
     weights = torch.zeros(*choice.anchors.shape, len(entries), device=entries.keys.device)
     weights = weights.scatter(-1, choice.anchors[..., None], 1.0)
     if budget.fused == 0 or head is None or head.is_closed:
         return choice, weights
     return choice, _scatter(choice.fused, weights, head.weights(entries, choice))
+
+
+def _chosen(entries, seen, config, head, window) -> tuple[Budget, Choice]:
+    budget = Budget.of(config, window)
+    is_running = head is not None and head.is_running
+    return budget, choose(rank(entries, seen, config, window), len(entries), budget, entries.keys, is_running)
 
 
 def _gather(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

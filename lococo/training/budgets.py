@@ -8,14 +8,16 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lococo.compression.centroids import closest_centroid
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget, rank
 from lococo.config import LoCoCoConfig
 from lococo.models import base_shape
-from lococo.registry import SCORES
+from lococo.registry import COMPRESSORS, SCORES
 from lococo.training.lookups import fast_products
 from lococo.training.record import LayerRecord, record
 from lococo.training.scores import ScoreNetworks
@@ -23,8 +25,14 @@ from lococo.training.scores import ScoreNetworks
 STEPS_BETWEEN = 3  # levels put between two measured ones
 STEEPEST = 4  # power of the slots by which an error may fall between them
 
+# Log of the factor by which centroids may weigh more than their tokens' number: what is tried for each layer.
+LOG_SCALES = tuple(half / 2 for half in range(8))
+ALTERNATIONS = 10
+
 # What decides which tokens stay.
-SELECTION_FIELDS = ("block_size", "num_sinks", "num_heavy", "num_recent", "num_fused", "residual", "score")
+SELECTION_FIELDS = (
+    *("block_size", "num_sinks", "num_heavy", "num_recent", "num_fused", "residual", "score", "compressor", "scaling"),
+)
 
 Measure = Callable[[Sequence, Callable[[], list]], list]
 
@@ -56,8 +64,8 @@ def eviction_errors(
     windows : torch.Tensor
         (texts, tokens) token ids.
     config : LoCoCoConfig
-        Shares of the slots; nothing is fused here, a fused slot is its anchor (with ``residual="none"``, which has no
-        anchors, the earliest token).
+        Shares of the slots. Of compressors, centroids are computed; with another nothing is fused here, a fused slot
+        is its anchor (with ``residual="none"``, which has no anchors, the earliest token).
     levels : sequence of int
         Numbers of slots to try.
     measure : callable
@@ -68,27 +76,28 @@ def eviction_errors(
     Returns
     -------
     torch.Tensor
-        (levels, layers, kv_heads) in float64, a mean over texts, of which each counts as much: those of a text are
-        relative to their sum over layers and heads at the level closest to ``config.num_slots``.
+        (scales, levels, layers, kv_heads) in float64, for centroids that weigh by each of ``LOG_SCALES``; one scale
+        where there are none. A mean over texts, of which each counts as much: those of a text are relative to their
+        sum over layers and heads at the level closest to ``config.num_slots``.
     """
-    shape = base_shape(model)
-    total = torch.zeros(len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
+    shape, scales = base_shape(model), LOG_SCALES if has_centroids(config) else LOG_SCALES[:1]
+    total = torch.zeros(len(scales), len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
     middle = min(range(len(levels)), key=lambda index: abs(levels[index] - config.num_slots))
     configs = [config.with_slots(slots) for slots in levels]
     chosen = [{name: getattr(each, name) for name in SELECTION_FIELDS} for each in configs]
     known = None if networks is None else networks.digest()
     for ids in tqdm(windows, desc="slots per head", unit="text", disable=None):
-        key = ("eviction_errors", chosen, ids.tolist(), known)
+        key = ("eviction_errors", chosen, scales, ids.tolist(), known)
         found = measure(key, functools.partial(_text_errors, model, ids, configs, networks))
         errors = torch.tensor(found, dtype=torch.float64)
-        total += errors / errors[middle].sum().clamp_min(1e-30)
+        total += errors / errors[0, middle].sum().clamp_min(1e-30)
     return total / len(windows)
 
 
 def _text_errors(
     model: PreTrainedModel, ids: torch.Tensor, configs: Sequence[LoCoCoConfig], networks: ScoreNetworks | None
 ) -> list:
-    """(levels, layers, kv_heads) of a text, as lists."""
+    """(scales, levels, layers, kv_heads) of a text, as lists."""
     smaller = [config for config in configs if config.num_slots < len(ids)]  # with more nothing is evicted
     errors = []
     with fast_products(model):
@@ -98,8 +107,8 @@ def _text_errors(
         if networks is not None and entry.window is None:
             features = networks.features(layer_idx, entry.key, entry.value)
         errors.append(layer_errors(entry, smaller, features).cpu())
-    found = torch.stack(errors, dim=1)
-    return torch.cat([found, found.new_zeros(len(configs) - len(smaller), *found.shape[1:])]).tolist()
+    found = torch.stack(errors, dim=2)
+    return F.pad(found, (0, 0, 0, 0, 0, len(configs) - len(smaller))).tolist()
 
 
 @torch.no_grad()
@@ -108,7 +117,8 @@ def layer_errors(
 ) -> torch.Tensor:
     """``fisher_error`` of one layer's KV heads, summed over tokens, for several numbers of slots at once.
 
-    Without the evicted tokens D a query's output changes by ``-sum_D p (v - o) / (1 - sum_D p)``.
+    Without the evicted tokens D a query's output changes by ``-sum_D p (v - o) / (1 - sum_D p)``; centroids of values
+    v_c that receive s_c, in units of all attention there was, add ``s_c (v_c - o)`` above and ``s_c`` below the line.
 
     Parameters
     ----------
@@ -122,7 +132,7 @@ def layer_errors(
     Returns
     -------
     torch.Tensor
-        (configs, kv_heads) in float64.
+        (scales, configs, kv_heads) in float64, as of ``eviction_errors``.
     """
     assert entry.gradient is not None, "record(..., gradients=True)"
     kv_heads, tokens = entry.key.shape[1:3]
@@ -134,7 +144,10 @@ def layer_errors(
     )
     key, value = entry.key[0].to(wide), entry.value[0].to(wide)
     along = (gradient * output).sum(dim=-1)  # (kv_heads, groups, tokens)
-    errors = torch.zeros(len(configs), kv_heads, dtype=torch.float64, device=key.device)
+    runs = has_centroids(configs[0]) and entry.window is None
+    scales = torch.tensor(LOG_SCALES if has_centroids(configs[0]) else LOG_SCALES[:1], device=key.device).exp()
+    errors = torch.zeros(len(scales), len(configs), kv_heads, dtype=torch.float64, device=key.device)
+    centroids = [_Centroids(key, value, config) for config in configs if runs]
     sums = key.new_zeros(len(configs), kv_heads, tokens)
     is_kept = torch.ones_like(sums, dtype=torch.bool)
     position = torch.arange(tokens, device=key.device)
@@ -148,21 +161,34 @@ def layer_errors(
                 position[:start].expand(1, kv_heads, start),
                 features=None if features is None else features[:, :, :start],
             )
-            is_kept[index, :, :start] = _kept(every, is_kept[index, :, :start], config, entry.window)
+            kept = _kept(every, is_kept[index, :, :start], config, entry.window)
+            if runs:
+                centroids[index].join(is_kept[index, :, :start] & ~kept)
+            is_kept[index, :, :start] = kept
             sums[index] *= config.score_fade**size
         logits = query[:, :, start:stop].flatten(1, 2) @ key[:, :stop].transpose(1, 2)
         if entry.softcap is not None:
             logits.div_(entry.softcap).tanh_().mul_(entry.softcap)
         distance = position[start:stop, None] - position[:stop]
         is_hidden = (distance < 0) if entry.window is None else (distance < 0) | (distance >= entry.window)
-        probs = logits.unflatten(1, (-1, stop - start)).masked_fill(is_hidden, float("-inf")).softmax(dim=-1)
+        logits = logits.unflatten(1, (-1, stop - start)).masked_fill(is_hidden, float("-inf"))
+        probs = logits.softmax(dim=-1)
         if start:
             gained = gradient[:, :, start:stop].flatten(1, 2) @ value[:, :start].transpose(1, 2)
             gained = (gained.unflatten(1, (-1, stop - start)) - along[:, :, start:stop, None]) * probs[..., :start]
             kept = is_kept[:, :, :stop].permute(1, 2, 0).to(probs.dtype)  # (kv_heads, entries, configs)
-            change = gained.flatten(1, 2) @ (1 - kept[:, :start])
-            change /= (probs.flatten(1, 2) @ kept).clamp_min(1e-6)
-            errors += change.double().square().sum(dim=1).T
+            above = -(gained.flatten(1, 2) @ (1 - kept[:, :start])).mT  # (kv_heads, configs, groups * queries)
+            below = (probs.flatten(1, 2) @ kept).clamp_min(1e-6).mT
+            changes = (above / below)[None]
+            if runs:
+                all_logits = logits.logsumexp(dim=-1).flatten(1)
+                parts = (query, gradient, along)
+                seen = (*(part[:, :, start:stop].flatten(1, 2) for part in parts), all_logits, entry.softcap)
+                received = zip(*(each.received(*seen) for each in centroids), strict=True)
+                one, one_gain, many, many_gain = (torch.stack(each, dim=1) for each in received)
+                factor = scales[:, None, None, None]
+                changes = (above + one_gain + factor * many_gain) / (below + one + factor * many)
+            errors += changes.double().square().sum(dim=-1).mT
         received = (probs.square_() if score.power == 2 else probs).sum(dim=1)
         sums[:, :, :stop] += received.sum(dim=1)
         for index, config in enumerate(configs):
@@ -172,10 +198,77 @@ def layer_errors(
     return errors
 
 
+def has_centroids(config: LoCoCoConfig) -> bool:
+    """Whether what is evicted goes on in centroids."""
+    return config.num_fused > 0 and COMPRESSORS[config.compressor].is_running
+
+
+class _Centroids:
+    """Those of a layer's KV heads with so many slots, while a text is read."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, config: LoCoCoConfig) -> None:
+        self.key, self.value = key, value
+        assert config.num_sinks is not None
+        first = slice(config.num_sinks, config.num_sinks + config.num_fused)
+        self.first = range(key.shape[1])[first]
+        self.keys, self.values = key[:, first], value[:, first]
+        self.mass = key.new_zeros(self.keys.shape[:2])
+
+    def join(self, is_evicted: torch.Tensor) -> None:
+        """Take the evicted ones of the tokens read, (kv_heads, tokens)."""
+        if not is_evicted.any():  # in all heads: they have as many slots
+            return
+        seen = is_evicted.shape[1]
+        closest = closest_centroid(self.key[:, :seen], self.keys)
+        number = torch.arange(seen, device=closest.device)
+        is_first = (number >= self.first.start) & (number < self.first.stop)
+        closest = torch.where(is_first, number - self.first.start, closest)
+        slot = torch.arange(len(self.first), device=closest.device)[:, None]
+        joins = ((closest[:, None] == slot) & is_evicted[:, None]).to(self.key.dtype)
+        before, self.mass = self.mass[..., None], self.mass + joins.sum(dim=-1)
+        now = self.mass[..., None]  # not 0: every one has its first
+        self.keys = (before * self.keys + joins @ self.key[:, :seen]) / now
+        self.values = (before * self.values + joins @ self.value[:, :seen]) / now
+
+    def received(
+        self,
+        query: torch.Tensor,
+        gradient: torch.Tensor,
+        along: torch.Tensor,
+        all_logits: torch.Tensor,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Attention that centroids receive, in units of all there was, and what its change means to the loss.
+
+        Parameters
+        ----------
+        query, gradient : torch.Tensor
+            (kv_heads, queries, head_dim).
+        along, all_logits : torch.Tensor
+            (kv_heads, queries), gradient times output; log-sum-exp of the logits.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Each (kv_heads, queries): of centroids of one token and of those of several.
+        """
+        logits = query @ self.keys.mT
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        weights = (logits - all_logits[..., None]).exp() * self.mass[:, None]
+        gained = (gradient @ self.values.mT - along[..., None]) * weights
+        is_many = (self.mass > 1).to(weights.dtype)[..., None]
+        return (
+            *((each @ (1 - is_many)).squeeze(-1) for each in (weights, gained)),
+            *((each @ is_many).squeeze(-1) for each in (weights, gained)),
+        )
+
+
 def _kept(entries: Entries, is_kept: torch.Tensor, config: LoCoCoConfig, window: int | None) -> torch.Tensor:
     """Which of the tokens read, (kv_heads, tokens) of those still kept, a compression keeps."""
     seen = is_kept.shape[-1]
     sinks, heavy, recent, fused = Budget.of(config, window)
+    runs = window is None and has_centroids(config)
     if seen <= config.num_slots:
         return is_kept
     ranking = rank(entries, seen, config, window)
@@ -183,8 +276,42 @@ def _kept(entries: Entries, is_kept: torch.Tensor, config: LoCoCoConfig, window:
     order = -number.float().expand(is_kept.shape) if ranking is None else ranking[0]
     order = order.masked_fill(~is_kept, float("-inf"))
     order = order.masked_fill((number < sinks) | (number >= seen - recent), float("inf"))
+    if runs:
+        order = order.masked_fill((number >= sinks) & (number < sinks + fused), float("-inf"))
+        fused = 0
     best = order.sort(dim=-1, descending=True, stable=True).indices[:, : sinks + heavy + recent + fused]
     return torch.zeros_like(is_kept).scatter_(-1, best, True) & is_kept
+
+
+def allocate_with_scales(
+    errors: torch.Tensor, levels: Sequence[int], num_slots: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Slots of every KV head, and how much the centroids of every layer weigh, found in turn until neither changes.
+
+    Parameters
+    ----------
+    errors : torch.Tensor
+        (scales, levels, layers, kv_heads), from ``eviction_errors``.
+
+    Returns
+    -------
+    tuple
+        As of ``allocate``; and one of ``LOG_SCALES`` for every layer.
+    """
+    layers, kv_heads = errors.shape[2:]
+    layer, head = torch.arange(layers)[:, None], torch.arange(kv_heads)
+    measured = torch.tensor(levels, dtype=torch.float64).log()
+    scales = errors.sum(dim=(1, 3)).argmin(dim=0)  # (layers,)
+    slots: tuple[tuple[int, ...], ...] = ()
+    for _ in range(ALTERNATIONS):
+        of_scales = errors[scales, :, torch.arange(layers)].transpose(0, 1)  # (levels, layers, kv_heads)
+        slots = allocate(of_scales, levels, num_slots)
+        closest = (torch.tensor(slots).log()[..., None] - measured).abs().argmin(dim=-1)  # (layers, kv_heads)
+        found = errors[:, closest, layer, head].sum(dim=-1).argmin(dim=0)
+        if torch.equal(found, scales):
+            break
+        scales = found
+    return slots, tuple(LOG_SCALES[index] for index in scales.tolist())
 
 
 def allocate(errors: torch.Tensor, levels: Sequence[int], num_slots: int) -> tuple[tuple[int, ...], ...]:

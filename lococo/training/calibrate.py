@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from lococo.compression.centroids import CentroidCompressor
 from lococo.config import LoCoCoConfig, check_count
 from lococo.data.windows import Windows, prepare
-from lococo.heads import ATTACHMENTS, check_heads_folder, load_heads, save_heads
+from lococo.heads import ATTACHMENTS, check_heads_folder, heads_digest, load_heads, save_heads
 from lococo.models import find_family
 from lococo.models.rotary import rotary_tables
 from lococo.patch import patched
 from lococo.results.journal import Journal
 from lococo.results.plots import HeatMap, Lines, Panel, Series, picture
 from lococo.state import patch_of
-from lococo.training.budgets import allocate, eviction_errors, slot_levels
+from lococo.training.budgets import allocate_with_scales, eviction_errors, has_centroids, slot_levels
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipes import RECIPES, Recipe, adjusted
@@ -41,7 +42,7 @@ from lococo.training.runs import (
     weights_identity,
     without_folders,
 )
-from lococo.training.scores import ScoreNetworks, train_scores
+from lococo.training.scores import ScoreNetworks, check_scores_of, train_scores
 from lococo.training.trainer import HEADS_FOLDER, HeadTrainer
 
 Rows = list[dict[str, Any]]
@@ -86,6 +87,8 @@ def calibrate(
           ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
           ``local_steps``, ``local_texts``, ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the
           recipe's.
+        - ``scores_from=None``: heads folder or Hub id whose scores are taken, in place of learning them: they do not
+          depend on the number of slots.
         - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
           half the length if that is less.
         - ``num_windows=None``: to learn from; as many as the recipe reads. ``num_heldout=8``: to measure on.
@@ -130,6 +133,7 @@ def plan_calibration(
     block_size: int | None = None,
     recipe: str | Recipe = "default",
     config: LoCoCoConfig | None = None,
+    scores_from: str | os.PathLike | None = None,
     length: int = 4096,
     num_windows: int | None = None,
     num_heldout: int = 8,
@@ -158,7 +162,11 @@ def plan_calibration(
                     f"{option} is for end-to-end training, which the recipe leaves out: use recipe='blend', got "
                     f"{changes[option]!r}"
                 )
-    if chosen.scores is None and recipe_config.has_features:
+    if scores_from is not None:
+        if changes.get("score_texts"):
+            raise ValueError(f"score_texts must be 0 or not given with scores_from, got {changes['score_texts']}")
+        chosen = dataclasses.replace(chosen, scores=None)
+    elif chosen.scores is None and recipe_config.has_features:
         recipe_config = dataclasses.replace(recipe_config, score="distant")  # what it is before anything is learned
     return plan_run(
         Calibration,
@@ -167,6 +175,7 @@ def plan_calibration(
         of_run,
         config=recipe_config if config is None else config,
         recipe=chosen,
+        scores_from=scores_from,
         length=length,
         num_windows=chosen.windows_needed if num_windows is None else num_windows,
         num_heldout=num_heldout,
@@ -185,6 +194,8 @@ class Calibration(TrainingRun):
         The heads to train. ``slots_per_head`` is found by calibration if the recipe says so.
     first : int
         First token of a held-out window that counts for the gap ratio.
+    scores_from : path or str, optional
+        Heads whose scores are taken.
     dtype : torch.dtype, optional
         Of the saved heads. None: as they were trained.
     recordings_dir : Path, optional
@@ -193,6 +204,7 @@ class Calibration(TrainingRun):
 
     config: LoCoCoConfig
     recipe: Recipe
+    scores_from: str | os.PathLike | None = None
     first: int = 512
     dtype: torch.dtype | None = torch.bfloat16
     recordings_dir: Path | None = None
@@ -231,6 +243,14 @@ class Calibration(TrainingRun):
 
     def _check_scores(self) -> None:
         settings, config, length = self.recipe.scores, self.config, self.data.length
+        if self.scores_from is not None:
+            if settings is not None or not config.has_features:
+                raise ValueError(
+                    "scores_from is for a recipe that learns no scores and a config with a learned one, got "
+                    f"{'scores=' + repr(settings) if settings else 'score=' + repr(config.score)}"
+                )
+            check_scores_of(self.scores_from, config)
+            return
         if settings is None:
             if config.has_features:
                 raise ValueError(f"score={config.score!r} learns from texts: give score_texts, or use score='distant'")
@@ -286,7 +306,7 @@ class Calibration(TrainingRun):
         networks = self._learn_scores(model, train, add)
         with processes.main_process_first():
             # Read anew: the first process has written into it.
-            config = self._with_budgets(model, train, Journal(measured, self.deadline), networks, add)
+            config, scales = self._with_budgets(model, train, Journal(measured, self.deadline), networks, add)
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
             if self.recipe.local:
                 recordings.add(model, train.evenly(self.recipe.local_texts))
@@ -294,6 +314,8 @@ class Calibration(TrainingRun):
         with patched(model, config):
             if networks is not None:
                 networks.put_into(patch_of(model))
+            if scales and has_centroids(config):
+                _weigh_centroids(model, scales)
             add("start", step=0, **gap.measure(model))
             if local := self.recipe.local:
                 with processes.main_process_first():
@@ -314,14 +336,15 @@ class Calibration(TrainingRun):
 
     def _description(self, model: str) -> dict[str, Any]:
         """What makes one run another, as plain JSON values."""
-        recipe = {"recipe": self.recipe, "objective": self.recipe.objective_name}
-        return plain(
-            {"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, "first": self.first}
-        )
+        recipe = {"recipe": self.recipe, "objective": self.recipe.objective_name, "first": self.first}
+        scores = {} if self.scores_from is None else {"scores_from": heads_digest(self.scores_from)}
+        return plain({"model": model, "config": self.config.to_dict(), "data": self.data, **recipe, **scores})
 
     def _learn_scores(self, model: PreTrainedModel, train: Windows, add: Callable[..., None]) -> ScoreNetworks | None:
         """Networks of a learned score, if the recipe says so."""
         settings = self.recipe.scores
+        if self.scores_from is not None:
+            return ScoreNetworks.from_heads(model, self.config, self.scores_from)
         if settings is None:
             return None
         with torch.random.fork_rng(devices=[]):
@@ -343,19 +366,20 @@ class Calibration(TrainingRun):
         journal: Journal,
         networks: ScoreNetworks | None,
         add: Callable[..., None],
-    ) -> LoCoCoConfig:
-        """The config with as many slots for each KV head as it needs, if the recipe says so."""
+    ) -> tuple[LoCoCoConfig, Sequence[float]]:
+        """The config with as many slots for each KV head as it needs, if the recipe says so; weights of centroids."""
         config = self.config
         if not self._finds_budgets:
-            return config
+            return config, ()
         levels = slot_levels(config.num_slots)
         windows = train.evenly(self.recipe.budget_texts)
         errors = eviction_errors(model, windows, config, levels, journal.measure, networks)
-        slots = allocate(errors, levels, config.num_slots)
+        slots, scales = allocate_with_scales(errors, levels, config.num_slots)
         for layer, counts in enumerate(slots):
             for head, count in enumerate(counts):
-                add("budgets", layer=layer, kv_head=head, slots=count)
-        return dataclasses.replace(config, slots_per_head=slots)
+                scale = {"log_scale": scales[layer]} if has_centroids(config) else {}
+                add("budgets", layer=layer, kv_head=head, slots=count, **scale)
+        return dataclasses.replace(config, slots_per_head=slots), scales
 
     def _train_end_to_end(
         self, model: PreTrainedModel, train: Windows, gap: GapRatio, arguments: TrainingArguments
@@ -396,6 +420,15 @@ class Calibration(TrainingRun):
         contents = (record_file(self.command, model.device, rows, usage=usage), _picture(rows, config))
         attachments = dict(zip(ATTACHMENTS, contents, strict=True))
         save_heads(model, self.output, training=training, metrics=metrics, dtype=self.dtype, attachments=attachments)
+
+
+@torch.no_grad()
+def _weigh_centroids(model: PreTrainedModel, scales: Sequence[float]) -> None:
+    """Set how much the centroids of every layer weigh."""
+    for layer, head in patch_of(model).heads.items():
+        assert isinstance(head, CentroidCompressor)
+        if head.log_scale is not None:
+            head.log_scale.fill_(scales[layer])
 
 
 @torch.no_grad()

@@ -210,10 +210,20 @@ class Recipe(TrainingRecipe):
 
 
 def default_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:
-    """Ours: learned scores and, with them, slots per head. Nothing is blended, and nothing goes backward."""
-    config = LoCoCoConfig(num_slots, block_size=block_size, score="learned")
-    heavy = config.num_heavy + config.num_fused  # type: ignore[operator]
-    return dataclasses.replace(config, num_heavy=heavy), Recipe(scores=ScoreConfig(), objective=None, steps=0)
+    """Ours: learned scores and, with them, slots per head and the weight of centroids. Nothing goes backward."""
+    recent = min(6, num_slots // 4)
+    fused = min(max(num_slots // 16, 1), num_slots - 1 - recent)
+    config = LoCoCoConfig(
+        num_slots,
+        block_size=block_size,
+        num_sinks=1,
+        num_recent=recent,
+        num_heavy=num_slots - 1 - recent - fused,
+        score="learned",
+        compressor="centroids",
+        scaling="count",
+    )
+    return config, Recipe(scores=ScoreConfig(), objective=None, steps=0)
 
 
 def blend_recipe(num_slots: int, block_size: int) -> tuple[LoCoCoConfig, Recipe]:

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
+from lococo.heads import read_heads_config
 from lococo.models import find_family
 from lococo.models.family import execution_device
 from lococo.models.rotary import Rotary, rotary_tables
+from lococo.patch import patched
 from lococo.registry import SCORES
 from lococo.results.deadline import Deadline
-from lococo.state import Patch
+from lococo.state import Patch, patch_of
 from lococo.training.lookups import Lookups, record_lookups
 from lococo.training.recipes import ScoreConfig
 
@@ -79,12 +82,32 @@ class ScoreNetworks:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.named_tensors().items()}
         return hashlib.sha256(save(tensors)).hexdigest()
 
+    @classmethod
+    @torch.no_grad()
+    def from_heads(cls, model: PreTrainedModel, config: LoCoCoConfig, heads: str | os.PathLike) -> ScoreNetworks:
+        """Those of saved heads, a folder or a Hub id, for a model that is not patched.
+
+        Raises
+        ------
+        ValueError, OSError
+            As of ``check_scores_of`` and ``load_heads``.
+        """
+        check_scores_of(heads, config)
+        networks = cls.of(model, config)
+        with patched(model, heads=heads):
+            for mine, its in networks._pairs(patch_of(model)):
+                mine.copy_(its)
+        return networks
+
     @torch.no_grad()
     def put_into(self, patch: Patch) -> None:
         """Copy all networks into those of a patched model."""
+        for mine, its in self._pairs(patch):
+            its.copy_(mine)
+
+    def _pairs(self, patch: Patch) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         for index, network in patch.networks.items():
-            for mine, its in zip(self.by_layer[index].parameters(), network.parameters(), strict=True):
-                its.copy_(mine)
+            yield from zip(self.by_layer[index].parameters(), network.parameters(), strict=True)
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """All parameters as ``{layer}.{name}``."""
@@ -93,6 +116,23 @@ class ScoreNetworks:
             for index, network in self.by_layer.items()
             for name, parameter in network.named_parameters()
         }
+
+
+def check_scores_of(heads: str | os.PathLike, config: LoCoCoConfig) -> None:
+    """Refuse heads whose scores are not what a config asks for.
+
+    Raises
+    ------
+    ValueError
+        If their score is another, or was learned with blocks of another size.
+    OSError
+        If there is no such folder, or the Hub could not deliver it.
+    """
+    saved = read_heads_config(heads)
+    for name in ("score", "block_size"):
+        theirs, ours = getattr(saved, name), getattr(config, name)
+        if theirs != ours:
+            raise ValueError(f"the scores of {heads} were learned with {name}={theirs!r}, not {ours!r}")
 
 
 def train_scores(
