@@ -19,7 +19,7 @@ import lococo
 from lococo.data.windows import DataConfig, prepare
 from lococo.metrics import perplexity
 from lococo.state import patch_of
-from lococo.training.budgets import allocate, eviction_errors, slot_levels
+from lococo.training.budgets import allocate_with_scales, eviction_errors, slot_levels
 from lococo.training.objectives import Distill
 from lococo.training.recipes import ScoreConfig
 from lococo.training.scores import ScoreNetworks, train_scores
@@ -59,7 +59,8 @@ def main():
     # 2. Slots go to the KV heads whose evicted tokens the loss would miss.
     levels = slot_levels(slots)
     errors = eviction_errors(model, train.evenly(7), config, levels, lambda key, measured: measured(), networks)
-    config = dataclasses.replace(config, slots_per_head=allocate(errors, levels, slots))
+    slots_per_head, _ = allocate_with_scales(errors, levels, slots)
+    config = dataclasses.replace(config, slots_per_head=slots_per_head)
     lococo.patch_model(model, config)
     networks.put_into(patch_of(model))
 

@@ -190,8 +190,13 @@ class LoCoCoConfig:
     @property
     def has_features(self) -> bool:
         """Whether the score looks at learned features of tokens."""
-        is_ranked = self.num_heavy > 0 or (self.num_fused > 0 and self.residual != "none")  # type: ignore[operator]
+        is_ranked = self.num_heavy > 0 or (self.num_fused > 0 and self.fuses_by_rank)  # type: ignore[operator]
         return is_ranked and "features" in SCORES[self.score].needs
+
+    @property
+    def fuses_by_rank(self) -> bool:
+        """Whether fused slots begin with entries that the score chooses."""
+        return self.residual != "none" and not COMPRESSORS[self.compressor].is_running
 
     @property
     def score_delay(self) -> int:

@@ -66,12 +66,14 @@ class Registry(Generic[Item]):
         if name not in self._items:
             self._import_homes()
         if name not in self._items:
-            raise ValueError(f"{self.kind} must be one of {', '.join(self._items)}, got {name!r}")
+            raise ValueError(f"{self.kind} must be one of {', '.join(self)}, got {name!r}")
         return self._items[name]
 
     def __iter__(self) -> Iterator[str]:
+        """The library's own first, home by home, whatever was imported first."""
         self._import_homes()
-        return iter(self._items)
+        places = {home: place for place, home in enumerate(self._homes)}
+        return iter(sorted(self._items, key=lambda name: places.get(self._items[name].__module__, len(places))))
 
     def _import_homes(self) -> None:
         for home in self._homes:

@@ -13,7 +13,7 @@ from lococo.metrics import token_nlls
 LENGTH, FIRST, SLOTS, BLOCK = 80, 40, 16, 8
 FILES = {"README.md", "calibration.json", "calibration.png", "lococo_config.json", HEADS_NAME}
 WINDOWS = ["--length", str(LENGTH), "--first", str(FIRST), "--heldout", "2", "--windows", "12"]
-SHORT = ["--recipe", "blend", "--score-texts", "10", "--budget-texts", "2", "--local-steps", "3", "--local-texts", "4"]
+SHORT = ["--recipe", "blend", "--score-texts", "10", "--budget-texts", "4", "--local-steps", "3", "--local-texts", "4"]
 SHORT += ["--steps", "4", "--windows-per-step", "2", "--measure-every", "2"]
 CHANGES = ["objective", "backprop_tokens", "local_steps", "steps", "windows_per_step", "learning_rate"]
 CHANGES += ["score_texts", "budget_texts", "local_texts", "measure_every"]

@@ -42,7 +42,8 @@ def test_gradients_equal_naive_reference(name):
     wanted = torch.autograd.grad((expected * weights).sum(), variables)
     for gradient, reference in zip(got, wanted, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-7, atol=1e-8)
-    assert any(gradient.abs().max() > 1e-3 for gradient in got[3:]), "the head has no influence"
+    learns = len(got) > 3  # centroids without mass have nothing to learn
+    assert any(gradient.abs().max() > 1e-3 for gradient in got[3:]) == learns, "the head has no influence"
 
 
 @pytest.mark.parametrize("places", [[0.0], [1.0], [0.0, 1.0, -0.4, 1.7, 0.5]], ids=["closed", "open", "all"])

@@ -71,7 +71,7 @@ def test_presets_take_overrides(preset):
         ({"init_std": "a"}, "init_std must be positive and finite, got 'a'"),
         ({"init_std": float("inf")}, "init_std must be positive and finite, got inf"),
         ({"score": [1]}, r"score must be one of distant, .*, got \[1\]"),
-        ({"compressor": None}, "compressor must be one of conv.*, got None"),
+        ({"compressor": None}, "compressor must be one of conv, centroids, got None"),
         ({"mass_bias": "no"}, "mass_bias must be True or False, got 'no'"),
         ({"mass_bias": 0}, "mass_bias must be True or False, got 0"),
         ({"slots_per_head": 16}, "slots_per_head must give the slots of every KV head, layer by layer, got 16"),

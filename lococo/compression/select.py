@@ -31,7 +31,7 @@ class Budget(NamedTuple):
 
     def is_ranked(self, config: LoCoCoConfig) -> bool:
         """Whether any slot is chosen by score."""
-        return self.heavy > 0 or (self.fused > 0 and config.residual != "none")
+        return self.heavy > 0 or (self.fused > 0 and config.fuses_by_rank)
 
 
 def rank(

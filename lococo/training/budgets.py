@@ -80,10 +80,11 @@ def eviction_errors(
         where there are none. A mean over texts, of which each counts as much: those of a text are relative to their
         sum over layers and heads at the level closest to ``config.num_slots``.
     """
-    shape, scales = base_shape(model), LOG_SCALES if has_centroids(config) else LOG_SCALES[:1]
-    total = torch.zeros(len(scales), len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
+    shape = base_shape(model)
     middle = min(range(len(levels)), key=lambda index: abs(levels[index] - config.num_slots))
     configs = [config.with_slots(slots) for slots in levels]
+    scales = _log_scales(configs)
+    total = torch.zeros(len(scales), len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
     chosen = [{name: getattr(each, name) for name in SELECTION_FIELDS} for each in configs]
     known = None if networks is None else networks.digest()
     for ids in tqdm(windows, desc="slots per head", unit="text", disable=None):
@@ -144,8 +145,8 @@ def layer_errors(
     )
     key, value = entry.key[0].to(wide), entry.value[0].to(wide)
     along = (gradient * output).sum(dim=-1)  # (kv_heads, groups, tokens)
-    runs = has_centroids(configs[0]) and entry.window is None
-    scales = torch.tensor(LOG_SCALES if has_centroids(configs[0]) else LOG_SCALES[:1], device=key.device).exp()
+    scales = torch.tensor(_log_scales(configs), device=key.device).exp()
+    runs = len(scales) > 1 and entry.window is None
     errors = torch.zeros(len(scales), len(configs), kv_heads, dtype=torch.float64, device=key.device)
     centroids = [_Centroids(key, value, config) for config in configs if runs]
     sums = key.new_zeros(len(configs), kv_heads, tokens)
@@ -203,6 +204,11 @@ def has_centroids(config: LoCoCoConfig) -> bool:
     return config.num_fused > 0 and COMPRESSORS[config.compressor].is_running
 
 
+def _log_scales(configs: Sequence[LoCoCoConfig]) -> tuple[float, ...]:
+    """What is tried: no more than one where nothing goes on in centroids."""
+    return LOG_SCALES if any(map(has_centroids, configs)) else LOG_SCALES[:1]
+
+
 class _Centroids:
     """Those of a layer's KV heads with so many slots, while a text is read."""
 
@@ -216,7 +222,7 @@ class _Centroids:
 
     def join(self, is_evicted: torch.Tensor) -> None:
         """Take the evicted ones of the tokens read, (kv_heads, tokens)."""
-        if not is_evicted.any():  # in all heads: they have as many slots
+        if not len(self.first) or not is_evicted.any():  # in all heads: they have as many slots
             return
         seen = is_evicted.shape[1]
         closest = closest_centroid(self.key[:, :seen], self.keys)

@@ -250,7 +250,7 @@ def test_gradients_are_those_of_the_weights():
 
 
 def test_what_is_no_compressor_is_refused():
-    with pytest.raises(ValueError, match="compressor must be one of conv, got 'none'"):
+    with pytest.raises(ValueError, match="compressor must be one of conv, centroids, got 'none'"):
         LoCoCoConfig(16, compressor="none")
     with pytest.raises(TypeError, match="must be a class derived from lococo.Compressor"):
         register_compressor("linear")(nn.Linear)
@@ -258,7 +258,7 @@ def test_what_is_no_compressor_is_refused():
         register_compressor("conv")(Mean)
     register_compressor("mean")(Mean)
     register_compressor("mean")(Mean)  # a cell of a notebook, run again
-    assert list(compressors.COMPRESSORS) == ["conv", "mean"]
+    assert list(compressors.COMPRESSORS) == ["conv", "centroids", "mean"]
 
 
 def test_the_example_runs():

@@ -226,11 +226,15 @@ def test_where_nothing_is_chosen_by_score_there_is_no_network(preset):
     assert model(IDS, use_cache=True).past_key_values.layers[0].entries.features is None
 
 
+# With as many slots and recents the distant score has the delay and the fade of the learned one.
+ALIKE = LoCoCoConfig(128, block_size=128, num_recent=32, score="learned")
+
+
 @pytest.mark.parametrize(
     "features", [(0.0, 0.0, 0.0), (0.7, 0.0, 0.0), (0.0, -0.6, 0.0), (0.0, 0.0, 1.3), (-2.0, 0.5, -0.4)]
 )
 def test_the_learned_score_ranks_by_its_formula(features):
-    config = LoCoCoConfig(16, block_size=8, score="learned")
+    config = ALIKE
     statistic, age = torch.rand(1, 2, 40, dtype=torch.float64) ** 9, torch.arange(40.0, 0.0, -1.0).double()
     entries = Entries(torch.zeros(1, 2, 40, 4), torch.zeros(1, 2, 40, 4), statistic)
     distant = scores.DistantScore().rank(entries, age.expand(1, 2, 40), config)
@@ -251,7 +255,7 @@ def test_the_learned_score_ranks_by_its_formula(features):
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_extreme_features_give_finite_ranks_in_order(which, dtype):
     """The largest numbers of float16 are no more than the largest change; a token that was never looked at counts."""
-    config, learned = LoCoCoConfig(16, block_size=8, score="learned"), scores.LearnedScore()
+    config, learned = ALIKE, scores.LearnedScore()
     size = torch.tensor([-65504.0, -3000, -100, -30, -3, 0, 3, 30, 100, 3000, 65504]).to(dtype)
     tokens = len(size)
     # Received attention and ages that make the logarithms, as they are centred, positive.
@@ -272,9 +276,10 @@ def test_extreme_features_give_finite_ranks_in_order(which, dtype):
 
 @pytest.mark.parametrize("own", [8, 16, 24])
 def test_a_learned_score_counts_alike_in_every_head_and_the_distant_one_by_its_slots(own):
-    whole = LoCoCoConfig(16, block_size=8, score="learned", slots_per_head=((own, 32 - own),))
-    head = whole.with_slots(own)
-    assert (head.score_delay, head.score_fade) == (whole.num_recent, 0.8 ** (1 / 16))
+    for block_size, delay in ((3, 0), (8, 2), (128, 32), (512, 32)):
+        whole = LoCoCoConfig(16, block_size=block_size, score="learned", slots_per_head=((own, 32 - own),))
+        head = whole.with_slots(own)
+        assert (head.score_delay, head.score_fade) == (delay, 0.8 ** (1 / 128))
     distant = dataclasses.replace(whole, score="distant").with_slots(own)
     assert distant.score_delay == distant.num_recent == whole.num_recent * own // 16
     assert distant.score_fade == 0.8 ** (1 / own)

@@ -173,10 +173,13 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
     monkeypatch.setattr("lococo.training.calibrate.train_scores", noted_training)
     assert run(tmp_path / "heads", "--score-texts", "9", "--budget-texts", "1") == 0
     config = LoCoCoConfig.from_pretrained(tmp_path / "heads")
-    assert config.num_fused == 0 and config.slots_per_head is not None
+    assert config.compressor == "centroids" and config.num_fused > 0 and config.slots_per_head is not None
     tensors = load_file(tmp_path / "heads" / HEADS_NAME)
-    assert all(is_of_score(name) and tensor.dtype == torch.bfloat16 for name, tensor in tensors.items())
-    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if is_of_score(name))
+    scales = {name: tensor.item() for name, tensor in tensors.items() if not is_of_score(name)}
+    found = {row["layer"]: row["log_scale"] for row in rows(tmp_path / "heads", "budgets")}
+    assert scales == {f"layers.{layer}.log_scale": scale for layer, scale in found.items()} and len(scales) == 2
     model = lococo.patch_model(tiny_llama(), heads=tmp_path / "heads")
     kept = [each for network in lococo.state.patch_of(model).networks.values() for each in network.parameters()]
     for before, after, here in zip(*measured, kept, strict=True):
@@ -196,7 +199,7 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
 
 def calibrate_in_python(model, dataset, output, cache, **options):
     """The calibration of ``SHORT`` by the package's own function."""
-    short = dict(recipe="blend", score_texts=10, budget_texts=2, local_steps=3, local_texts=4)
+    short = dict(recipe="blend", score_texts=10, budget_texts=4, local_steps=3, local_texts=4)
     short |= dict(steps=4, windows_per_step=2, measure_every=2)
     given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=12, num_heldout=2)
     return lococo.calibrate(
@@ -582,15 +585,17 @@ def test_scores_cannot_learn_by_settings_out_of_range(settings, message):
         ScoreConfig(**settings)
 
 
-def test_the_default_recipe_blends_nothing_and_goes_nowhere_backward():
-    for num_slots in (16, 128, 512):
+def test_the_default_recipe_goes_nowhere_backward():
+    for num_slots in (1, 2, 3, 5, 16, 128, 512):
         config, recipe = RECIPES["default"](num_slots, 64)
-        assert (config.num_fused, config.score, config.slots_per_head) == (0, "learned", None)
+        assert (config.compressor, config.score, config.slots_per_head) == ("centroids", "learned", None)
+        assert config.num_sinks == 1 and config.num_slots == num_slots
+        assert config.num_recent <= 6 and config.num_fused == min(max(num_slots // 16, 1), num_slots - 1)
         assert (recipe.objective, recipe.local, recipe.steps) == (None, None, 0)
         assert recipe.scores == ScoreConfig() and recipe.budget_texts > 0
         blend, _ = RECIPES["blend"](num_slots, 64)
-        kept = ("num_slots", "num_sinks", "num_recent", "score", "block_size")
-        assert blend.num_fused > 0 and all(getattr(config, name) == getattr(blend, name) for name in kept)
+        assert (blend.compressor, blend.score, blend.num_slots, blend.block_size) == ("conv", "learned", num_slots, 64)
+        assert blend.num_fused > 0 or num_slots <= 5
 
 
 # Bad arguments
@@ -608,11 +613,17 @@ def test_the_default_recipe_blends_nothing_and_goes_nowhere_backward():
         (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
         (["--score-texts", "-1"], "score_texts must be an integer of at least 0, got -1"),
         (["--recipe", "paper", "--score-texts", "3"], "must be 0 .*score='last', .* got 3; or use score='learned'"),
-        (["--num-slots", "4"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
-        (["--objective", "distill", "--steps", "5"], "objective trains blends, .* use recipe='blend', .* got Distill"),
+        (["--num-slots", "2"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
+        (
+            ["--num-slots", "1", "--score-texts", "0", "--objective", "distill", "--steps", "5"],
+            "objective trains blends, .* use recipe='blend', .* got Distill",
+        ),
         (["--steps", "3"], "steps is for end-to-end training, which the recipe leaves out: use recipe='blend', got 3"),
         (["--learning-rate", "0.1"], "learning_rate is for end-to-end training, .* use recipe='blend', got 0.1"),
-        (["--local-steps", "3"], "local_steps trains blends, .* use recipe='blend', .* got 3"),
+        (
+            ["--num-slots", "1", "--score-texts", "0", "--local-steps", "3"],
+            "local_steps trains blends, .* use recipe='blend', .* got 3",
+        ),
         (
             ["--num-slots", "8", "--block-size", "12", "--length", "20", "--first", "9"],
             "windows of 20 tokens are too short for scores: .* a block of 12; choose windows of two blocks at least",

@@ -303,10 +303,10 @@ def test_errors_with_networks_are_those_of_a_patched_model_that_has_them(slots, 
         error = ((output - entry.output) * entry.gradient).sum(-1).square().sum(-1)
         expected = error[0].view(2, 2).sum(-1)
         features = networks.features(0, entry.key, entry.value)
-        (found,) = layer_errors(entry, [CONFIG.with_slots(slots)], features)
+        ((found,),) = layer_errors(entry, [CONFIG.with_slots(slots)], features)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
         assert errors.sum() == pytest.approx(1)  # what a text's errors are relative to
-        torch.testing.assert_close(errors[0, 0] / errors[0, 0].sum(), found / found.sum())
+        torch.testing.assert_close(errors[0, 0, 0] / errors[0, 0, 0].sum(), found / found.sum())
 
 
 def test_errors_of_networks_are_not_taken_for_those_of_others(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def test_recordings_come_back_in_half_precision(family, tmp_path):
 def test_a_recorded_layer_is_read_with_features_as_the_model_reads_it(name):
     config, ids = CONFIGS[name], tiny_ids(1, 61)
     entry, outputs = record(tiny_llama(), ids)[0], {}
-    for score in (config.score, "distant"):
+    for score in (config.score, "learned"):
         model = patch(tiny_llama(), dataclasses.replace(config, score=score))
         head, network = patch_of(model).heads[0], patch_of(model).networks.get(0)
         features = None
@@ -104,10 +104,8 @@ def test_a_recorded_layer_is_read_with_features_as_the_model_reads_it(name):
         )
         model(ids)
         projected.remove()
-    assert (outputs[config.score] - outputs["distant"]).abs().max() > 1e-2
-    # Without features it is the distant score, as the average head has it.
-    new = compressed_output(entry, config, 0, head)
-    assert torch.equal(new, outputs["distant"]) == (config.slots_per_head is None)
+    assert (outputs[config.score] - outputs["learned"]).abs().max() > 1e-2
+    assert torch.equal(compressed_output(entry, config, 0, head), outputs["learned"])  # without features
 
 
 @pytest.mark.parametrize("name", ["learned", "learned-slot", "open"])

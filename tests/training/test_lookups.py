@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from families import WINDOW, anatomy, build
+from reference import delay_and_fade
 from tiny import tiny_ids, tiny_llama
 from torch.func import functional_call
 
@@ -56,8 +57,8 @@ def naive_lookups(entry, config, head):
                 logits = entry.softcap * torch.tanh(logits / entry.softcap)
             for token, probability in enumerate(logits.softmax(0).tolist()):
                 for end in range(ends):
-                    if end >= block and query - token >= config.num_recent:
-                        scores[end, token] += probability**2 * 0.8 ** ((end - block) * BLOCK / config.num_slots)
+                    if end >= block and query - token >= delay_and_fade(config)[0]:
+                        scores[end, token] += probability**2 * delay_and_fade(config)[1] ** ((end - block) * BLOCK)
                     if end < block:
                         later[end, token] += probability**2 * 0.6 ** (block - end - 1)
     for end in range(ends):
@@ -181,10 +182,10 @@ def test_recording_leaves_the_model_as_it_was_also_when_it_fails(training):
 
 def naive_logits(scores, features, end, config):
     """Logits of all tokens of one KV head at the end of a block, one after the other."""
-    fade, logits = 0.8 ** (1 / config.num_slots), []
+    (delay, fade), logits = delay_and_fade(config), []
     for token, (bias, trust, decay) in enumerate(features.double().tolist()):
         age = (end + 1) * BLOCK - token
-        queries = max(age - config.num_recent, 0)
+        queries = max(age - delay, 0)
         statistic = scores[token].item() / (sum(fade**query for query in range(queries)) + 8)
         log = math.log(statistic + 1e-5)
         logits.append(log + bias + trust * (log + 8) / 4 + decay * (math.log(max(age, 1)) - 6) / 1.5)
@@ -273,7 +274,7 @@ def test_a_perfect_network_loses_what_the_oracle_does_and_a_new_one_what_the_dis
     features = torch.zeros(1, 2, LENGTH, 3)
     before, new, oracle = lost_shares(last, CONFIG, features)
     assert new == before > oracle + 0.05
-    statistic = SCORES["distant"]().rank(*last.entries(None), CONFIG)
+    statistic = SCORES["learned"]().rank(*last.entries(None), CONFIG)
     features[..., 0] = (last.later + 1e-9).log() - (statistic + 1e-5).log()
     assert lost_shares(last, CONFIG, features) == pytest.approx([before, oracle, oracle], abs=1e-5)
 

@@ -102,7 +102,7 @@ def test_stopped_when_slots_per_head_are_measured(run, tmp_path, monkeypatch):
     assert run(tmp_path / "whole", *short) == 0
     short += ["--cache-dir", str(tmp_path / "cache")]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_in("allocate", 1)(patched, module)
+        stop_in("allocate_with_scales", 1)(patched, module)
         run(tmp_path / "heads", *short)
 
     def recorded_again(*arguments, **options):
