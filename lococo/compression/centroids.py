@@ -72,12 +72,10 @@ class CentroidCompressor(Compressor):
         log_mass = entries.keys.new_zeros(rest.shape, dtype=wide) if entries.log_mass is None else entries.log_mass
         keys = entries.keys.detach().to(wide)
         closest = closest_centroid(keys, keys.gather(2, anchors[..., None].expand(*anchors.shape, keys.shape[-1])))
-        slot = torch.arange(anchors.shape[-1], device=anchors.device)[:, None]
-        joins = (closest[:, :, None] == slot) & rest[:, :, None]
-        # Two slots may hold the same key: each goes on as itself.
-        own = anchors[..., None] == torch.arange(len(entries), device=anchors.device)
-        is_anchor = own.any(dim=2, keepdim=True)
-        return log_mass.to(wide)[:, :, None].masked_fill(~torch.where(is_anchor, own, joins), float("-inf"))
+        slots = torch.arange(anchors.shape[-1], device=anchors.device)
+        closest = closest.scatter(-1, anchors, slots.expand_as(anchors))  # also where two slots have the same key
+        joins = (closest[:, :, None] == slots[:, None]) & rest[:, :, None]
+        return log_mass.to(wide)[:, :, None].masked_fill(~joins, float("-inf"))
 
 
 def closest_centroid(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,7 @@ class Choice(NamedTuple):
 
     anchors: torch.Tensor  # (batch, kv_heads, num_slots), entry each slot copies or starts from
     fused: torch.Tensor  # (batch, kv_heads, num_fused), slots that are blended
+    evicted: torch.Tensor | None = None  # (batch, kv_heads, N - num_slots), entries that no slot begins with
 
     def blendable(self, num_entries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What fused slots may be made of.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -72,16 +72,16 @@ def choose(
     index = torch.arange(num_entries, device=like.device).expand(batch, kv_heads, num_entries)
     if is_running and fused:
         kept = choose(ranking, num_entries, Budget(sinks + fused, heavy, recent, 0), like)
-        return Choice(kept.anchors, index[..., sinks : sinks + fused])
+        return kept._replace(fused=index[..., sinks : sinks + fused])
     if ranking is None:
-        best = index[..., : heavy + fused]
+        best = index[..., : num_entries - sinks - recent]
     else:
         best = ranking[..., sinks : num_entries - recent].sort(dim=-1, descending=True, stable=True).indices
     in_time, rank_in_time = best[..., : heavy + fused].sort(dim=-1)
     anchors = torch.cat([index[..., :sinks], sinks + in_time, index[..., num_entries - recent :]], dim=-1)
     is_fused = (rank_in_time >= heavy).to(torch.uint8)
     fused_slots = sinks + is_fused.sort(dim=-1, descending=True, stable=True).indices[..., :fused]
-    return Choice(anchors, fused_slots)
+    return Choice(anchors, fused_slots, sinks + best[..., heavy + fused :])
 
 
 def compress(
@@ -116,7 +116,16 @@ def compress(
     slots = entries.map(lambda tensor: _gather(tensor, choice.anchors))
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
-    return slots.combine(head.blend(entries, choice), functools.partial(_scatter, choice.fused))
+    blend = _running_blend(entries, choice, head) if head.is_running else head.blend(entries, choice)
+    return slots.combine(blend, functools.partial(_scatter, choice.fused))
+
+
+def _running_blend(entries: Entries, choice: Choice, head: Compressor) -> Entries:
+    """The fused slots, of what they were and of what is evicted, without the entries that other slots copy."""
+    own = choice.anchors.gather(-1, choice.fused)
+    sources = torch.cat([own, cast(torch.Tensor, choice.evicted)], dim=-1)
+    first = torch.arange(own.shape[-1], device=own.device).expand_as(own)
+    return head.blend(entries.map(lambda tensor: _gather(tensor, sources)), Choice(first, first))
 
 
 def mixing(

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from lococo.kernels.attention import ATTENTIONS, LogitBias, lower_right, triton_takes, wide
+from lococo.kernels.attention import ATTENTIONS, LogitBias, triton_takes, wide
 from lococo.kernels.trials import TRITON, MassTrial
 
 SCORE_TILE = 64
@@ -210,7 +210,9 @@ class _MassInTorch:
             output = probs.flatten(2, 3) @ self.value[:, :, :seen]
             self.outputs.append(output.unflatten(2, probs.shape[2:4]))
         if self.delay:
-            probs.tril_(self.num_entries - self.num_queries + tile.start - self.delay)
+            last = self._own_entry(tile) - self.delay  # that counts the first query of the tile
+            near = probs[..., max(last + 1, 0) :]
+            near.tril_(last - max(last + 1, 0))
         if self.counts is not None:
             probs.mul_(self.counts[:, :, None, tile, :seen])
         if self.squared:
@@ -219,7 +221,7 @@ class _MassInTorch:
 
     def _probs(self, tile: slice, seen: int) -> torch.Tensor:
         """(batch, kv_heads, groups, queries of the tile, seen) attention probabilities."""
-        mask, bias, softcap = self.logit_bias
+        _, bias, softcap = self.logit_bias
         query, keys = self.query[:, :, tile].to(self.dtype), self.keys[..., :seen]
         grouped = (query * self.scale).reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
         logits = grouped @ keys  # (batch, kv_heads, groups * queries, seen)
@@ -228,12 +230,22 @@ class _MassInTorch:
         if bias is not None:
             logits.add_(bias[:, :, None, :seen])
         logits = logits.unflatten(2, (-1, query.shape[2]))
-        is_hidden = None
-        if mask is not None:
-            is_hidden = ~mask[:, :, None, tile]
-        elif self.num_queries > 1:
-            is_hidden = ~lower_right(self.num_queries, self.num_entries, 0, query.device)[tile, :seen]
         if self.lse is None:
-            return (logits if is_hidden is None else logits.masked_fill_(is_hidden, float("-inf"))).softmax(dim=-1)
+            self._hide(logits, tile, float("-inf"))
+            return logits.softmax(dim=-1)
         probs = logits.sub_(self.lse[:, :, tile].unflatten(1, (keys.shape[1], -1))[..., None]).exp_()
-        return probs if is_hidden is None else probs.masked_fill_(is_hidden, 0)
+        self._hide(probs, tile, 0.0)
+        return probs
+
+    def _hide(self, tensor: torch.Tensor, tile: slice, value: float) -> None:
+        """Fill (batch, kv_heads, groups, queries of the tile, seen) where a query does not see an entry."""
+        if self.logit_bias.mask is not None:
+            tensor.masked_fill_(~self.logit_bias.mask[:, :, None, tile], value)
+            return
+        later = tensor[..., self._own_entry(tile) + 1 :]  # all else is seen by every query of the tile
+        if later.shape[-1]:
+            later.masked_fill_(torch.ones(later.shape[-2:], dtype=torch.bool, device=later.device).triu(), value)
+
+    def _own_entry(self, tile: slice) -> int:
+        """That of the first query of a tile."""
+        return self.num_entries - self.num_queries + tile.start

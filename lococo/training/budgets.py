@@ -29,6 +29,8 @@ STEEPEST = 4  # power of the slots by which an error may fall between them
 LOG_SCALES = tuple(half / 2 for half in range(8))
 ALTERNATIONS = 10
 
+SIMILAR = 1.5  # largest ratio of the slots of two heads of a layer that get as many
+
 # What decides which tokens stay.
 SELECTION_FIELDS = (
     *("block_size", "num_sinks", "num_heavy", "num_recent", "num_fused", "residual", "score", "compressor", "scaling"),
@@ -294,6 +296,8 @@ def allocate_with_scales(
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
     """Slots of every KV head, and how much the centroids of every layer weigh, found in turn until neither changes.
 
+    Heads of a layer whose slots are similar get as many: what that costs is far less than the time it saves.
+
     Parameters
     ----------
     errors : torch.Tensor
@@ -317,6 +321,7 @@ def allocate_with_scales(
         if torch.equal(found, scales):
             break
         scales = found
+    slots = tuple(map(_evened, slots))
     return slots, tuple(LOG_SCALES[index] for index in scales.tolist())
 
 
@@ -363,6 +368,18 @@ def allocate(errors: torch.Tensor, levels: Sequence[int], num_slots: int) -> tup
             heapq.heappush(queue, step)
     slots = [levels[level] for level in chosen]
     return tuple(tuple(slots[layer * kv_heads : (layer + 1) * kv_heads]) for layer in range(layers))
+
+
+def _evened(slots: Sequence[int]) -> tuple[int, ...]:
+    """Slots of heads of a layer, similar numbers made the same: heads that have as many are read at once."""
+    even = list(slots)
+    rising = sorted(range(len(slots)), key=lambda head: slots[head])
+    while rising:
+        alike = [head for head in rising if slots[head] <= SIMILAR * slots[rising[0]]]
+        for head in alike:
+            even[head] = sum(slots[other] for other in alike) // len(alike)
+        rising = rising[len(alike) :]
+    return tuple(even)
 
 
 def _refined(levels: Sequence[int], errors: torch.Tensor) -> tuple[list[int], torch.Tensor]:
