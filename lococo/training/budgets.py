@@ -311,16 +311,15 @@ def allocate_with_scales(
     layers, kv_heads = errors.shape[2:]
     layer, head = torch.arange(layers)[:, None], torch.arange(kv_heads)
     measured = torch.tensor(levels, dtype=torch.float64).log()
-    scales = errors.sum(dim=(1, 3)).argmin(dim=0)  # (layers,)
-    slots: tuple[tuple[int, ...], ...] = ()
+    of_scales = errors.amin(dim=0)  # (levels, layers, kv_heads): at first every head may have a scale of its own
+    scales = torch.full((layers,), -1)
     for _ in range(ALTERNATIONS):
-        of_scales = errors[scales, :, torch.arange(layers)].transpose(0, 1)  # (levels, layers, kv_heads)
         slots = allocate(of_scales, levels, num_slots)
         closest = (torch.tensor(slots).log()[..., None] - measured).abs().argmin(dim=-1)  # (layers, kv_heads)
-        found = errors[:, closest, layer, head].sum(dim=-1).argmin(dim=0)
-        if torch.equal(found, scales):
+        before, scales = scales, errors[:, closest, layer, head].sum(dim=-1).argmin(dim=0)
+        if torch.equal(before, scales):
             break
-        scales = found
+        of_scales = errors[scales, :, torch.arange(layers)].transpose(0, 1)
     slots = tuple(map(_evened, slots))
     return slots, tuple(LOG_SCALES[index] for index in scales.tolist())
 

@@ -368,6 +368,36 @@ def test_between_levels_an_error_falls_as_a_power_of_the_slots(num_slots):
     assert num_slots == 4 or len(set(itertools.chain(*expected))) > 2
 
 
+def test_slots_and_the_weight_of_centroids_are_found_together():
+    """Layers whose errors are smallest at a scale of their own, where they have few slots and where they have many."""
+    levels, scales = (8, 16, 32), torch.tensor(budgets.LOG_SCALES)
+    best = torch.tensor([[1.0, 1.0, 1.0], [3.0, 3.0, 0.5]])  # by layer and level
+    sizes = torch.tensor([[4.0, 2, 1], [400, 200, 100]])
+    errors = sizes.T[None, :, :, None] * (1 + (scales[:, None, None, None] - best.T[..., None]) ** 2)
+    slots, found = budgets.allocate_with_scales(errors.expand(-1, -1, -1, 2).double(), levels, 20)
+    assert found == (1.0, 0.5) and slots == ((8, 8), (32, 32))
+    # With one scale they are the slots of its errors.
+    one = torch.tensor([[9.0, 3, 1], [90, 30, 10]]).T[None, :, :, None].expand(-1, -1, -1, 2).double()
+    slots, found = budgets.allocate_with_scales(one, levels, 16)
+    assert found == (0.0, 0.0) and slots == tuple(map(budgets._evened, allocate(one[0], levels, 16)))
+
+
+@pytest.mark.parametrize(
+    ("slots", "even"),
+    [
+        ((8, 8, 8), (8, 8, 8)),
+        ((8, 12), (10, 10)),
+        ((8, 13), (8, 13)),
+        ((30, 9, 40, 12, 31), (33, 10, 33, 10, 33)),
+        ((16, 24, 36), (20, 20, 36)),  # not one after the other to the end
+        ((7,), (7,)),
+    ],
+)
+def test_similar_heads_of_a_layer_get_as_many_slots(slots, even):
+    assert budgets._evened(slots) == even
+    assert sum(even) <= sum(slots)
+
+
 def test_budgets_below_the_lowest_level_are_refused():
     with pytest.raises(ValueError, match="levels must begin at num_slots=7 or below, got 8"):
         allocate(torch.zeros(2, 1, 1), (8, 16), 7)
