@@ -75,11 +75,11 @@ TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-all test-versions test-chatglm test-cuda-build: export HF_HUB_OFFLINE = 1
 test test-all test-versions test-chatglm test-cuda-build bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
-perplexity tasks agreement long ablate extend bench-extend side-by-side: export OMP_NUM_THREADS = 1
+perplexity tasks agreement long ablate extend bench-extend side-by-side calibrate calibration parts: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity \
-	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration chatglm gpu gpu-perplexity \
+	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration parts chatglm gpu gpu-perplexity \
 	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm \
 	test-cuda-build clean
 .SECONDARY:
@@ -197,6 +197,9 @@ BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --doc
 calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration, _zh
 	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
 	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
+
+parts: $(MODEL)/$(GGUF) ## the heads without one of their parts each: scores, slots, centroids -> docs/results/parts
+	$(EXPERIMENT).parts $(ON_MODEL) --device cpu --data $(HELDOUT) --heads $(HEADS)-128 --output $(RESULTS)/parts
 
 # A real model of Chinese text in ChatGLM3's architecture, trained here in minutes.
 chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on held-out Chinese -> docs/results/chatglm_zh

@@ -283,6 +283,8 @@ class Calibration(TrainingRun):
         super().check_model(model, tokenizer)
         for positions in dict.fromkeys((self.config.positions, "absolute")):  # scores are learned from absolute ones
             rotary_tables(find_family(model), dataclasses.replace(self.config, positions=positions))
+        if self.scores_from is not None:
+            ScoreNetworks.from_heads(model, self.config, self.scores_from)
 
     def _run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
         usage = self.meter()
