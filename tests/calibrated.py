@@ -3,9 +3,12 @@
 import json
 
 import torch
+from families import LENGTH_DEPENDENT_ROPES
 from safetensors.torch import load_file
+from tiny import tiny_llama
 from words import word_tokenizer
 
+import lococo
 from lococo.data.windows import DataConfig, prepare
 from lococo.heads import HEADS_NAME
 from lococo.metrics import token_nlls
@@ -54,3 +57,17 @@ def assert_same_heads(folder, expected, atol=0.0):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+def calibrate_in_python(model, dataset, output, cache, **options):
+    """The calibration of ``SHORT`` by the package's own function."""
+    short = dict(recipe="blend", score_texts=10, budget_texts=4, local_steps=3, local_texts=4)
+    short |= dict(steps=4, windows_per_step=2, measure_every=2)
+    given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=12, num_heldout=2)
+    return lococo.calibrate(
+        model, word_tokenizer(), dataset, output=output, cache_dir=cache, **{**given, **short, **options}
+    )
+
+
+def dynamic_llama():
+    return tiny_llama(rope_scaling={**LENGTH_DEPENDENT_ROPES["dynamic"], "rope_theta": 1e4})

@@ -16,31 +16,28 @@ import pytest
 import torch
 from calibrated import (
     BLOCK,
-    CHANGES,
     FILES,
     FIRST,
     LENGTH,
     NOTHING,
     SHORT,
     SLOTS,
-    WINDOWS,
     assert_same_heads,
+    calibrate_in_python,
     content,
     data_config,
+    dynamic_llama,
     errors,
     heldout_windows,
     nll,
     result,
     rows,
 )
-from families import LENGTH_DEPENDENT_ROPES, causal_lm
 from safetensors.torch import load_file
 from tiny import tiny_llama
-from words import WORDS, word_tokenizer, write_texts
+from words import WORDS, word_tokenizer
 
 import lococo
-from lococo.cli.main import main
-from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
 from lococo.data import windows as data
 from lococo.data.windows import prepare
@@ -48,20 +45,10 @@ from lococo.heads import HEADS_NAME
 from lococo.methods import as_method, method_config
 from lococo.training import gap
 from lococo.training.calibrate import calibrate, plan_calibration
-from lococo.training.local import LocalConfig
-from lococo.training.objectives import Distill, NextToken
-from lococo.training.recipes import RECIPES, Recipe, ScoreConfig, adjusted
+from lococo.training.recipes import Recipe, ScoreConfig
 from lococo.training.scores import train_scores
 
 LEARNED = LoCoCoConfig(SLOTS, block_size=BLOCK, score="learned", num_sinks=2, num_heavy=10, num_recent=4)
-
-
-def dynamic_llama():
-    return tiny_llama(rope_scaling={**LENGTH_DEPENDENT_ROPES["dynamic"], "rope_theta": 1e4})
-
-
-def hunyuan():
-    return causal_lm("HunYuanDenseV1", head_dim=8)
 
 
 # What is written
@@ -197,16 +184,6 @@ def test_the_default_recipe_learns_scores_and_what_it_measures_is_in_the_folder(
     assert f"as saved: gap ratio {saved['gap_ratio']:.3f}" in said[-2]
 
 
-def calibrate_in_python(model, dataset, output, cache, **options):
-    """The calibration of ``SHORT`` by the package's own function."""
-    short = dict(recipe="blend", score_texts=10, budget_texts=4, local_steps=3, local_texts=4)
-    short |= dict(steps=4, windows_per_step=2, measure_every=2)
-    given = dict(num_slots=SLOTS, block_size=BLOCK, length=LENGTH, first=FIRST, num_windows=12, num_heldout=2)
-    return lococo.calibrate(
-        model, word_tokenizer(), dataset, output=output, cache_dir=cache, **{**given, **short, **options}
-    )
-
-
 def drawn():
     """The next random numbers."""
     return random.random(), np.random.rand(), torch.rand(1).item()
@@ -314,89 +291,6 @@ def test_scores_learn_from_the_beginnings_of_texts_before_the_slots_of_heads(tex
     assert len(seen) == 2 and learned[0] == learned[1]
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (dict(recipe="ours"), ValueError, "recipe must be one of default, blend, paper, or a Recipe, got 'ours'"),
-        (dict(objective="mse"), ValueError, "objective must be one of distill, next-token, none, got 'mse'"),
-        (dict(recipe=["default"]), ValueError, "recipe must be one of default, blend, paper, or a"),
-        (dict(lenght=5), TypeError, "lococo.calibrate has no option lenght; there are .* length, .* measure_every"),
-        (dict(a=1, b=2), TypeError, "lococo.calibrate has no option a, b; there are"),
-        (dict(dataset=[]), ValueError, "dataset is empty"),
-        (dict(dataset=None), TypeError, "dataset must be a Hub id, .* got None"),
-        (dict(dataset=""), ValueError, "the name of a source of text is empty"),
-        (dict(dataset=["", "org/name"]), ValueError, "the name of a source of text is empty"),
-        (dict(output=""), ValueError, "output is empty; write '.' for the working directory"),
-        (dict(output=None), TypeError, "output must be a path, got None"),
-        (dict(work_dir=""), ValueError, "work_dir is empty"),
-        (dict(cache_dir=3), TypeError, "cache_dir must be a path, got 3"),
-        (dict(num_slots="16"), ValueError, "num_slots must be an integer of at least 1, got '16'"),
-        (dict(block_size=8.0), ValueError, "block_size must be an integer of at least 1, got 8.0"),
-        (dict(length="80", first=None), ValueError, "length must be an integer of at least 2, got '80'"),
-        (dict(first=1.5), ValueError, "first must lie between 1 and 79 for windows of 80, got 1.5"),
-        (dict(steps=1.5), ValueError, "steps must be a whole number, got 1.5"),
-        (dict(steps=True), ValueError, "steps must be a whole number, got True"),
-        (dict(windows_per_step="2"), ValueError, "windows_per_step must be a whole number, got '2'"),
-        (dict(local_steps=0.5), ValueError, "local_steps must be an integer of at least 0, got 0.5"),
-        (dict(learning_rate="fast"), ValueError, "learning_rate must be positive, got 'fast'"),
-        (dict(learning_rate=float("inf")), ValueError, "learning_rate must be positive, got inf"),
-        (dict(objective=["distill"]), ValueError, "objective must be one of"),
-        (dict(local=3, local_steps=None), TypeError, "local must be a LocalConfig or None, got 3"),
-        (dict(scores=3, score_texts=None), TypeError, "scores must be a ScoreConfig or None, got 3"),
-        (dict(score_texts=2.5), ValueError, "score_texts must be an integer of at least 0, got 2.5"),
-        (dict(score_texts=0, config=LEARNED), ValueError, "'learned' learns from texts: .* or use score='distant'"),
-        (dict(config=LoCoCoConfig(16)), ValueError, "score='distant', num_heavy=.* got 10; or use score='learned'"),
-        (dict(config=LEARNED), ValueError, r"objective trains blends, .* \(num_fused=0\): use recipe='bl.* Distill"),
-        (dict(config=LEARNED, objective="none"), ValueError, "local_steps trains blends, .* recipe='blend', .* got 3"),
-        (dict(config={}), TypeError, "config must be a LoCoCoConfig, got {}"),
-        (dict(dtype="bfloat16"), TypeError, "dtype must be torch.bfloat16, .* got 'bfloat16'"),
-        (dict(dtype=torch.int8), TypeError, "dtype must be torch.bfloat16, .* got torch.int8"),
-        (dict(resume="no"), TypeError, "resume must be True or False, got 'no'"),
-        (dict(time_limit="1h"), ValueError, "a time limit must be more than 0 seconds, got '1h'"),
-        (dict(on_progress="print"), TypeError, "on_progress must be a function of a row, got 'print'"),
-        (dict(training_arguments=[1]), TypeError, r"training_arguments must be a dict, got \[1\]"),
-        (dict(training_arguments={"nope": 1}), ValueError, "transformers.TrainingArguments has no nope"),
-        (dict(training_arguments={"max_steps": 1}), ValueError, "must leave out max_steps: it follows from steps"),
-        (dict(training_arguments={"seed": 1}), ValueError, "must leave out seed: it follows from seed"),
-        (dict(training_arguments={"push_to_hub": True}), ValueError, "push_to_hub=True is not supported by HeadTr"),
-    ],
-)
-def test_bad_options_of_the_function_are_refused(options, error, message, texts, tmp_path):
-    given = [options.pop(name, value) for name, value in dict(dataset=texts, output=tmp_path / "heads").items()]
-    with pytest.raises(error, match=message):
-        calibrate_in_python(None, *given, options.pop("cache_dir", tmp_path / "cache"), **options)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("model", "tokenizer", "error", "message"),
-    [
-        (lambda: "org/model", word_tokenizer, TypeError, r"model must be a loaded model .* got 'org/model'; load it"),
-        (lambda: None, word_tokenizer, TypeError, "model must be a loaded model .* got None"),
-        (tiny_llama, lambda: "org/model", TypeError, "tokenizer must be a Transformers tokenizer, got 'org/model'"),
-        (lambda: lococo.patch_model(tiny_llama()), word_tokenizer, ValueError, "patched: call lococo.unpatch_model"),
-        (lambda: torch.nn.Linear(1, 1), word_tokenizer, ValueError, "Linear"),
-        (dynamic_llama, word_tokenizer, ValueError, "must see keys before .* 'dynamic' have .*; use score='distant'"),
-        (
-            lambda: causal_lm("Phi", partial_rotary_factor=0.5),
-            word_tokenizer,
-            ValueError,
-            "'learned' .* use score='di",
-        ),
-        *(
-            [(hunyuan, word_tokenizer, ValueError, "normed with weights .* use score='di")]
-            if RELEASE >= (5, 0)
-            else []
-        ),
-    ],
-)
-def test_other_models_are_refused_before_data_are_read(model, tokenizer, error, message, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("lococo.training.calibrate.prepare", lambda *arguments: pytest.fail("data were read"))
-    with pytest.raises(error, match=message):
-        calibrate(model(), tokenizer(), texts, output=tmp_path / "heads", num_slots=SLOTS, length=LENGTH)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_model_whose_keys_cannot_be_moved_is_calibrated_without_scores(texts, cache, tmp_path):
     model, changes = dynamic_llama(), dict(score_texts=0, local_steps=0, objective="none")
     made = calibrate_in_python(model, texts, tmp_path / "heads", cache, **changes)
@@ -485,197 +379,6 @@ def test_tokens_and_figures_are_shared_between_runs(run, heads, tmp_path, monkey
     monkeypatch.setattr(gap, "mean_nll", lambda *arguments: measured.append(1) or original(*arguments))
     assert run(tmp_path / "again", *NOTHING) == 0
     assert len(measured) == 2, "the start and the end; baselines are there"
-
-
-# Recipes
-
-
-def test_the_paper_recipe_is_that_of_the_paper():
-    config, recipe = RECIPES["paper"](512, 512)
-    assert (recipe.steps, recipe.windows_per_step, recipe.learning_rate) == (200, 128, 5e-2)
-    assert 128 * 4096 == 524_288 and recipe.windows_needed == 200 * 128
-    assert type(recipe.objective) is NextToken and recipe.objective.backprop_tokens == 4 * 512
-    assert (recipe.budget_texts, recipe.local, recipe.scalar_lr_factor) == (0, None, 1.0)
-    assert config == LoCoCoConfig.reference(512, block_size=512)
-    assert (config.normalization, config.init_std, config.head_rank) == ("softmax", 1.0, None)
-
-
-def test_the_paper_recipe_runs(run, tmp_path):
-    assert run(tmp_path / "heads", "--recipe", "paper", "--steps", "2", "--windows-per-step", "2") == 0
-    written = content(tmp_path / "heads")
-    config = written["config"]
-    assert (config["normalization"], config["num_heavy"], config["slots_per_head"]) == ("softmax", SLOTS // 2, None)
-    assert written["training"]["objective"] == "NextToken"
-    assert [row["learning_rate"] for row in rows(tmp_path / "heads") if "loss" in row] == [5e-2, 2.5e-2]
-    weight = load_file(tmp_path / "heads" / HEADS_NAME)["layers.0.conv.weight"].float()
-    assert weight.std() == pytest.approx(1, abs=0.1)
-
-
-@pytest.mark.parametrize("block_size", [8, 512, 1024, 2048])
-def test_back_propagation_reaches_over_a_block(block_size):
-    recipes = [make(4096, block_size)[1] for make in RECIPES.values()]
-    reaching = [recipe.objective.backprop_tokens for recipe in recipes if recipe.objective is not None]
-    assert reaching and min(reaching) >= 2 * block_size
-
-
-@pytest.mark.parametrize(
-    ("options", "changes"),
-    [
-        ([], {}),
-        (["--steps", "7"], {"steps": 7}),
-        (["--windows-per-step", "3"], {"windows_per_step": 3}),
-        (["--learning-rate", "0.5"], {"learning_rate": 0.5}),
-        (["--score-texts", "8"], {"scores": ScoreConfig(texts=8)}),
-        (["--score-texts", "0"], {"scores": None}),
-        (["--budget-texts", "0"], {"budget_texts": 0}),
-        (["--local-texts", "5"], {"local_texts": 5}),
-        (["--measure-every", "9"], {"measure_every": 9}),
-        (["--local-steps", "4"], {"local": LocalConfig(steps=4)}),
-        (["--local-steps", "0"], {"local": None}),
-        (["--objective", "none"], {"objective": None}),
-        (["--objective", "none", "--steps", "0"], {"objective": None, "steps": 0}),
-        (["--objective", "next-token"], {"objective": NextToken(backprop_tokens=1024)}),
-        (["--objective", "distill"], {"objective": Distill(backprop_tokens=1024)}),
-        (["--backprop-tokens", "99"], {"objective": Distill(backprop_tokens=99)}),
-        (["--backprop-tokens", "0"], {"objective": Distill()}),
-        (["--objective", "next-token", "--backprop-tokens", "0"], {"objective": NextToken()}),
-    ],
-)
-def test_options_change_the_recipe(options, changes, monkeypatch):
-    given = {}
-    monkeypatch.setattr("lococo.training.calibrate.plan_calibration", lambda **more: given.update(more) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(["calibrate", "--model", "m", "--output", "o", *options])
-    named = {name: given[name] for name in CHANGES}
-    recipe = adjusted(Recipe(), **named)
-    assert recipe == Recipe(**changes)
-    local_first = Recipe(local=LocalConfig(steps=9, learning_rate=0.1), objective=None)
-    kept = adjusted(local_first, **named)
-    if "local" not in changes:
-        assert kept.local == local_first.local
-    elif changes["local"]:
-        assert kept.local == LocalConfig(steps=4, learning_rate=0.1)
-
-
-def test_windows_needed_are_those_of_the_hungriest_stage():
-    assert Recipe().windows_needed == 50
-    assert Recipe(steps=3, windows_per_step=4).windows_needed == 12
-    assert Recipe(objective=None).windows_needed == 7
-    assert Recipe(objective=None, budget_texts=0).windows_needed == 1
-    assert Recipe(objective=None, local=LocalConfig()).windows_needed == 12
-    assert Recipe(scores=ScoreConfig(texts=70)).windows_needed == 70
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(texts=0), "score texts must be at least 1, got 0"),
-        (dict(length=1), "score length must be at least 2, got 1"),
-        (dict(length="all"), "score length must be a whole number, got 'all'"),
-        (dict(texts_per_step=0), "score texts_per_step must be at least 1, got 0"),
-        (dict(texts_per_step=4, texts_at_once=3), "score texts_at_once must be at least 4, got 3"),
-        (dict(repeats=0), "score repeats must be at least 1, got 0"),
-        (dict(learning_rate=0), "score learning_rate must be positive, got 0"),
-        (dict(weight_decay=-0.1), "score weight_decay must be at least 0, got -0.1"),
-    ],
-    ids=str,
-)
-def test_scores_cannot_learn_by_settings_out_of_range(settings, message):
-    with pytest.raises(ValueError, match=message):
-        ScoreConfig(**settings)
-
-
-def test_the_default_recipe_goes_nowhere_backward():
-    for num_slots in (1, 2, 3, 5, 16, 128, 512):
-        config, recipe = RECIPES["default"](num_slots, 64)
-        assert (config.compressor, config.score, config.slots_per_head) == ("centroids", "learned", None)
-        assert config.num_sinks == 1 and config.num_slots == num_slots
-        assert config.num_recent <= 6 and config.num_fused == min(max(num_slots // 16, 1), num_slots - 1)
-        assert (recipe.objective, recipe.local, recipe.steps) == (None, None, 0)
-        assert recipe.scores == ScoreConfig() and recipe.budget_texts > 0
-        blend, _ = RECIPES["blend"](num_slots, 64)
-        assert (blend.compressor, blend.score, blend.num_slots, blend.block_size) == ("conv", "learned", num_slots, 64)
-        assert blend.num_fused > 0 or num_slots <= 5
-
-
-# Bad arguments
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
-        (["--block-size", "0"], "block_size must be an integer of at least 1, got 0"),
-        (["--recipe", "blend", "--steps", "0"], "steps must be at least 1 with an objective"),
-        (["--recipe", "blend", "--windows-per-step", "0"], "windows_per_step must be at least 1, got 0"),
-        (["--learning-rate", "0"], "learning_rate must be positive, got 0.0"),
-        (["--learning-rate", "nan"], "learning_rate must be positive, got nan"),
-        (["--backprop-tokens", "-1"], "backprop_tokens must be an integer of at least 0, got -1"),
-        (["--score-texts", "-1"], "score_texts must be an integer of at least 0, got -1"),
-        (["--recipe", "paper", "--score-texts", "3"], "must be 0 .*score='last', .* got 3; or use score='learned'"),
-        (["--num-slots", "2"], r"no score that learns gives slots \(score='learned', num_heavy=0\), .* more slots"),
-        (
-            ["--num-slots", "1", "--score-texts", "0", "--objective", "distill", "--steps", "5"],
-            "objective trains blends, .* use recipe='blend', .* got Distill",
-        ),
-        (["--steps", "3"], "steps is for end-to-end training, which the recipe leaves out: use recipe='blend', got 3"),
-        (["--learning-rate", "0.1"], "learning_rate is for end-to-end training, .* use recipe='blend', got 0.1"),
-        (
-            ["--num-slots", "1", "--score-texts", "0", "--local-steps", "3"],
-            "local_steps trains blends, .* use recipe='blend', .* got 3",
-        ),
-        (
-            ["--num-slots", "8", "--block-size", "12", "--length", "20", "--first", "9"],
-            "windows of 20 tokens are too short for scores: .* a block of 12; choose windows of two blocks at least",
-        ),
-        (
-            ["--block-size", "1030", "--length", "4096"],
-            r"windows of 2048 tokens \(cut to ScoreConfig.length\) are too short for scores: .* a block of 1030",
-        ),
-        (["--budget-texts", "-1"], "budget_texts must be at least 0, got -1"),
-        (["--local-steps", "-1"], "local_steps must be an integer of at least 0, got -1"),
-        (["--local-steps", "3", "--local-texts", "2"], "local_texts must be more than the 2"),
-        (["--measure-every", "0"], "measure_every must be at least 1, got 0"),
-        (["--windows", "0"], "num_windows must be a whole number of at least 1, got 0"),
-        (["--heldout", "0"], "num_heldout must be at least 1"),
-        (["--length", "1"], "length must be a whole number of at least 2, got 1"),
-        (["--first", "80"], "first must lie between 1 and 79 for windows of 80, got 80"),
-        (["--first", "0"], "first must lie between 1 and 79"),
-        (["--length", "25", "--first", "9"], "too short for num_slots=16 and block_size=8: .* evicted after 24"),
-        (["--dataset", "missing.jsonl"], "missing.jsonl: no such file"),
-        (["--dtype", "float33"], "--dtype must be float32, bfloat16, ..., got 'float33'"),
-        (["--device", "gpu"], "--device must be cpu, cuda, cuda:1, ..., got 'gpu'"),
-        (["--deepspeed", "missing.json"], "missing.json: no such DeepSpeed config file"),
-        (["--output", "."], "has no lococo_config.json and is not empty"),
-        (["--output", "words.jsonl/heads"], "words.jsonl/heads cannot be written: .*words.jsonl is a file"),
-        (["--work-dir", "words.jsonl"], "words.jsonl/run.json cannot be written"),
-        (["--cache-dir", "words.jsonl"], "words.jsonl/tokens cannot be written"),
-        (["--dataset", ""], "Option '--dataset' requires an argument"),
-    ],
-)
-def test_bad_arguments_are_one_line_before_a_model_is_loaded(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path / "words.jsonl", 1)
-    arguments = ["--model", "no-model", "--dataset", "words.jsonl", "--output", "heads", "--num-slots", str(SLOTS)]
-    assert main(["calibrate", *arguments, "--block-size", str(BLOCK), *WINDOWS, *options]) == 2
-    (error,) = errors(capsys)
-    assert re.search(message, error), error
-    assert [path.name for path in tmp_path.iterdir()] == ["words.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--text-column", "body"], "no column 'body'"),
-        (["--boundaries", "none"], "EOS"),
-        (["--length", "200"], "not one training window of 200 tokens"),
-    ],
-)
-def test_what_the_text_is_not_like_is_one_line(options, message, run, tmp_path, capsys):
-    assert run(tmp_path / "heads", *NOTHING, *options) == 2
-    (error,) = errors(capsys)
-    assert message in error
-    assert not list(tmp_path.iterdir())
 
 
 # The example
