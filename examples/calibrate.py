@@ -19,7 +19,8 @@ import lococo
 from lococo.data.windows import DataConfig, prepare
 from lococo.metrics import perplexity
 from lococo.state import patch_of
-from lococo.training.budgets import allocate_with_scales, eviction_errors, slot_levels
+from lococo.training.budgets import allocate_with_scales, slot_levels
+from lococo.training.evictions import eviction_errors
 from lococo.training.objectives import Distill
 from lococo.training.recipes import ScoreConfig
 from lococo.training.scores import ScoreNetworks, train_scores

@@ -24,7 +24,8 @@ from lococo.config import POSITIONS
 from lococo.metrics import gap_ratio, token_nlls
 from lococo.results.journal import Journal
 from lococo.results.tables import write_result
-from lococo.training.budgets import allocate, eviction_errors, slot_levels
+from lococo.training.budgets import allocate, slot_levels
+from lococo.training.evictions import eviction_errors
 from lococo.training.frozen import only_heads_learn
 from lococo.training.objectives import Distill, WindowLoss
 
@@ -162,7 +163,7 @@ def main() -> None:
     train, heldout = texts[:256], texts[256:]
     levels = slot_levels(NUM_SLOTS)
     errors = eviction_errors(model, train[:24], LoCoCoConfig(NUM_SLOTS, BLOCK_SIZE), levels, journal.measure)
-    per_head = allocate(errors, levels, NUM_SLOTS)
+    per_head = allocate(errors[0], levels, NUM_SLOTS)
 
     full = journal.measure(["full"], functools.partial(measure, model, heldout))
     h2o = min(

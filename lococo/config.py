@@ -217,12 +217,7 @@ class LoCoCoConfig:
         """The same method for heads with another number of slots, shared out as ``scaling`` says."""
         if num_slots == self.num_slots and self.slots_per_head is None:
             return self
-        return _with_slots(self, num_slots, self.whole)
-
-    @property
-    def whole(self) -> LoCoCoConfig:
-        """The model's config, of one that ``with_slots`` has made for some heads; else itself."""
-        return vars(self).get("_whole", self)
+        return _with_slots(self, num_slots)
 
     def layer_configs(self, layer_idx: int) -> tuple[LoCoCoConfig, ...]:
         """One config per KV head of a layer, or a single one for all of its heads."""
@@ -331,7 +326,7 @@ def _is_number(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _with_slots(config: LoCoCoConfig, num_slots: int, whole: LoCoCoConfig) -> LoCoCoConfig:
+def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
     assert config.num_sinks is not None and config.num_recent is not None  # filled by __post_init__
     if config.scaling == "share":
         sinks = min(config.num_sinks, num_slots)
@@ -343,11 +338,9 @@ def _with_slots(config: LoCoCoConfig, num_slots: int, whole: LoCoCoConfig) -> Lo
     heavy = num_slots - sinks - recent - min(fused, num_slots - sinks - recent)
     if config.num_heavy == 0:  # what rounding left goes to another kind
         recent, heavy = recent + (heavy if config.num_recent else 0), 0
-    of_head = dataclasses.replace(
+    return dataclasses.replace(
         config, num_slots=num_slots, num_sinks=sinks, num_recent=recent, num_heavy=heavy, slots_per_head=None
     )
-    object.__setattr__(of_head, "_whole", whole)
-    return of_head
 
 
 def check_count(name: str, value: Any, least: int) -> None:

@@ -23,7 +23,8 @@ from lococo.patch import patched
 from lococo.results.journal import Journal
 from lococo.results.plots import HeatMap, Lines, Panel, Series, picture
 from lococo.state import patch_of
-from lococo.training.budgets import allocate_with_scales, eviction_errors, has_centroids, slot_levels
+from lococo.training.budgets import allocate_with_scales, slot_levels
+from lococo.training.evictions import eviction_errors, has_centroids
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipes import RECIPES, Recipe, adjusted

@@ -32,8 +32,9 @@ import lococo
 from lococo import LoCoCoConfig
 from lococo.results.journal import Journal
 from lococo.state import patch_of
-from lococo.training import budgets
-from lococo.training.budgets import allocate, eviction_errors, slot_levels
+from lococo.training import budgets, evictions
+from lococo.training.budgets import allocate, slot_levels
+from lococo.training.evictions import eviction_errors
 from lococo.training.record import record
 from lococo.training.scores import ScoreNetworks
 
@@ -253,7 +254,7 @@ def test_a_killed_run_goes_on_at_the_text_where_it_stopped(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return Journal(tmp_path / "journal").measure(key, function)
 
-    monkeypatch.setattr(budgets, "record", noted)
+    monkeypatch.setattr(evictions, "record", noted)
     with pytest.raises(KeyboardInterrupt):
         eviction_errors(model, texts, CONFIGS["default"], levels, killed)
     del recorded[:]

@@ -18,8 +18,8 @@ from lococo import LoCoCoConfig
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.journal import Journal
 from lococo.state import patch_of
-from lococo.training import budgets, scores
-from lococo.training.budgets import eviction_errors, layer_errors
+from lococo.training import evictions, scores
+from lococo.training.evictions import eviction_errors, layer_errors
 from lococo.training.lookups import Lookups, record_lookups
 from lococo.training.recipes import ScoreConfig
 from lococo.training.record import record
@@ -313,7 +313,7 @@ def test_errors_of_networks_are_not_taken_for_those_of_others(tmp_path, monkeypa
     model, texts, levels = tiny_llama(), tiny_ids(2, 41), (5, 12)
     calls, noted = [], record
     monkeypatch.setattr(
-        budgets, "record", lambda *arguments, **options: calls.append(1) or noted(*arguments, **options)
+        evictions, "record", lambda *arguments, **options: calls.append(1) or noted(*arguments, **options)
     )
     every = {
         "none": None,
@@ -339,8 +339,8 @@ def test_a_killed_measurement_with_networks_goes_on_at_its_text(tmp_path, monkey
     networks = random_networks(model)
     whole = eviction_errors(model, texts, CONFIG, (5, 12), remember_nothing, networks)
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(budgets, "record", killing(record, 1))
+        patched.setattr(evictions, "record", killing(record, 1))
         eviction_errors(model, texts, CONFIG, (5, 12), Journal(tmp_path / "journal").measure, networks)
-    monkeypatch.setattr(budgets, "record", killing(record, 2))  # the first text is not read again
+    monkeypatch.setattr(evictions, "record", killing(record, 2))  # the first text is not read again
     errors = eviction_errors(model, texts, CONFIG, (5, 12), Journal(tmp_path / "journal").measure, networks)
     assert torch.equal(errors, whole)

@@ -108,7 +108,7 @@ def test_stopped_when_slots_per_head_are_measured(run, tmp_path, monkeypatch):
     def recorded_again(*arguments, **options):
         raise AssertionError("the errors are remembered")
 
-    monkeypatch.setattr("lococo.training.budgets.record", recorded_again)
+    monkeypatch.setattr("lococo.training.evictions.record", recorded_again)
     assert run(tmp_path / "heads", *short, "--resume") == 0
     assert_same_heads(tmp_path / "heads", tmp_path / "whole")
 
