@@ -1,7 +1,5 @@
-import copy
 import dataclasses
 import json
-import pickle
 
 import pytest
 from configs import CONFIGS
@@ -119,20 +117,6 @@ def test_other_slots_are_shared_out_in_the_same_proportions(preset, num_slots):
         assert abs(part - getattr(config, kind) * num_slots / 128) <= 4 + num_slots / 32
         assert getattr(config, kind) or not part, "a kind the preset does not have"
     assert config.with_slots(128) == config
-
-
-def test_configs_of_heads_know_whose_they_are():
-    """Also where two are equal, of copies, and of those that are made from one of them."""
-    models = [LoCoCoConfig(num_slots, 8, slots_per_head=((8, 24),)) for num_slots in (16, 32)]
-    models += [LoCoCoConfig(16, 8), dataclasses.replace(models[0], score="sum")]
-    heads = [model.with_slots(24) for model in models]
-    assert heads[0] == heads[2] == models[0].with_slots(24) and heads[3].with_slots(24) is heads[3]
-    for model, head in zip(models, heads, strict=True):
-        assert model.whole is model
-        for each in (head, copy.deepcopy(head), pickle.loads(pickle.dumps(head)), head.with_slots(16)):
-            assert each.whole == model and each.slots_per_head is None
-    assert heads[0].with_slots(7) == heads[2].with_slots(7)
-    assert [head.with_slots(7).whole for head in heads] == models
 
 
 def test_slots_per_head_come_back_from_json(tmp_path):
