@@ -98,7 +98,7 @@ def _of_one_kind(layer: LayerCache, *states: torch.Tensor) -> list[torch.Tensor]
     if held is not None:
         if held.values.device != device:
             layer.to(device)
-        return [tensor.to(held.values.dtype) for tensor in states]
+        return [tensor.to(layer.dtype) for tensor in states]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in states))
     if scoring.is_autocast(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)

@@ -21,6 +21,7 @@ NORMALIZATIONS = ("sum", "softmax")
 RESIDUALS = ("slot", "layer", "none")
 POSITIONS = ("absolute", "slot")
 SCALINGS = ("share", "count")
+SLOT_BITS = (16, 8, 4)
 # They say how something is computed, not what; files of earlier versions have them in their config.
 PATCH_OPTIONS = {"attention", "prefill_chunk_size"}
 
@@ -75,6 +76,10 @@ class LoCoCoConfig:
     scaling : {"share", "count"}
         What sinks, recents and fused slots are to heads that have other numbers of slots (``slots_per_head``): the
         same share of them, or as many, up to a quarter of a head's slots for each kind.
+    slot_bits : {16, 8, 4} or tuple of two of them
+        Of the numbers that keys and values are held in, or of keys and of values. 16: the model's own type. 8 and 4:
+        codes between the least and the largest of 64 and of 32 numbers of a key or value, of which each is coded once,
+        when it is read, or blended.
     """
 
     num_slots: int = 512
@@ -95,6 +100,7 @@ class LoCoCoConfig:
     slots_per_head: tuple[tuple[int, ...], ...] | None = None
     compressor: str = "conv"
     scaling: Literal["share", "count"] = "share"
+    slot_bits: int | tuple[int, int] = 16
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoCoCoConfig:
         """Name the place of what is no field any more."""
@@ -136,6 +142,14 @@ class LoCoCoConfig:
             raise ValueError(f"init_std must be positive and finite, got {self.init_std!r}")
         if self.slots_per_head is not None:
             self._check_slots_per_head()
+        self._check_slot_bits()
+
+    def _check_slot_bits(self) -> None:
+        bits = tuple(self.slot_bits) if isinstance(self.slot_bits, list) else self.slot_bits  # JSON has lists only
+        object.__setattr__(self, "slot_bits", bits)
+        each = bits if isinstance(bits, tuple) else (bits, bits)
+        if len(each) != 2 or any(type(count) is not int or count not in SLOT_BITS for count in each):
+            raise ValueError(f"slot_bits must be 16, 8 or 4, or two of them, of keys and of values; got {bits!r}")
 
     def _check_slots_per_head(self) -> None:
         if self.positions == "slot":
@@ -192,6 +206,11 @@ class LoCoCoConfig:
         """Whether the score looks at learned features of tokens."""
         is_ranked = self.num_heavy > 0 or (self.num_fused > 0 and self.fuses_by_rank)  # type: ignore[operator]
         return is_ranked and "features" in SCORES[self.score].needs
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of the numbers of keys and of values; 16: they are in the model's type."""
+        return self.slot_bits if isinstance(self.slot_bits, tuple) else (self.slot_bits, self.slot_bits)
 
     @property
     def fuses_by_rank(self) -> bool:

@@ -38,6 +38,8 @@ class Entry:
         Weight of every token of the text in it.
     features : list of float
         Of the token it begins with, for a learned score.
+    seen : Tensor (d), optional
+        The key at its place in the cache, with slot positions and codes: it is coded there anew.
     """
 
     key: torch.Tensor
@@ -47,6 +49,7 @@ class Entry:
     log_mass: torch.Tensor
     tokens: torch.Tensor
     features: list[float] = dataclasses.field(default_factory=list)
+    seen: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -145,6 +148,24 @@ def foreseen(statistic: float, age: float, features: list[float]) -> float:
     return (statistic + 1e-5) * math.exp(min(max(change, -60), 60))
 
 
+def naive_rounded(vector: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of a vector (d) as their codes of so many bits will be decoded; the gradient passes through.
+
+    The least number of every 64 (8 bits) or 32 (4 bits), and the distance between two codes, are in float16.
+    """
+    if bits == 16:
+        return vector
+    numbers, found, size = vector.detach().tolist(), [], {8: 64, 4: 32}[bits]
+    for start in range(0, len(numbers), size):
+        group = numbers[start : start + size]
+        step = torch.tensor((max(group) - min(group)) / (2**bits - 1)).half().item()
+        least = torch.tensor(min(group)).half().item()
+        for number in group:
+            code = round((number - least) / step) if step > 0 else 0
+            found.append(min(max(code, 0), 2**bits - 1) * step + least)
+    return vector + (torch.tensor(found, dtype=vector.dtype) - vector.detach())
+
+
 def delay_and_fade(config: LoCoCoConfig) -> tuple[int, float]:
     """By how many entries a query must be later to count for a token, and what is left of its part per token read."""
     if config.score in LEARNED:
@@ -207,6 +228,10 @@ def naive_lococo(
     if config.positions == "slot" and rotate is None:
         raise ValueError("slot positions need rotate")
 
+    key_bits, value_bits = config.bits
+    v = torch.stack([torch.stack([naive_rounded(value, value_bits) for value in head]) for head in v])
+    if config.positions == "absolute":
+        k = torch.stack([torch.stack([naive_rounded(key, key_bits) for key in head]) for head in k])
     features: list[list[list[float]]] = [[[]] * length] * num_kv_heads
     if network is not None and window is None:
         assert rotate is not None
@@ -255,8 +280,13 @@ def _read(
                 entries = [_cut(entry) for entry in entries]
             itself = torch.zeros(length, dtype=keys.dtype)
             itself[token] = 1.0
+            key, there = keys[token], None
+            if config.positions == "slot" and config.bits[0] != 16:
+                place = torch.tensor([len(entries)])
+                there = naive_rounded(rotate(key[None], place)[0], config.bits[0])
+                key = naive_rounded(rotate(there[None], -place)[0], config.bits[0])
             entries.append(
-                Entry(keys[token], values[token], 0.0, float(token), keys.new_zeros(()), itself, features[token])
+                Entry(key, values[token], 0.0, float(token), keys.new_zeros(()), itself, features[token], there)
             )
             seen = entries if window is None else [entry for entry in entries if token - entry.born < window]
             outputs.append(_attend(queries[:, token], entries, seen, config, head, rotate, scale))
@@ -265,6 +295,10 @@ def _read(
             entries = [_cut(entry) for entry in entries]
         if number < len(blocks) and len(entries) > config.num_slots:
             entries = _compress(entries, config, head, now, window)
+            for place, entry in enumerate(entries):
+                if entry.seen is not None:
+                    moved = rotate(entry.key[None], torch.tensor([place]))[0]
+                    entries[place] = dataclasses.replace(entry, seen=naive_rounded(moved, config.bits[0]))
         if config.score in DISTANT and number < len(blocks):
             for entry in entries:
                 entry.score *= delay_and_fade(config)[1] ** block
@@ -274,6 +308,8 @@ def _read(
 def _cut(entry: Entry) -> Entry:
     """The same entry without its graph."""
     detached = {name: getattr(entry, name).detach() for name in ("key", "value", "log_mass")}
+    if entry.seen is not None:
+        detached["seen"] = entry.seen.detach()
     return dataclasses.replace(entry, **detached)
 
 
@@ -292,6 +328,8 @@ def _attend(
     if config.positions == "slot":
         positions = torch.arange(len(entries))
         keys = rotate(keys, positions)
+        if config.bits[0] != 16:
+            keys = torch.stack([entry.seen for entry in entries])
         queries = torch.cat([rotate(query[None], positions[-1:]) for query in queries])
 
     hidden = torch.tensor([all(entry is not other for other in seen) for entry in entries])
@@ -443,12 +481,17 @@ def _fuse(entries: list[Entry], weights: torch.Tensor, config: LoCoCoConfig) -> 
         log_mass = (counted * (1.0 / counted).log()).sum()
         log_mass = log_mass + sum(weight * entry.log_mass for weight, entry in zip(weights, entries, strict=True))
     return Entry(
-        key=sum(weight * entry.key for weight, entry in zip(weights, entries, strict=True)),
-        value=sum(weight * entry.value for weight, entry in zip(weights, entries, strict=True)),
+        key=naive_rounded(
+            sum(weight * entry.key for weight, entry in zip(weights, entries, strict=True)), config.bits[0]
+        ),
+        value=naive_rounded(
+            sum(weight * entry.value for weight, entry in zip(weights, entries, strict=True)), config.bits[1]
+        ),
         score=math.fsum(weight * entry.score for weight, entry in zip(fixed, entries, strict=True)),
         born=math.fsum(weight * entry.born for weight, entry in zip(fixed, entries, strict=True)),
         log_mass=log_mass,
         tokens=sum(weight * entry.tokens for weight, entry in zip(fixed, entries, strict=True)),
+        seen=entries[0].seen,
     )
 
 

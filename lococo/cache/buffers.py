@@ -10,6 +10,7 @@ import torch
 
 from lococo.cache.plan import Compression, Plan, Segment
 from lococo.compression.base import Compressor
+from lococo.compression.codes import Codec
 from lococo.compression.entries import Entries, by_group
 from lococo.compression.select import compress
 from lococo.config import LoCoCoConfig
@@ -42,18 +43,22 @@ class TokenStates(NamedTuple):
         The keys before that, with ``positions="slot"``; else the same as ``key``.
     features : torch.Tensor, optional
         (batch, kv_heads, tokens, num_features), for a learned score.
+    key_range, value_range, unrotated_range : torch.Tensor, optional
+        Where entries are held as codes, those of keys and values, which are rounded to what codes stand for.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     unrotated: torch.Tensor
     features: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
+    value_range: torch.Tensor | None = None
+    unrotated_range: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenStates:
         """The same function on every tensor."""
-        key, value = function(self.key), function(self.value)
-        unrotated = key if self.unrotated is self.key else function(self.unrotated)
-        return TokenStates(key, value, unrotated, None if self.features is None else function(self.features))
+        changed = TokenStates(*(None if each is None else function(each) for each in self))  # type: ignore[arg-type]
+        return changed._replace(unrotated=changed.key) if self.unrotated is self.key else changed
 
 
 class LayerModules(NamedTuple):
@@ -94,8 +99,9 @@ class KVBuffer:
         entries: Entries,
         in_place: bool = True,
         observer: Observer | None = None,
+        codec: Codec | None = None,
     ) -> None:
-        self.group, self.config, self.window = group, group.config, window
+        self.group, self.config, self.window, self.codec = group, group.config, window, codec
         self.entries = entries
         self.in_place = in_place
         self.observer = observer
@@ -129,6 +135,9 @@ class KVBuffer:
             position=plan.positions[:, None].expand(shape),
             log_mass=nothing.expand(shape),
             rotated=key,
+            keys_range=states.key_range if self.entries.rotated is None else states.unrotated_range,
+            values_range=states.value_range,
+            rotated_range=states.key_range,
             queries=None if self.entries.queries is None else by_group(query, key.shape[1]),
             features=states.features,
         )
@@ -149,15 +158,17 @@ class KVBuffer:
     def compress(self, compression: Compression, modules: LayerModules) -> None:
         """Replace the first entries of some rows by their M slots."""
         rows, num_slots, (head, _, rotary) = compression.rows, self.config.num_slots, modules
-        before = dataclasses.replace(self.entries, rotated=None).map(
+        before = dataclasses.replace(self.entries, rotated=None, rotated_range=None).map(
             lambda tensor: (tensor if rows is None else tensor[rows])[:, :, : compression.num_entries]
         )
         if self.observer is not None:
             self.observer(self, before, compression.seen, head)
-        slots = compress(before, compression.seen, self.config, head, self.window)
+        slots = compress(before, compression.seen, self.config, head, self.window, self.codec)
         if self.entries.rotated is not None:
             positions = torch.arange(num_slots, device=slots.keys.device)[None]
             slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, positions)
+            if self.codec is not None:
+                slots.rotated, slots.rotated_range = self.codec.rounded(slots.rotated, 0)
 
         def replace(buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             if self.in_place:

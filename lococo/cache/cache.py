@@ -97,7 +97,7 @@ class LoCoCoCache(Cache):
         mine = {"num_layers": len(self.layers)}
         held = self.layers[0].entries if self.layers else None
         if held is not None:
-            mine |= {"num_kv_heads": self.layers[0].num_kv_heads, "head_dim": held.values.shape[-1]}
+            mine |= {"num_kv_heads": self.layers[0].num_kv_heads, "head_dim": self.layers[0].head_dim}
         wrong = [size for size in mine if mine[size] != shape[size]]
         if wrong:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lococo.cache.plan import Plan, upload
+from lococo.compression.codes import Codec, encode
 from lococo.compression.entries import Entries, by_group
 from lococo.kernels.attention import LogitBias
 
@@ -33,39 +34,40 @@ class DecodeBuffers:
     groups : sequence of HeadGroup
     num_heads : int
         Query heads.
+    codec : Codec, optional
+        Where keys and values are held as codes. Every step decodes all of them: they are read once.
 
     Attributes
     ----------
-    keys, values : torch.Tensor
-        (rows, entries, head_dim).
     bias : torch.Tensor
         (rows, 1 or heads, entries), added to the logits.
     is_current : bool
         Whether they are in line with all that was written by anything but steps; ``sync`` brings them there.
     """
 
-    def __init__(self, entries: Entries, groups: Sequence[HeadGroup], num_heads: int) -> None:
-        self.groups = groups
+    def __init__(
+        self, entries: Entries, groups: Sequence[HeadGroup], num_heads: int, codec: Codec | None = None
+    ) -> None:
+        self.groups, self.codec = groups, codec
         self.is_split = len(groups) > 1
         if not self.is_split:
             shape = (len(groups[0].heads), groups[0].config.capacity)
             entries = entries.map(lambda tensor: tensor.unflatten(1, shape).flatten(0, 1))
         self.entries = entries
-        self.keys, self.values = entries.rotated_keys, entries.values
         self.is_current = False
-        self._keys = self.keys.transpose(1, 2)
-        self._wide = torch.promote_types(self.values.dtype, torch.float32)
-        rows, num_entries = self.values.shape[:2]
-        self._index = torch.arange(num_entries, dtype=torch.int32, device=self.keys.device)
+        held = entries.values
+        dtype = held.dtype if codec is None else codec.dtypes[1]
+        self._wide = torch.promote_types(dtype, torch.float32)
+        (rows, num_entries), device = held.shape[:2], held.device
+        self._index = torch.arange(num_entries, dtype=torch.int32, device=device)
         if self.is_split:
             self._lay_out_heads()
         num_queries = num_heads if self.is_split else 1
         self._queries_per_key = num_queries // (len(self._first) if self.is_split else 1)
-        self.bias = self.values.new_zeros(rows, num_queries, num_entries)
+        self.bias = torch.zeros(rows, num_queries, num_entries, dtype=dtype, device=device)
         # The entry that each query's token goes to; a head's queries agree.
-        self._at = torch.zeros(rows, num_queries, dtype=torch.long, device=self.keys.device)
-        written = self._at[:, :: self._queries_per_key, None]
-        self._written = written.expand(*written.shape[:2], self.keys.shape[-1])
+        self._at = torch.zeros(rows, num_queries, dtype=torch.long, device=device)
+        self._written = self._at[:, :: self._queries_per_key, None]
         # Written, never replaced: a recorded step reads them where they are.
         self._position_ahead = self._at.new_zeros(rows, 1)
         has_delay = any(group.config.score_delay for group in groups)
@@ -81,9 +83,10 @@ class DecodeBuffers:
                 starts[head] = len(owner)
                 owner += [head] * group.config.capacity
                 delay += [group.config.score_delay] * group.config.capacity
-        table = upload(torch.tensor([owner, delay]), self.keys.device)
+        device = self._index.device
+        table = upload(torch.tensor([owner, delay]), device)
         self._owner, self._delay = table[0], table[1].int()
-        self._first = upload(torch.tensor([starts[head] for head in sorted(starts)]), self.keys.device)
+        self._first = upload(torch.tensor([starts[head] for head in sorted(starts)]), device)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is there besides the layer's entries."""
@@ -146,9 +149,9 @@ class DecodeBuffers:
             return None
         if not self.is_split:
             return tensors[0].flatten(0, 1)  # type: ignore[union-attr]
-        batch = self.values.shape[0]
+        batch = self.bias.shape[0]
         parts = [
-            self.values.new_zeros(batch, group.stop - group.start) if tensor is None else tensor.flatten(1)
+            self.bias.new_zeros(batch, group.stop - group.start) if tensor is None else tensor.flatten(1)
             for group, tensor in zip(self.groups, tensors, strict=True)
         ]
         return torch.cat(parts, dim=1)
@@ -184,8 +187,7 @@ class DecodeBuffers:
             (batch, heads, 1, head_dim).
         """
         shape = (self._at.shape[0], -1, query.shape[-1])
-        self.keys.scatter_(1, self._written, key.to(self.keys.dtype).reshape(shape))
-        self.values.scatter_(1, self._written, value.to(self.values.dtype).reshape(shape))
+        keys, values = self._write(key.reshape(shape), value.reshape(shape))
         if self.entries.queries is not None:
             self._write_queries(self.entries.queries, query, key.shape[1])
         self.bias.scatter_(2, self._at[..., None], 0.0)
@@ -193,31 +195,57 @@ class DecodeBuffers:
         is_exact = query.dtype in (torch.float32, torch.float64) and attend is None
         scores = self.entries.scores
         if is_exact or scores is not None:
-            logits = torch.baddbmm(bias, grouped, self._keys, alpha=scale)
+            logits = torch.baddbmm(bias, grouped, keys.transpose(1, 2), alpha=scale)
             probabilities = logits.softmax(dim=-1, dtype=self._wide)  # (rows, queries, entries)
         if is_exact:
-            output = torch.bmm(probabilities, self.values)
+            output = torch.bmm(probabilities, values)
         elif attend is not None:
-            output = self._attend_by(attend, grouped, bias, scale)
+            output = self._attend_by(attend, grouped, keys, values, bias, scale)
         else:  # logits in half precision are good enough for scores alone
-            rows = (grouped[:, None], self.keys[:, None], self.values[:, None])
+            rows = (grouped[:, None], keys[:, None], values[:, None])
             output = F.scaled_dot_product_attention(*rows, attn_mask=bias[:, None], scale=scale)
         if scores is not None:
             self._score(scores, probabilities.square_() if squared else probabilities)
         self._at += 1
         return output.reshape(query.shape)
 
-    def _attend_by(self, attend: Callable, grouped: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    def _write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put (rows, heads of a row, head_dim) of a token into its entries; (rows, entries, head_dim) of all."""
+        entries = self.entries
+        name = "keys" if entries.rotated is None else "rotated"
+        new = {name: key, "values": value}
+        if self.codec is not None:
+            for each, which in ((name, 0), ("values", 1)):
+                new[each], span = self.codec.rounded(new[each].to(self.codec.dtypes[which]), which)
+                if span is not None:
+                    new[f"{each}_range"] = span
+                    new[each] = encode(new[each], span, self.codec.bits[which])
+        for each, tensor in new.items():
+            held = getattr(entries, each)
+            held.scatter_(1, self._written.expand(-1, -1, held.shape[-1]), tensor.to(held.dtype))
+        if self.codec is not None:
+            entries = self.codec.decoded(entries)
+        return entries.rotated_keys, entries.values
+
+    def _attend_by(
+        self,
+        attend: Callable,
+        grouped: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         """(rows, queries, head_dim) of a kernel, for which every query of its own bias is a KV head."""
         if self.is_split:
             query, heads = grouped[:, :, None], bias.shape[1]
-            key, value = (each[:, None].expand(-1, heads, -1, -1) for each in (self.keys, self.values))
+            key, value = (each[:, None].expand(-1, heads, -1, -1) for each in (keys, values))
         else:
-            query, key, value = grouped[:, :, None], self.keys[:, None], self.values[:, None]
+            query, key, value = grouped[:, :, None], keys[:, None], values[:, None]
         return attend(query, key, value, scale, LogitBias(bias=bias), 0.0, False)[0][:, :, 0].to(grouped.dtype)
 
     def _write_queries(self, queries: torch.Tensor, query: torch.Tensor, kv_heads: int) -> None:
-        at = self._written[..., :1].expand(-1, -1, queries.shape[-1])
+        at = self._written.expand(-1, -1, queries.shape[-1])
         queries.scatter_(1, at, by_group(query, kv_heads).to(queries.dtype).reshape(at.shape))
 
     def _score(self, scores: torch.Tensor, received: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.layer import LayerCache
 from lococo.cache.plan import RowState
+from lococo.compression.codes import Codec
 from lococo.compression.entries import ENTRY_FIELDS, Entries
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
@@ -38,6 +39,8 @@ def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
             if tensor is not None:
                 tensors[f"layers.{index}.{field}"] = tensor.cpu().contiguous()
         layers.append({name: state[name] for name in LAYER_FIELDS})
+        if layer.codec is not None:
+            layers[-1] |= {"sizes": layer.codec.sizes, "dtypes": [str(each)[6:] for each in layer.codec.dtypes]}
     content = {
         "format_version": FORMAT_VERSION,
         "config": cache.config.to_dict(),
@@ -80,7 +83,11 @@ def _cache(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LoCoCoC
     for index, (layer, saved) in enumerate(zip(cache.layers, content["layers"], strict=True)):
         prefix = f"layers.{index}"
         held = {field: tensors.pop(f"{prefix}.{field}", None) for field in ENTRY_FIELDS}
-        _restore(layer, prefix, held, {name: saved[name] for name in LAYER_FIELDS})
+        state = {name: saved[name] for name in LAYER_FIELDS}
+        if config.bits != (16, 16):
+            dtypes = [getattr(torch, name) for name in saved["dtypes"]]
+            state["codec"] = Codec(config.bits, tuple(saved["sizes"]), tuple(dtypes))
+        _restore(layer, prefix, held, state)
         layer.columns = content["columns"]
     if tensors:
         raise KeyError(f"surplus tensors: {', '.join(sorted(tensors))}")

@@ -13,6 +13,7 @@ from lococo.cache.buffers import HeadGroup, KVBuffer, LayerModules, Observer, To
 from lococo.cache.decode import DecodeBuffers
 from lococo.cache.plan import Plan, RowState, upload
 from lococo.compat import CacheLayerMixin
+from lococo.compression.codes import Codec
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget
 from lococo.config import LoCoCoConfig
@@ -62,6 +63,7 @@ class LayerCache(CacheLayerMixin):
         self.entries: Entries | None = None
         self.groups: tuple[HeadGroup, ...] = ()
         self.num_heads = 0  # query heads
+        self.codec: Codec | None = None  # where entries are held as codes
         self.decode: DecodeBuffers | None = None
         self.observer: Observer | None = None
         self.has_stepped = False  # since the buffers were made
@@ -97,8 +99,28 @@ class LayerCache(CacheLayerMixin):
         """Bytes of the keys and values of one token in one row; 0 before the first write."""
         if self.entries is None:
             return 0
+        if self.codec is not None:
+            return sum(
+                self.num_kv_heads * size * dtype.itemsize
+                for size, dtype in zip(self.codec.sizes, self.codec.dtypes, strict=True)
+            )
         held = (self.entries.keys, self.entries.values)
         return sum(self.num_kv_heads * tensor.shape[-1] * tensor.element_size() for tensor in held)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether keys or values are held as codes: not while a graph needs them."""
+        return torch.uint8 in (self._held.keys.dtype, self._held.values.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of values that are no codes."""
+        return self.codec.dtypes[1] if self.codec is not None else self._held.values.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a value."""
+        return self.codec.sizes[1] if self.codec is not None else self._held.values.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +166,9 @@ class LayerCache(CacheLayerMixin):
             entries.features = torch.zeros(*shape, network.num_features, dtype=torch.float16, device=key.device)
         if is_blended and COMPRESSORS[config.compressor].needs_queries:
             entries.queries = keys.new_zeros(*shape, query.shape[1] // num_kv_heads * query.shape[3])
+        if config.bits != (16, 16):
+            self.codec = Codec(config.bits, (key.shape[-1], value.shape[-1]), (key.dtype, value.dtype))
+            entries = self.codec.with_ranges(entries)
         self._own(entries)
 
     def group_heads(self, num_kv_heads: int) -> tuple[HeadGroup, ...]:
@@ -162,10 +187,16 @@ class LayerCache(CacheLayerMixin):
     def _own(self, entries: Entries) -> None:
         """Take these entries for the layer's own, outside of any graph."""
         self._hold(entries, is_shared=False)
-        self.decode, self.has_stepped = DecodeBuffers(entries, self.groups, self.num_heads), False
+        if self.codec is not None and not self.is_coded:
+            self._hold(self.codec.encoded(entries), is_shared=False)
+        self.decode, self.has_stepped = self._decode_buffers(), False
+
+    def _decode_buffers(self) -> DecodeBuffers:
+        return DecodeBuffers(self._held, self.groups, self.num_heads, self.codec)
 
     def _hold(self, entries: Entries, is_shared: bool) -> None:
         self.entries, self._views, self.decode, self._is_shared = entries, [], None, is_shared
+        self._decoded: Entries | None = None
 
     def to(self, device: torch.device | str | None) -> None:
         """Move everything to a device; None: it stays where it is, as a tensor would."""
@@ -186,13 +217,19 @@ class LayerCache(CacheLayerMixin):
         """Views to be read and written in a call, with gradients or in place; ``end_call`` takes them back."""
         in_place = not torch.is_grad_enabled()
         self._make_writable(in_place)
+        self._decoded = self.codec.decoded(self._held) if self.codec is not None and self.is_coded else None
         self._finish_steps(plan.before, modules)
         self._forget_decode()
-        return self.views() if in_place else [self._view(group, in_place=False) for group in self.groups]
+        if in_place and self._decoded is None:
+            return self.views()
+        return [self._view(group, in_place) for group in self.groups]
 
     def end_call(self, views: Sequence[KVBuffer]) -> None:
-        """Take over what a call with gradients has made of the views."""
+        """Take over what a call has made of the views: all of it with gradients, else what codes have to stand for."""
         if all(view.in_place for view in views):
+            if self._decoded is not None and self.codec is not None:
+                self._held.combine(self.codec.encoded(self._decoded), _copy_codes)
+                self._decoded = None
             return
         parts = [view.entries.map(lambda tensor: tensor.flatten(1, 2)) for view in views]
         if len(parts) > 1:
@@ -202,9 +239,9 @@ class LayerCache(CacheLayerMixin):
 
     def _view(self, group: HeadGroup, in_place: bool) -> KVBuffer:
         """With entries of (batch, kv_heads of the group, capacity, ...)."""
-        shape = (len(group.heads), group.config.capacity)
-        entries = self._held.map(lambda tensor: tensor[:, group.start : group.stop].unflatten(1, shape))
-        return KVBuffer(group, self.window, entries, in_place, self.observer)
+        shape, held = (len(group.heads), group.config.capacity), self._decoded or self._held
+        entries = held.map(lambda tensor: tensor[:, group.start : group.stop].unflatten(1, shape))
+        return KVBuffer(group, self.window, entries, in_place, self.observer, self.codec)
 
     def _forget_decode(self) -> None:
         if self.decode is not None:
@@ -232,15 +269,21 @@ class LayerCache(CacheLayerMixin):
     def _states(
         self, key: torch.Tensor, value: torch.Tensor, rotated_at: torch.Tensor, modules: LayerModules
     ) -> TokenStates:
-        entries, unrotated, features = self._held, key, None
-        moves_keys = entries.rotated is not None
+        entries, features = self._held, None
+        key_range, value_range, unrotated_range = None, None, None
+        if self.codec is not None:
+            (key, key_range), (value, value_range) = self.codec.rounded(key, 0), self.codec.rounded(value, 1)
+        unrotated, moves_keys = key, entries.rotated is not None
         if modules.rotary is not None and (moves_keys or entries.features is not None):
             # Which entries are kept has no gradient, so keys that the network alone sees have none.
             unrotated = modules.rotary.rotate(key if moves_keys else key.detach(), rotated_at, inverse=True)
+        if moves_keys and self.codec is not None:
+            unrotated, unrotated_range = self.codec.rounded(unrotated, 0)
         if entries.features is not None and modules.network is not None:
             with torch.no_grad():
                 features = modules.network(unrotated, value)
-        return TokenStates(key, value, unrotated if moves_keys else key, features)
+        unrotated = unrotated if moves_keys else key
+        return TokenStates(key, value, unrotated, features, key_range, value_range, unrotated_range)
 
     @torch.no_grad()
     def _finish_steps(self, rows: Sequence[RowState], modules: LayerModules) -> None:
@@ -248,7 +291,8 @@ class LayerCache(CacheLayerMixin):
         if self.finished_columns is None:
             return
         count, self.finished_columns = self.columns - self.finished_columns, None
-        late, views = torch.arange(-count, 0), self.views()
+        late = torch.arange(-count, 0)
+        views = self.views() if self._decoded is None else [self._view(group, in_place=True) for group in self.groups]
         places = [late + torch.tensor([[row.num_entries(view.config.num_slots)] for row in rows]) for view in views]
         device = self._held.keys.device
         index = [upload(place, device)[:, None] for place in places]  # (1 or batch, 1, count)
@@ -261,6 +305,8 @@ class LayerCache(CacheLayerMixin):
             mine = states.map(functools.partial(heads_of, heads=view.group.heads))
             if view.entries.rotated is not None:
                 _put(view.entries.keys, at, mine.unrotated)
+                if view.entries.keys_range is not None and mine.unrotated_range is not None:
+                    _put(view.entries.keys_range, at, mine.unrotated_range)
             if view.entries.features is not None and mine.features is not None:
                 _put(view.entries.features, at, mine.features)
 
@@ -278,11 +324,13 @@ class LayerCache(CacheLayerMixin):
     def prepare_step(self, plan_for: Callable[[LoCoCoConfig], Plan], modules: LayerModules) -> DecodeBuffers:
         """Close the block if it is complete; the buffers for the step of a plan, in line with all that was written."""
         if plan_for(self.config).closes_block:
-            for view in self.begin_call(plan_for(self.config), modules):
+            views = self.begin_call(plan_for(self.config), modules)
+            for view in views:
                 view.close_block(plan_for(view.config).segments[0], modules)
+            self.end_call(views)
         self._make_writable()
         if self.decode is None:
-            self.decode = DecodeBuffers(self._held, self.groups, self.num_heads)
+            self.decode = self._decode_buffers()
         if not self.decode.is_current:
             plans = [plan_for(group.config) for group in self.groups]
             self.decode.sync(plans, [view.mass_bias(modules.head) for view in self.views()])
@@ -395,6 +443,11 @@ class LayerCache(CacheLayerMixin):
             return
         self.entries.combine(changed, torch.Tensor.copy_)
         self._forget_decode()
+
+
+def _copy_codes(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Into the same memory; what is no code was written there already."""
+    return held if new is held else held.copy_(new)
 
 
 def heads_of(tensor: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:

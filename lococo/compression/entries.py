@@ -32,6 +32,9 @@ class Entries:
     features : torch.Tensor, optional
         (batch, kv_heads, entries, num_features) in float16, what a learned score made of the tokens when they were
         read. A blend has those of the entry it begins with.
+    keys_range, values_range, rotated_range : torch.Tensor, optional
+        (batch, kv_heads, entries, 2 * groups) in float16, where keys or values are held as codes: what codes mean, see
+        ``lococo.compression.codes``.
     """
 
     keys: torch.Tensor
@@ -42,6 +45,9 @@ class Entries:
     rotated: torch.Tensor | None = None
     queries: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    keys_range: torch.Tensor | None = None
+    values_range: torch.Tensor | None = None
+    rotated_range: torch.Tensor | None = None
 
     @property
     def rotated_keys(self) -> torch.Tensor:

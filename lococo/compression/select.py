@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from lococo.compression.base import Compressor
+from lococo.compression.codes import Codec
 from lococo.compression.entries import Choice, Entries
 from lococo.config import LoCoCoConfig
 from lococo.registry import SCORES
@@ -90,6 +91,7 @@ def compress(
     config: LoCoCoConfig,
     head: Compressor | None,
     window: int | None = None,
+    codec: Codec | None = None,
 ) -> Entries:
     """M slots from more than M entries (Algorithm 2's compressor).
 
@@ -106,6 +108,8 @@ def compress(
         None where nothing is fused.
     window : int, optional
         Size of the layer's sliding window.
+    codec : Codec, optional
+        Where keys and values are held as codes: blends are rounded to what they stand for.
 
     Returns
     -------
@@ -117,6 +121,8 @@ def compress(
     if budget.fused == 0 or head is None or head.is_closed:
         return slots
     blend = _running_blend(entries, choice, head) if head.is_running else head.blend(entries, choice)
+    if codec is not None:
+        blend = codec.blended(blend)
     return slots.combine(blend, functools.partial(_scatter, choice.fused))
 
 

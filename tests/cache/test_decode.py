@@ -169,4 +169,4 @@ def test_views_of_groups_lie_one_behind_the_other_in_one_buffer():
     assert [view.group.heads for view in layer.views()] == [(0, 3), (1,), (2,)]
     layer.views()[1].keys.fill_(7.0)
     assert (layer.entries.keys == 7.0).all(dim=-1).sum() == 3 * 24
-    assert (layer.decode.keys == 7.0).all(dim=-1).sum() == 3 * 24
+    assert (layer.decode.entries.keys == 7.0).all(dim=-1).sum() == 3 * 24

@@ -1,0 +1,142 @@
+"""Keys and values as codes of 8 or 4 bits: a scale and a least number for every few channels of a vector."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from lococo.compression.entries import Entries
+
+# Channels that share a scale, at most.
+GROUP = {8: 64, 4: 32}
+
+
+def num_groups(size: int, bits: int) -> int:
+    """Groups of channels of a vector; all of them are as large but for the last, which may be smaller."""
+    return -(-size // GROUP[bits])
+
+
+def measure_range(vectors: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., 2 * groups) in float16, of (..., d): the distances between two codes, then the numbers of code 0."""
+    grouped = _grouped(vectors, bits)
+    least, most = grouped.amin(dim=-1), grouped.amax(dim=-1)
+    return torch.cat([(most - least) / (2**bits - 1), least], dim=-1).half()
+
+
+def encode(vectors: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of (..., d) vectors whose ranges are known: what was decoded with a range has the codes it had.
+
+    Returns
+    -------
+    torch.Tensor
+        (..., d) in uint8, or (..., ceil(d / 2)), two codes in a byte. Numbers outside of a range get the code of the
+        closest end, those that are no number any code: their range is no number, either.
+    """
+    step, least = (each.to(_wide(vectors))[..., None] for each in span.chunk(2, dim=-1))
+    grouped = _grouped(vectors, bits)
+    # A group of equal numbers has no distance between codes; half a code is nothing to a step that is no number.
+    steps = torch.where(step > 0, (grouped - least) / step, 0.0)
+    codes = steps.round().nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)[..., : vectors.shape[-1]]
+    return codes if bits == 8 else _packed(codes)
+
+
+def decode(codes: torch.Tensor, span: torch.Tensor, bits: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """(..., size) numbers that codes stand for."""
+    codes = codes if bits == 8 else _unpacked(codes)[..., :size]
+    wide = torch.promote_types(dtype, torch.float32)
+    step, least = (each.to(wide)[..., None] for each in span.chunk(2, dim=-1))
+    grouped = _grouped(codes.to(wide), bits)
+    return (grouped * step + least).flatten(-2)[..., :size].to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How a layer's keys and values are coded.
+
+    Attributes
+    ----------
+    bits : tuple of int
+        Of keys and of values: 8 or 4, or 16, where they stay as they are.
+    sizes : tuple of int
+        Numbers of a key and of a value.
+    dtypes : tuple of torch.dtype
+        Of a key and of a value that is no code.
+    """
+
+    bits: tuple[int, int]
+    sizes: tuple[int, int]
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def with_ranges(self, entries: Entries) -> Entries:
+        """Entries of zeros with ranges for what will be codes."""
+        wanted = {}
+        for name, which in (("keys", 0), ("values", 1), ("rotated", 0)):
+            tensor = getattr(entries, name)
+            if tensor is not None and self.bits[which] != 16:
+                groups = num_groups(self.sizes[which], self.bits[which])
+                wanted[f"{name}_range"] = torch.zeros(
+                    *tensor.shape[:-1], 2 * groups, dtype=torch.float16, device=tensor.device
+                )
+        return dataclasses.replace(entries, **wanted)
+
+    def rounded(self, tensor: torch.Tensor, which: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys (``which`` 0) or values (1) as they will be decoded, and their ranges. The gradient passes through."""
+        if self.bits[which] == 16:
+            return tensor, None
+        with torch.no_grad():
+            span = measure_range(tensor, self.bits[which])
+            codes = encode(tensor, span, self.bits[which])
+            rounded = decode(codes, span, self.bits[which], tensor.shape[-1], tensor.dtype)
+        return (tensor + (rounded - tensor).detach() if tensor.requires_grad else rounded), span
+
+    def encoded(self, entries: Entries) -> Entries:
+        """Entries with codes in the place of numbers whose ranges they have."""
+        return self._map(entries, lambda tensor, span, which: encode(tensor, span, self.bits[which]))
+
+    def decoded(self, entries: Entries) -> Entries:
+        """Entries with numbers in the place of codes."""
+        return self._map(
+            entries,
+            lambda codes, span, which: decode(codes, span, self.bits[which], self.sizes[which], self.dtypes[which]),
+        )
+
+    def blended(self, blend: Entries) -> Entries:
+        """What a compressor made, as it will be decoded."""
+        (keys, keys_range), (values, values_range) = self.rounded(blend.keys, 0), self.rounded(blend.values, 1)
+        return dataclasses.replace(blend, keys=keys, values=values, keys_range=keys_range, values_range=values_range)
+
+    def _map(self, entries: Entries, function: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]) -> Entries:
+        changes = {}
+        for name, which in (("keys", 0), ("values", 1), ("rotated", 0)):
+            tensor, span = getattr(entries, name), getattr(entries, f"{name}_range")
+            if tensor is not None and span is not None:
+                changes[name] = function(tensor, span, which)
+        return dataclasses.replace(entries, **changes)
+
+
+def _grouped(vectors: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., d) as (..., groups, channels), in float32 or wider; what the last group lacks repeats the last number."""
+    size, groups = vectors.shape[-1], num_groups(vectors.shape[-1], bits)
+    channels = min(GROUP[bits], size)
+    missing = groups * channels - size
+    vectors = vectors.to(_wide(vectors))
+    if missing:
+        vectors = torch.cat([vectors, vectors[..., -1:].expand(*vectors.shape[:-1], missing)], dim=-1)
+    return vectors.unflatten(-1, (groups, channels))
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def _unpacked(codes: torch.Tensor) -> torch.Tensor:
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
