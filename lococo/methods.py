@@ -92,6 +92,7 @@ def plan_runs(
     heads: Sequence[str] = (),
     *,
     name_heads: bool = False,
+    slot_bits: Sequence[str] = ("16",),
 ) -> list[Run]:
     """The runs of a comparison: ``full`` once, other methods at every budget, trained heads as they were trained.
 
@@ -99,6 +100,9 @@ def plan_runs(
     ----------
     name_heads : bool
         Trained heads are called ``lococo-FOLDER``, not ``lococo``.
+    slot_bits : sequence of str
+        Every method but ``full`` is run with each of these, as ``parse_bits`` reads them; with codes it is called
+        ``METHOD-BITS``.
 
     Raises
     ------
@@ -106,10 +110,11 @@ def plan_runs(
         If a method is not known, nothing is to be compared, or heads cannot be read or were trained with another block
         size.
     """
+    formats = [parse_bits(each) for each in slot_bits]
     if not methods and not heads:
         raise ValueError(f"there is nothing to compare: name methods, of {', '.join(METHODS)}, or heads")
-    runs = [Run("full", None)] if "full" in methods else []
-    runs += [
+    full = [Run("full", None)] if "full" in methods else []
+    runs = [
         Run(name, method_config(name, slots, block_size))
         for slots in dict.fromkeys(budgets)
         for name in methods
@@ -120,7 +125,30 @@ def plan_runs(
         if config.block_size != block_size:
             raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
         runs.append(Run(f"lococo-{Path(folder).name}" if name_heads else "lococo", config, folder))
-    return runs
+    return full + [run if bits == 16 else _coded(run, bits) for bits in formats for run in runs]
+
+
+def parse_bits(text: str) -> int | tuple[int, int]:
+    """``LoCoCoConfig.slot_bits`` from "8", or from "8-4", bits of keys and of values.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or there are no codes of so many bits.
+    """
+    words = text.split("-")
+    if len(words) > 2 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"slot bits must be written as 8, or as 8-4 for keys and values, got {text!r}")
+    bits = tuple(int(word) for word in words)
+    chosen = bits[0] if len(bits) == 1 or bits[0] == bits[1] else bits
+    LoCoCoConfig(slot_bits=chosen)  # type: ignore[arg-type]
+    return chosen  # type: ignore[return-value]
+
+
+def _coded(run: Run, bits: int | tuple[int, int]) -> Run:
+    assert run.config is not None
+    name = "-".join(map(str, bits)) if isinstance(bits, tuple) else str(bits)
+    return dataclasses.replace(run, name=f"{run.name}-{name}", config=dataclasses.replace(run.config, slot_bits=bits))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ def perplexity(
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [128],
     block_size: options.BlockSize = 128,
+    slot_bits: options.SlotBits = ["16"],
     output: options.Output = Path("perplexity"),
 ) -> None:
     """Perplexity by length, domain, method and number of slots, with the gap ratio.
@@ -50,7 +51,7 @@ def perplexity(
     from lococo.methods import plan_runs
 
     cut = Cut(tuple(sorted(set(lengths))), first, documents, min_length, sliding)
-    runs = plan_runs(names_of(methods), num_slots, block_size, heads)
+    runs = plan_runs(names_of(methods), num_slots, block_size, heads, slot_bits=slot_bits)
     windows = read_windows(data, source.load_tokenizer(), cut, text_column)
     model, _ = source.load()
     rows = evaluate_perplexity(model, windows, runs, first, output, context.obj)
@@ -122,6 +123,7 @@ def tasks(
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [128],
     block_size: options.BlockSize = 128,
+    slot_bits: options.SlotBits = ["16"],
     output: options.Output = Path("tasks"),
 ) -> None:
     """Scores by task of lm-eval and method.
@@ -131,7 +133,7 @@ def tasks(
     from lococo.evaluation.tasks import evaluate_tasks, read_tasks
     from lococo.methods import plan_runs
 
-    runs = plan_runs(names_of(methods), num_slots, block_size, heads)
+    runs = plan_runs(names_of(methods), num_slots, block_size, heads, slot_bits=slot_bits)
     read = read_tasks(tasks, include_path, seed, chat)
     model, tokenizer = source.load()
     rows = evaluate_tasks(

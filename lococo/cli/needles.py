@@ -31,6 +31,7 @@ def needles(
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [512],
     block_size: options.BlockSize = 512,
+    slot_bits: options.SlotBits = ["16"],
     output: options.Output = Path("needles"),
 ) -> None:
     """Numbers hidden in long texts, by depth and length.
@@ -41,7 +42,7 @@ def needles(
     from lococo.evaluation.needles import Filler, by_length, evaluate_needles, make_needles
     from lococo.methods import plan_runs
 
-    runs = plan_runs(names_of(methods), num_slots, block_size, heads)
+    runs = plan_runs(names_of(methods), num_slots, block_size, heads, slot_bits=slot_bits)
     asked = make_needles(
         source.load_tokenizer(),
         Filler(document["text"] for document in documents(data, text_column, in_order=True)),

@@ -67,6 +67,9 @@ BlockSize = Annotated[int, option(METHOD, "Tokens read between two compressions 
 OwnBlockSize = Annotated[
     int | None, option(METHOD, "Tokens read between two compressions (B).", show_default="M, at most 512")
 ]
+SlotBits = Annotated[
+    list[str], option(METHOD, "Bits of keys and values, 16, 8 or 4, or of both, such as 8-4; one or several.")
+]
 ComparedHeads = Annotated[
     list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)
 ]
@@ -104,6 +107,12 @@ class MethodOptions:
     ] = None
     num_slots: NumSlots = NUM_SLOTS
     block_size: OwnBlockSize = None
+    slot_bits: Annotated[
+        str | None,
+        option(
+            METHOD, "Bits of keys and values: 16, 8 or 4, or of both, such as 8-4.", show_default="16, or the heads'"
+        ),
+    ] = None
 
     @property
     def name(self) -> str:
@@ -113,12 +122,15 @@ class MethodOptions:
     def config(self) -> LoCoCoConfig | None:
         """The config that a model is patched with; None for the full cache."""
         from lococo.heads import read_heads_config
-        from lococo.methods import method_config
+        from lococo.methods import method_config, parse_bits
 
-        if self.heads:
-            return read_heads_config(self.heads)
         block_size = min(self.num_slots, 512) if self.block_size is None else self.block_size
-        return method_config(self.method, self.num_slots, block_size)
+        config = (
+            read_heads_config(self.heads) if self.heads else method_config(self.method, self.num_slots, block_size)
+        )
+        if config is None or self.slot_bits is None:
+            return config
+        return dataclasses.replace(config, slot_bits=parse_bits(self.slot_bits))
 
 
 @dataclasses.dataclass(frozen=True)
