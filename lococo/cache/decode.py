@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lococo.cache.plan import Plan, upload
-from lococo.compression.codes import Codec, encode
+from lococo.compression.codes import Codec, encode, measure_range
 from lococo.compression.entries import Entries, by_group
 from lococo.kernels.attention import LogitBias
 
@@ -216,15 +216,19 @@ class DecodeBuffers:
         new = {name: key, "values": value}
         if self.codec is not None:
             for each, which in ((name, 0), ("values", 1)):
-                new[each], span = self.codec.rounded(new[each].to(self.codec.dtypes[which]), which)
-                if span is not None:
-                    new[f"{each}_range"] = span
-                    new[each] = encode(new[each], span, self.codec.bits[which])
+                bits = self.codec.bits[which]
+                if bits != 16:
+                    vectors = new[each].to(self.codec.dtypes[which])
+                    new[f"{each}_range"] = span = measure_range(vectors, bits)
+                    new[each] = encode(vectors, span, bits)
         for each, tensor in new.items():
             held = getattr(entries, each)
             held.scatter_(1, self._written.expand(-1, -1, held.shape[-1]), tensor.to(held.dtype))
         if self.codec is not None:
-            entries = self.codec.decoded(entries)
+            read = Entries(*(getattr(entries, each) for each in (name, "values")))
+            read.keys_range, read.values_range = getattr(entries, f"{name}_range"), entries.values_range
+            entries = self.codec.decoded(read)
+            return entries.keys, entries.values
         return entries.rotated_keys, entries.values
 
     def _attend_by(

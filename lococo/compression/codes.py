@@ -34,11 +34,10 @@ def encode(vectors: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor
         (..., d) in uint8, or (..., ceil(d / 2)), two codes in a byte. Numbers outside of a range get the code of the
         closest end, those that are no number any code: their range is no number, either.
     """
-    step, least = (each.to(_wide(vectors))[..., None] for each in span.chunk(2, dim=-1))
-    grouped = _grouped(vectors, bits)
-    # A group of equal numbers has no distance between codes; half a code is nothing to a step that is no number.
-    steps = torch.where(step > 0, (grouped - least) / step, 0.0)
-    codes = steps.round().nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)[..., : vectors.shape[-1]]
+    step, least = span.to(_wide(vectors))[..., None].chunk(2, dim=-2)
+    # A group of equal numbers has no distance between codes, and 0 / 0 is no number.
+    steps = ((_grouped(vectors, bits) - least) / step).round_().nan_to_num_(0.0).clamp_(0, 2**bits - 1)
+    codes = steps.to(torch.uint8).flatten(-2)[..., : vectors.shape[-1]]
     return codes if bits == 8 else _packed(codes)
 
 
@@ -46,9 +45,8 @@ def decode(codes: torch.Tensor, span: torch.Tensor, bits: int, size: int, dtype:
     """(..., size) numbers that codes stand for."""
     codes = codes if bits == 8 else _unpacked(codes)[..., :size]
     wide = torch.promote_types(dtype, torch.float32)
-    step, least = (each.to(wide)[..., None] for each in span.chunk(2, dim=-1))
-    grouped = _grouped(codes.to(wide), bits)
-    return (grouped * step + least).flatten(-2)[..., :size].to(dtype)
+    step, least = span.to(wide)[..., None].chunk(2, dim=-2)
+    return torch.addcmul(least, _grouped(codes.to(wide), bits), step).flatten(-2)[..., :size].to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
