@@ -47,6 +47,17 @@ def test_generate_answers_like_the_library(checkpoint, capsys):
     assert printed == tokenizer.decode(output[0, 200:], skip_special_tokens=True).split()
 
 
+def test_generate_holds_codes_and_says_what_it_holds(checkpoint, tmp_path, capsys):
+    heads = lococo.save_heads(lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8)), tmp_path / "h")
+    said = {}
+    for bits in ("16", "8", "8-4"):
+        for how in (["--num-slots", "16", "--block-size", "8"], ["--heads", str(heads)]):
+            arguments = ["--prompt", TEXT, "--max-new-tokens", "5", "--slot-bits", bits, *how]
+            assert main(["generate", "--model", str(checkpoint), *arguments]) == 0
+            said[bits, how[0]] = figures(capsys.readouterr().out)["cache"]
+    assert len(set(said.values())) == 3 and said["8", "--heads"] == said["8", "--num-slots"]
+
+
 def test_generate_with_heads(checkpoint, tmp_path, capsys):
     model = lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8, gate_init=0.5))
     lococo.save_heads(model, tmp_path / "heads")
@@ -64,6 +75,8 @@ def test_generate_with_heads(checkpoint, tmp_path, capsys):
         (["--prompt", "w1", "--prompt-file", "text.txt"], "either --prompt-file or --prompt"),
         (["--prompt", "w1 w2", "--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--prompt", "w1 w2", "--question", "w3"], "chat template"),
+        (["--prompt", "w1 w2", "--slot-bits", "8:4"], "slot bits must be written as 8, or as 8-4 for keys and values"),
+        (["--prompt", "w1 w2", "--slot-bits", "5"], "slot_bits must be 16, 8 or 4, or two of them"),
         (["--prompt", "w1 w2", "--heads", "missing"], "missing"),
         (["--prompt", "w1 w2", "--method", "h20"], "unknown method 'h20': choose from full, streaming, "),
         (["--prompt", "w1 w2", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),

@@ -150,6 +150,28 @@ def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path)
         plan_runs(["full"], [12], 16, [str(tmp_path / "heads")])
 
 
+def test_codes_are_methods_of_their_own_beside_the_full_cache_and_h2o_without(model, corpus, tmp_path):
+    runs = plan_runs(["full", "h2o"], [12], 8, slot_bits=["16", "8", "8-4", "4-4"])
+    bits = [run.config and run.config.slot_bits for run in runs]
+    assert [run.name for run in runs] == ["full", "h2o", "h2o-8", "h2o-8-4", "h2o-4"] and bits == [
+        None,
+        16,
+        8,
+        (8, 4),
+        4,
+    ]
+    texts = read_windows([corpus], Characters(), Cut((60,), first=20, limit=3))
+    output = tmp_path / "codes"
+    rows = perplexity_module.evaluate_perplexity(model, texts, runs, first=20, output=output, command="command")
+    by_method = {row["method"]: row for row in rows if row["domain"] == "all"}
+    assert len({row["nll"] for row in by_method.values()}) == 5
+    expected = []
+    for window in texts:
+        with patched(model, LoCoCoConfig.h2o(12, block_size=8, slot_bits=8)):
+            expected.append(by_hand(model, window.ids, 20))
+    assert by_method["h2o-8"]["nll"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
+
+
 def test_several_lengths_and_budgets_each_have_rows_and_pictures(model, corpus, tmp_path):
     rows = run(model, corpus, tmp_path / "many", length=(30, 60), budgets=(12, 18))
     assert {(row["length"], row["num_slots"]) for row in rows} == {
