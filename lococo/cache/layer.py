@@ -74,7 +74,7 @@ class LayerCache(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on from: buffers of its own, which some pickles would share, outside of any graph."""
         entries = None if self.entries is None else self.entries.map(lambda tensor: tensor.detach().clone())
-        return {**vars(self), "entries": entries, "decode": None, "_views": [], "_is_shared": False}
+        return {**vars(self), "entries": entries, "decode": None, "_decoded": None, "_views": [], "_is_shared": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -239,7 +239,8 @@ class LayerCache(CacheLayerMixin):
 
     def _view(self, group: HeadGroup, in_place: bool) -> KVBuffer:
         """With entries of (batch, kv_heads of the group, capacity, ...)."""
-        shape, held = (len(group.heads), group.config.capacity), self._decoded or self._held
+        shape, held = (len(group.heads), group.config.capacity), self._decoded
+        held = self._held if held is None else held
         entries = held.map(lambda tensor: tensor[:, group.start : group.stop].unflatten(1, shape))
         return KVBuffer(group, self.window, entries, in_place, self.observer, self.codec)
 
