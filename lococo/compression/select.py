@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, cast
 
@@ -131,6 +132,7 @@ def _running_blend(entries: Entries, choice: Choice, head: Compressor) -> Entrie
     own = choice.anchors.gather(-1, choice.fused)
     sources = torch.cat([own, cast(torch.Tensor, choice.evicted)], dim=-1)
     first = torch.arange(own.shape[-1], device=own.device).expand_as(own)
+    entries = dataclasses.replace(entries, features=None)  # of the entries that slots begin with, they stay
     return head.blend(entries.map(lambda tensor: _gather(tensor, sources)), Choice(first, first))
 
 

@@ -56,10 +56,19 @@ class TextRotary(Rotary):
 
     def __init__(self, family: Family, layer: Any) -> None:
         self._family, self._layer = family, layer
+        self._last: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
         super().__init__(family, layer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None}
+
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computed by every call: texts may be of any length."""
+        """Computed once for a call, whose layers ask with the same tensor one after another."""
+        if self._last is None or self._last[0] is not positions:
+            self._last = (positions, self._angles(positions))
+        return self._last[1]
+
+    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Position 0 in front, where a cosine is the scale of YaRN and its kin alone.
         with_first = F.pad(positions, (1, 0))
         exact = torch.zeros((), dtype=torch.float32, device=positions.device)  # an upload would be waited for
