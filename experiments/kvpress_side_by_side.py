@@ -208,7 +208,8 @@ def main() -> None:
     command = command_of("kvpress_side_by_side")
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]
-    write_result(options.output, command, model.device, rows, shown, how(options.length, num_slots, windows))
+    how_measured = how(options.length, num_slots, windows)
+    write_result(options.output, command, model.device, rows, columns=shown, how=how_measured)
     plot(rows, beside(options.output, ".png"))
     journal.finish()
     print(markdown_table([{name: row[name] for name in shown} for row in rows]))
