@@ -74,6 +74,25 @@ CONFIGS = {
     "one-token-blocks": opened(block_size=1),
     "decode-block-1": opened(decode_block_size=1),
 }
+# Slots that are codes: laws hold in float64, where no rounding of what is coded decides between two of them.
+CODED = {
+    "8": opened(slot_bits=8),
+    "8-4": opened(slot_bits=(8, 4)),
+    "values": opened(slot_bits=(16, 8)),
+    "keys": opened(slot_bits=(4, 16)),
+    "slot": opened(num_slots=14, block_size=6, slot_bits=8, positions="slot"),
+    "per-head": opened(slot_bits=8, slots_per_head=((24, 8), (6, 26))),
+    "learned-slot": opened(slot_bits=8, score=FORESEEN, positions="slot"),
+    "h2o": LoCoCoConfig.h2o(12, block_size=8, slot_bits=8),
+    "centroids": LoCoCoConfig(
+        *(16, 8, 1, 7, 5),
+        score=FORESEEN,
+        compressor="centroids",
+        scaling="count",
+        slots_per_head=((24, 8), (6, 26)),
+        slot_bits=8,
+    ),
+}
 # For tests that are dear, or do not touch what the others differ in: one of each way through the code.
 FEW = ("open", "open-slot", "slots-per-head", "h2o", "learned")
 LEARNED = tuple(name for name, config in CONFIGS.items() if config.score == FORESEEN)

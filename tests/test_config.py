@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from configs import CONFIGS
+from configs import CODED, CONFIGS
 
 from lococo.compression.base import COMPRESSORS
 from lococo.compression.scores import SCORES
@@ -146,7 +146,7 @@ def test_a_file_of_today_with_options_of_the_patch_loads(tmp_path, attention):
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoCoCoConfig)])
 def test_the_matrix_of_all_laws_has_every_field_and_choice(field):
-    found = {getattr(config, field) for config in CONFIGS.values()}
+    found = {getattr(config, field) for config in (*CONFIGS.values(), *CODED.values())}
     assert found >= REGISTERED[field] if field in REGISTERED else len(found) > 1, f"tests/configs.py lacks a {field}"
 
 

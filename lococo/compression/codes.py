@@ -35,9 +35,11 @@ def encode(vectors: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor
         closest end, those that are no number any code: their range is no number, either.
     """
     step, least = span.to(_wide(vectors))[..., None].chunk(2, dim=-2)
-    # A group of equal numbers has no distance between codes, and 0 / 0 is no number.
-    steps = ((_grouped(vectors, bits) - least) / step).round_().nan_to_num_(0.0).clamp_(0, 2**bits - 1)
-    codes = steps.to(torch.uint8).flatten(-2)[..., : vectors.shape[-1]]
+    # Codes of a group of equal numbers have no distance, nor those of numbers that are closer than float16 can tell.
+    steps = torch.where(step > 0, (_grouped(vectors, bits) - least) / step, 0.0)
+    codes = (
+        steps.round_().nan_to_num_(0.0).clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)[..., : vectors.shape[-1]]
+    )
     return codes if bits == 8 else _packed(codes)
 
 

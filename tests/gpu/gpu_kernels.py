@@ -13,7 +13,7 @@ from lococo.compression import select as slots
 from lococo.compression.fusion import FusionHead
 from lococo.kernels import scoring as kernels
 from lococo.kernels import triton_attention as triton_kernels
-from lococo.kernels.attention import LogitBias
+from lococo.kernels.attention import LogitBias, lower_right
 from lococo.results.deadline import Deadline, OutOfTime
 
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -57,7 +57,7 @@ def check_attend(found, device, dtype, dim, shape, is_biased):
     expected = kernels.attend(*wide, scale, LogitBias(bias=bias), "eager")
     logits = wide[0].unflatten(1, (key.shape[1], -1)) @ wide[1].transpose(-1, -2)[:, :, None] * scale
     logits = logits if bias is None else logits + bias[:, :, None, None]
-    hidden = ~kernels.lower_right(query.shape[2], key.shape[2], 0, device)
+    hidden = ~lower_right(query.shape[2], key.shape[2], 0, device)
     sums = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1).flatten(1, 2)
     assert output.dtype == dtype and lse.dtype == torch.float32
     assert relative_error(lse, sums) < EXACT, f"the log-sum-exp is off by {relative_error(lse, sums):.2e}"

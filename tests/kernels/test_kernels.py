@@ -79,7 +79,7 @@ def test_received_attention_of_queries_that_count(name, with_lse, squared, delay
     query, key, value, visibility = case(name)
     lse = log_sum_exp(query, key, visibility) if with_lse else None
     _, probabilities = by_hand(query, key, value, 0.3, visibility)
-    counts = kernels.lower_right(query.shape[2], key.shape[2], delay, query.device)
+    counts = lower_right(query.shape[2], key.shape[2], delay, query.device)
     if delay == 0:  # what it says of entries that only a mask shows
         counts = torch.ones_like(counts)
     counted = (probabilities.square() if squared else probabilities) * counts

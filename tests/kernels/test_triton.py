@@ -20,7 +20,7 @@ from lococo.kernels import attention as backends
 from lococo.kernels import scoring as kernels
 from lococo.kernels import trials, triton_blend
 from lococo.kernels import triton_attention as triton_kernels
-from lococo.kernels.attention import LogitBias
+from lococo.kernels.attention import LogitBias, lower_right
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -82,7 +82,7 @@ def test_attention_and_its_log_sum_exp(shape, biased, dtype):
     assert relative_error(output, expected) < TOLERANCES[dtype]
     logits = wide[0].unflatten(1, (key.shape[1], -1)) @ wide[1].transpose(-1, -2)[:, :, None] * 0.2
     logits = logits if bias is None else logits + bias[:, :, None, None]
-    hidden = ~kernels.lower_right(query.shape[2], key.shape[2], 0, logits.device)
+    hidden = ~lower_right(query.shape[2], key.shape[2], 0, logits.device)
     expected = logits.masked_fill(hidden, float("-inf")).logsumexp(-1).flatten(1, 2)
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=1e-5)
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from configs import FORESEEN
+from configs import CODED as CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_llama import naive_gradients, naive_logits
@@ -19,28 +19,6 @@ LENGTH, BATCH = 61, 3
 EXACT = dict(rtol=0, atol=1e-10)
 
 
-def open_heads(**changes):
-    return LoCoCoConfig(**{"num_slots": 16, "block_size": 8, "gate_init": 0.4, **changes})
-
-
-CONFIGS = {
-    "8": open_heads(slot_bits=8),
-    "8-4": open_heads(slot_bits=(8, 4)),
-    "values": open_heads(slot_bits=(16, 8)),
-    "keys": open_heads(slot_bits=(4, 16)),
-    "slot": open_heads(num_slots=14, block_size=6, slot_bits=8, positions="slot"),
-    "per-head": open_heads(slot_bits=8, slots_per_head=((24, 8), (6, 26))),
-    "learned-slot": open_heads(slot_bits=8, score=FORESEEN, positions="slot"),
-    "h2o": LoCoCoConfig.h2o(12, block_size=8, slot_bits=8),
-    "centroids": LoCoCoConfig(
-        *(16, 8, 1, 7, 5),
-        score=FORESEEN,
-        compressor="centroids",
-        scaling="count",
-        slots_per_head=((24, 8), (6, 26)),
-        slot_bits=8,
-    ),
-}
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -269,7 +269,7 @@ def test_calibration_makes_the_same_heads_for_either_class(tmp_path):
     write_texts(tmp_path / "words.jsonl")
     config = LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.2)
     recipe = Recipe(
-        budget_texts=1, local=LocalConfig(steps=2, num_checked=1), local_texts=3, objective=Distill(), steps=2
+        budget_texts=3, local=LocalConfig(steps=2, num_checked=1), local_texts=3, objective=Distill(), steps=2
     )
     models = {"remote": remote_model(seq_length=128), "native": native_model(tmp_path, seq_length=128)}
     for name, model in models.items():
