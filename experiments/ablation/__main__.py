@@ -128,7 +128,9 @@ def ablation(
     rows = rows_of(losses, plan.methods, finished, length)
     remaining = [cell.name for cell in plan.cells[len(finished) :]]
     if rows:
-        write_result(output, context.obj, model.device, rows, COLUMNS, how=describe(plan), not_measured=remaining)
+        write_result(
+            output, context.obj, model.device, rows, columns=COLUMNS, how=describe(plan), not_measured=remaining
+        )
         plot_rows(rows, beside(output, ".png"))
         print_table(rows, SUMMARY)
         print_written(output)

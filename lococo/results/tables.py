@@ -31,6 +31,7 @@ def write_result(
     command: str,
     device: torch.device | str,
     rows: Sequence[dict[str, Any]],
+    *,
     columns: Sequence[str] | None = None,
     table: Sequence[dict[str, Any]] | None = None,
     how: str | None = None,
