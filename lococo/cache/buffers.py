@@ -168,7 +168,7 @@ class KVBuffer:
             positions = torch.arange(num_slots, device=slots.keys.device)[None]
             slots.rotated = slots.keys if rotary is None else rotary.rotate(slots.keys, positions)
             if self.codec is not None:
-                slots.rotated, slots.rotated_range = self.codec.rounded(slots.rotated, 0)
+                slots.rotated, slots.rotated_range = self.codec.rounded_keys(slots.rotated)
 
         def replace(buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             if self.in_place:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lococo.cache.plan import Plan, upload
-from lococo.compression.codes import Codec, encode, measure_range
+from lococo.compression.codes import Codec
 from lococo.compression.entries import Entries, by_group
 from lococo.kernels.attention import LogitBias
 
@@ -40,7 +40,7 @@ class DecodeBuffers:
     Attributes
     ----------
     bias : torch.Tensor
-        (rows, 1 or heads, entries), added to the logits.
+        (rows, entries), added to the logits of whoever may see an entry.
     is_current : bool
         Whether they are in line with all that was written by anything but steps; ``sync`` brings them there.
     """
@@ -59,39 +59,36 @@ class DecodeBuffers:
         dtype = held.dtype if codec is None else codec.dtypes[1]
         self._wide = torch.promote_types(dtype, torch.float32)
         (rows, num_entries), device = held.shape[:2], held.device
-        self._index = torch.arange(num_entries, dtype=torch.int32, device=device)
         if self.is_split:
-            self._lay_out_heads()
-        num_queries = num_heads if self.is_split else 1
-        self._queries_per_key = num_queries // (len(self._first) if self.is_split else 1)
-        self.bias = torch.zeros(rows, num_queries, num_entries, dtype=dtype, device=device)
-        # The entry that each query's token goes to; a head's queries agree.
-        self._at = torch.zeros(rows, num_queries, dtype=torch.long, device=device)
-        self._written = self._at[:, :: self._queries_per_key, None]
+            self._lay_out_heads(num_heads, device)
+        self.bias = torch.zeros(rows, num_entries, dtype=dtype, device=device)
+        # The entry that the next token of each KV head of a row goes to.
+        self._at = torch.zeros(rows, len(self._first) if self.is_split else 1, dtype=torch.long, device=device)
         # Written, never replaced: a recorded step reads them where they are.
         self._position_ahead = self._at.new_zeros(rows, 1)
-        has_delay = any(group.config.score_delay for group in groups)
-        self._scored_until = self._index.new_zeros(rows, num_entries) if has_delay else None
+        self._scored_until: torch.Tensor | None = None
+        if delay := max(group.config.score_delay for group in groups):
+            small = torch.int16 if 2 * num_entries + delay < 2**15 else torch.int32
+            self._scored_until = torch.zeros(rows, num_entries, dtype=small, device=device)
 
-    def _lay_out_heads(self) -> None:
-        """First entry of every KV head, and of every entry its head and that head's delay of scores."""
-        starts: dict[int, int] = {}
+    def _lay_out_heads(self, num_heads: int, device: torch.device) -> None:
+        """First entry of every KV head and its delay of scores; the KV head of every entry, and of every query."""
+        starts: dict[int, tuple[int, int]] = {}
         owner: list[int] = []
-        delay: list[int] = []
         for group in self.groups:
             for head in group.heads:
-                starts[head] = len(owner)
+                starts[head] = len(owner), group.config.score_delay
                 owner += [head] * group.config.capacity
-                delay += [group.config.score_delay] * group.config.capacity
-        device = self._index.device
-        table = upload(torch.tensor([owner, delay]), device)
-        self._owner, self._delay = table[0], table[1].int()
-        self._first = upload(torch.tensor([starts[head] for head in sorted(starts)]), device)
+        small = torch.uint8 if len(starts) <= 2**8 else torch.int32
+        self._owner = upload(torch.tensor(owner, dtype=small), device)
+        self._first, self._delay = upload(torch.tensor([starts[head] for head in sorted(starts)]).T, device)
+        queries = torch.arange(num_heads, device=device) // (num_heads // len(starts))
+        self._of_query = queries.to(small)[:, None]
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is there besides the layer's entries."""
-        own = (self.bias, self._at, self._index, self._position_ahead, self._scored_until)
-        heads = (self._owner, self._delay, self._first) if self.is_split else ()
+        own = (self.bias, self._at, self._position_ahead, self._scored_until)
+        heads = (self._owner, self._of_query, self._first, self._delay) if self.is_split else ()
         return [tensor for tensor in (*own, *heads) if tensor is not None]
 
     def sync(self, plans: Sequence[Plan], mass_biases: Sequence[torch.Tensor | None]) -> None:
@@ -105,25 +102,24 @@ class DecodeBuffers:
             (batch, kv_heads, capacity) of every group, on the logits of its entries.
         """
         self._put_next(plans)
-        at, first_at = self._at_by_entry(), self._at[:, :1]
-        is_new = self._index >= at  # (rows, entries)
+        first_at, index = self._at[:, :1], torch.arange(self.bias.shape[1], device=self._at.device)
+        owner = self._owner.long() if self.is_split else None
+        at = self._at if owner is None else self._at[:, owner]  # (rows, 1 or entries), of an entry's head
+        is_new = index >= at  # (rows, entries)
         mass = self._by_entry(mass_biases)
-        bias = torch.zeros_like(self.bias[:, 0]) if mass is None else mass.to(self.bias.dtype)
-        self.bias.copy_(bias.masked_fill(is_new, HIDDEN)[:, None])
-        if self.is_split:
-            of_head = torch.arange(self.bias.shape[1], device=at.device)[:, None] // self._queries_per_key
-            self.bias.masked_fill_(self._owner != of_head, HIDDEN)
+        bias = torch.zeros_like(self.bias) if mass is None else mass
+        self.bias.copy_(bias.masked_fill(is_new, HIDDEN))
         for tensor in (self.entries.scores, self.entries.log_mass):
             if tensor is not None:
                 tensor.masked_fill_(is_new, 0.0)
         position = _per_row(plans[0].positions, first_at)
         if self.entries.position is not None:
-            later = (position + self._index - at).to(self.entries.position.dtype)
+            later = (position + index - at).to(self.entries.position.dtype)
             self.entries.position.copy_(torch.where(is_new, later, self.entries.position))
         self._position_ahead.copy_(position - first_at)
         if self._scored_until is not None:
-            delay = self._delay if self.is_split else self.groups[0].config.score_delay
-            self._scored_until.copy_(self._index - at + first_at + delay)
+            delay = self.groups[0].config.score_delay if owner is None else self._delay[owner]
+            self._scored_until.copy_(index - at + first_at + delay)
         self.is_current = True
 
     def _put_next(self, plans: Sequence[Plan]) -> None:
@@ -136,12 +132,7 @@ class DecodeBuffers:
             for group, plan in zip(self.groups, plans, strict=True)
             for head in group.heads
         }
-        next_entries = torch.cat([at[head] for head in sorted(at)], dim=1) + self._first
-        self._at.copy_(next_entries.repeat_interleave(self._queries_per_key, dim=1))
-
-    def _at_by_entry(self) -> torch.Tensor:
-        """(rows, 1 or entries), where the next token of an entry's head goes."""
-        return self._at[:, :: self._queries_per_key][:, self._owner] if self.is_split else self._at
+        self._at.copy_(torch.cat([at[head] for head in sorted(at)], dim=1) + self._first)
 
     def _by_entry(self, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """(batch, kv_heads, capacity) of every group as one (rows, entries); zero where a group has none."""
@@ -190,8 +181,8 @@ class DecodeBuffers:
         keys, values = self._write(key.reshape(shape), value.reshape(shape))
         if self.entries.queries is not None:
             self._write_queries(self.entries.queries, query, key.shape[1])
-        self.bias.scatter_(2, self._at[..., None], 0.0)
-        bias, grouped = self._seen(window), query.reshape(shape)
+        self.bias.scatter_(1, self._at, 0.0)
+        bias, grouped = self._by_query(self._seen(window)), query.reshape(shape)
         is_exact = query.dtype in (torch.float32, torch.float64) and attend is None
         scores = self.entries.scores
         if is_exact or scores is not None:
@@ -215,15 +206,13 @@ class DecodeBuffers:
         name = "keys" if entries.rotated is None else "rotated"
         new = {name: key, "values": value}
         if self.codec is not None:
-            for each, which in ((name, 0), ("values", 1)):
-                bits = self.codec.bits[which]
-                if bits != 16:
-                    vectors = new[each].to(self.codec.dtypes[which])
-                    new[f"{each}_range"] = span = measure_range(vectors, bits)
-                    new[each] = encode(vectors, span, bits)
+            for each, (codes, span) in zip(list(new), self.codec.coded(key, value), strict=True):
+                new[each] = codes
+                if span is not None:
+                    new[f"{each}_range"] = span
         for each, tensor in new.items():
             held = getattr(entries, each)
-            held.scatter_(1, self._written.expand(-1, -1, held.shape[-1]), tensor.to(held.dtype))
+            held.scatter_(1, self._at[..., None].expand(-1, -1, held.shape[-1]), tensor.to(held.dtype))
         if self.codec is not None:
             read = Entries(*(getattr(entries, each) for each in (name, "values")))
             read.keys_range, read.values_range = getattr(entries, f"{name}_range"), entries.values_range
@@ -249,7 +238,7 @@ class DecodeBuffers:
         return attend(query, key, value, scale, LogitBias(bias=bias), 0.0, False)[0][:, :, 0].to(grouped.dtype)
 
     def _write_queries(self, queries: torch.Tensor, query: torch.Tensor, kv_heads: int) -> None:
-        at = self._written.expand(-1, -1, queries.shape[-1])
+        at = self._at[..., None].expand(-1, -1, queries.shape[-1])
         queries.scatter_(1, at, by_group(query, kv_heads).to(queries.dtype).reshape(at.shape))
 
     def _score(self, scores: torch.Tensor, received: torch.Tensor) -> None:
@@ -259,12 +248,19 @@ class DecodeBuffers:
         else:
             scores.addcmul_(received, self._scored_until <= self._at[:, :1])
 
+    def _by_query(self, bias: torch.Tensor) -> torch.Tensor:
+        """(rows, 1 or heads, entries) of (rows, entries): hidden what is not of a query's head."""
+        if not self.is_split:
+            return bias[:, None]
+        return torch.where(self._owner == self._of_query, bias[:, None], HIDDEN)
+
     def _seen(self, window: int | None) -> torch.Tensor:
+        """(rows, entries), the bias with what a window does not reach hidden."""
         if window is None:
             return self.bias
         position = cast(torch.Tensor, self.entries.position)  # every layer with a window has them
         oldest = self._at[:, :1] + self._position_ahead - window
-        return self.bias.masked_fill((position <= oldest)[:, None], HIDDEN)
+        return self.bias.masked_fill(position <= oldest, HIDDEN)
 
 
 def _per_row(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -273,13 +273,13 @@ class LayerCache(CacheLayerMixin):
         entries, features = self._held, None
         key_range, value_range, unrotated_range = None, None, None
         if self.codec is not None:
-            (key, key_range), (value, value_range) = self.codec.rounded(key, 0), self.codec.rounded(value, 1)
+            (key, key_range), (value, value_range) = self.codec.rounded(key, value)
         unrotated, moves_keys = key, entries.rotated is not None
         if modules.rotary is not None and (moves_keys or entries.features is not None):
             # Which entries are kept has no gradient, so keys that the network alone sees have none.
             unrotated = modules.rotary.rotate(key if moves_keys else key.detach(), rotated_at, inverse=True)
         if moves_keys and self.codec is not None:
-            unrotated, unrotated_range = self.codec.rounded(unrotated, 0)
+            unrotated, unrotated_range = self.codec.rounded_keys(unrotated)
         if entries.features is not None and modules.network is not None:
             with torch.no_grad():
                 features = modules.network(unrotated, value)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import naive_rounded
 
 from lococo import LoCoCoConfig
-from lococo.compression.codes import Codec, decode, encode, measure_range, num_groups
+from lococo.compression.codes import Codec, decode, encode, measure_range, num_groups, round_to_codes
 from lococo.compression.entries import Entries
 
 GROUP = {8: 64, 4: 32}
@@ -69,12 +69,29 @@ def test_what_is_hard_to_code(bits):
 def test_gradients_pass_through():
     codec = Codec((8, 4), (6, 6), (torch.float64, torch.float64))
     keys = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    for which in (0, 1):
-        found, span = codec.rounded(keys, which)
+    for found, span in codec.rounded(keys, keys):
         assert not span.requires_grad and (found - keys).abs().max() > 1e-4
         (gradient,) = torch.autograd.grad((found * torch.arange(6.0)).sum(), keys)
         assert torch.equal(gradient, torch.arange(6.0).double().expand(2, 6))
-    assert Codec((16, 16), (6, 6), codec.dtypes).rounded(keys, 0) == (keys, None)
+    both = Codec((8, 8), (6, 6), codec.dtypes).rounded(keys, keys.detach())  # of one type and shape: at once
+    assert torch.equal(torch.autograd.grad(both[0][0].sum(), keys)[0], torch.ones(2, 6).double())
+    assert Codec((16, 8), (6, 6), codec.dtypes).rounded(keys, keys)[0] == (keys, None)
+    assert Codec((16, 8), (6, 6), codec.dtypes).rounded_keys(keys) == (keys, None)
+
+
+@pytest.mark.parametrize("sizes", [(40, 40), (40, 24)])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4), (16, 8)])
+def test_what_is_rounded_is_what_is_coded(bits, sizes):
+    codec = Codec(bits, sizes, (torch.float32, torch.float32))
+    vectors = [torch.randn(2, 3, size) for size in sizes]
+    vectors[1][0, 0, 3], vectors[0][1] = float("nan"), 2.5
+    for which, (numbers, coded) in enumerate(zip(codec.rounded(*vectors), codec.coded(*vectors), strict=True)):
+        if bits[which] == 16:
+            assert numbers[0] is coded[0] is vectors[which] and numbers[1] is coded[1] is None
+            continue
+        decoded = decode(*coded, bits[which], sizes[which], torch.float32)
+        torch.testing.assert_close(decoded, numbers[0], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(coded[1], numbers[1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (16, 4), (4, 16)])
@@ -83,9 +100,10 @@ def test_entries_are_coded_and_decoded(bits):
     entries = codec.with_ranges(Entries(torch.randn(2, 3, 6), torch.randn(2, 3, 10), rotated=torch.randn(2, 3, 6)))
     for name, which in (("keys", 0), ("values", 1), ("rotated", 0)):
         assert (getattr(entries, f"{name}_range") is None) == (bits[which] == 16)
-        tensor, span = codec.rounded(getattr(entries, name), which)
-        setattr(entries, name, tensor)
-        setattr(entries, f"{name}_range", span)
+        if bits[which] != 16:
+            tensor, span = round_to_codes(getattr(entries, name), bits[which])
+            setattr(entries, name, tensor)
+            setattr(entries, f"{name}_range", span)
     coded = codec.encoded(entries)
     assert [coded.keys.dtype == torch.uint8, coded.values.dtype == torch.uint8] == [each != 16 for each in bits]
     decoded = codec.decoded(coded)
