@@ -20,6 +20,9 @@ class CalibrationOptions:
 
     num_slots: options.NumSlots = NUM_SLOTS
     block_size: options.OwnBlockSize = None
+    slot_bits: Annotated[
+        str, option(METHOD, "Bits of keys and values: 16, 8 or 4, or of both, such as 8-4.", metavar="BITS")
+    ] = "16"
     recipe: Annotated[
         str,
         option(
@@ -77,10 +80,11 @@ def calibrate(
 
     Example: lococo calibrate --model MODEL --num-slots 256 --dataset texts.jsonl --output heads/
     """
+    from lococo.methods import parse_bits
     from lococo.training.calibrate import plan_calibration
 
     plan = plan_calibration(
-        **dataclasses.asdict(calibration),
+        **{**dataclasses.asdict(calibration), "slot_bits": parse_bits(calibration.slot_bits)},
         command=context.obj,
         on_progress=print_progress,
         **text.arguments(),

@@ -109,7 +109,9 @@ class Codec:
         if self.bits[0] == self.bits[1] and keys.shape == values.shape and keys.dtype == values.dtype:
             tensors, spans = function(torch.stack(pair), self.bits[0])  # at once: half the operations
             return list(zip(tensors, spans, strict=True))
-        return [(each, None) if bits == 16 else function(each, bits) for each, bits in zip(pair, self.bits, strict=True)]
+        return [
+            (each, None) if bits == 16 else function(each, bits) for each, bits in zip(pair, self.bits, strict=True)
+        ]
 
     def encoded(self, entries: Entries) -> Entries:
         """Entries with codes in the place of numbers whose ranges they have."""

@@ -83,6 +83,7 @@ def calibrate(
         All else, with its default:
 
         - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
+          ``slot_bits=16``: of keys and values, as in ``LoCoCoConfig``.
         - ``recipe="default"``: or ``"blend"``, ``"paper"``, or a ``Recipe``; its fields are options, too:
           ``score_texts`` (0: the distant score), ``budget_texts``, ``objective`` (``"distill"``, ``"next-token"``,
           ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
@@ -132,6 +133,7 @@ def plan_calibration(
     output: str | os.PathLike,
     num_slots: int = 512,
     block_size: int | None = None,
+    slot_bits: int | tuple[int, int] = 16,
     recipe: str | Recipe = "default",
     config: LoCoCoConfig | None = None,
     scores_from: str | os.PathLike | None = None,
@@ -155,6 +157,7 @@ def plan_calibration(
     if first is None:
         check_count("length", length, least=2)
     recipe_config, named = RECIPES[name](num_slots, min(num_slots, 512) if block_size is None else block_size)
+    recipe_config = dataclasses.replace(recipe_config, slot_bits=slot_bits)
     chosen = adjusted(recipe if isinstance(recipe, Recipe) else named, **changes)
     if chosen.objective is None and changes.get("objective") is None:
         for option in OF_STEPS:

@@ -217,6 +217,8 @@ def test_what_is_not_said_follows_from_the_length(texts, tmp_path):
         plan = plan_calibration(texts, output=tmp_path / "heads", num_slots=16, length=length)
         assert (plan.first, plan.config.block_size, plan.data.num_windows) == (first, 16, plan.recipe.windows_needed)
         assert plan.work == tmp_path / "heads.work"
+        assert plan.config.slot_bits == 16
+    assert plan_calibration(texts, output=tmp_path / "heads", num_slots=16, slot_bits=(8, 4)).config.bits == (8, 4)
 
 
 def own_documents(count=10):
