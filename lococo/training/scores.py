@@ -124,15 +124,13 @@ def check_scores_of(heads: str | os.PathLike, config: LoCoCoConfig) -> None:
     Raises
     ------
     ValueError
-        If their score is another, or was learned with blocks of another size.
+        If their score is another. Blocks may have another size: what will be looked up hardly depends on it.
     OSError
         If there is no such folder, or the Hub could not deliver it.
     """
-    saved = read_heads_config(heads)
-    for name in ("score", "block_size"):
-        theirs, ours = getattr(saved, name), getattr(config, name)
-        if theirs != ours:
-            raise ValueError(f"the scores of {heads} were learned with {name}={theirs!r}, not {ours!r}")
+    theirs = read_heads_config(heads).score
+    if theirs != config.score:
+        raise ValueError(f"the scores of {heads} were learned with score={theirs!r}, not {config.score!r}")
 
 
 def train_scores(

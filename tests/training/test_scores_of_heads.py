@@ -57,17 +57,15 @@ def test_a_run_with_other_scores_is_another(run, learned, tmp_path, monkeypatch,
     assert run(tmp_path / "heads", "--scores-from", learned, *given, "--resume") == 0
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (LoCoCoConfig(SLOTS, block_size=BLOCK), "learned with score='distant', not 'learned'"),
-        (LoCoCoConfig(SLOTS, block_size=BLOCK - 1, score="learned"), "learned with block_size=7, not 8"),
-    ],
-)
-def test_scores_of_another_kind_are_refused_before_a_model_is_there(config, message, texts, tmp_path):
-    heads = lococo.save_heads(patched_llama(config), tmp_path / "other")
-    with pytest.raises(ValueError, match=message):
+def test_scores_of_another_kind_are_refused_before_a_model_is_there(texts, tmp_path):
+    heads = lococo.save_heads(patched_llama(LoCoCoConfig(SLOTS, block_size=BLOCK)), tmp_path / "other")
+    with pytest.raises(ValueError, match="learned with score='distant', not 'learned'"):
         plan_calibration(texts, output=tmp_path / "heads", num_slots=SLOTS, block_size=BLOCK, scores_from=heads)
+
+
+def test_scores_serve_blocks_of_another_size(learned, texts, tmp_path):
+    plan = plan_calibration(texts, output=tmp_path / "heads", num_slots=SLOTS, block_size=4, scores_from=learned)
+    assert plan.config.block_size != lococo.heads.read_heads_config(learned).block_size
 
 
 @pytest.mark.parametrize(
