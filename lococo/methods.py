@@ -30,6 +30,7 @@ PRESETS: dict[str, Callable[..., LoCoCoConfig]] = {
     "lococo-open-rank16": partial(LoCoCoConfig, gate_init=0.5, head_rank=16),
 }
 METHODS = ("full", *PRESETS)
+H2O = ("h2o", "h2o-slot")  # its position modes: the better one is what a gap ratio relates to
 
 
 def method_config(name: str, num_slots: int, block_size: int) -> LoCoCoConfig | None:
@@ -57,11 +58,14 @@ class Run:
         None for the full cache.
     heads : str, optional
         Folder or Hub id of trained heads.
+    reference_slots : int, optional
+        Slots of the H2O that its gap ratio relates to. None: as many as its own.
     """
 
     name: str
     config: LoCoCoConfig | None
     heads: str | None = None
+    reference_slots: int | None = None
 
     @property
     def num_slots(self) -> int | None:
@@ -92,7 +96,8 @@ def plan_runs(
     heads: Sequence[str] = (),
     *,
     name_heads: bool = False,
-    slot_bits: Sequence[str] = ("16",),
+    any_block_size: bool = False,
+    slot_bits: Sequence[str] = (),
 ) -> list[Run]:
     """The runs of a comparison: ``full`` once, other methods at every budget, trained heads as they were trained.
 
@@ -100,9 +105,11 @@ def plan_runs(
     ----------
     name_heads : bool
         Trained heads are called ``lococo-FOLDER``, not ``lococo``.
+    any_block_size : bool
+        Whether heads may read in blocks of another size.
     slot_bits : sequence of str
         Every method but ``full`` is run with each of these, as ``parse_bits`` reads them; with codes it is called
-        ``METHOD-BITS``.
+        ``METHOD-BITS``. None: heads as they were trained, others with 16.
 
     Raises
     ------
@@ -110,7 +117,7 @@ def plan_runs(
         If a method is not known, nothing is to be compared, or heads cannot be read or were trained with another block
         size.
     """
-    formats = [parse_bits(each) for each in slot_bits]
+    formats = parse_formats(slot_bits)
     if not methods and not heads:
         raise ValueError(f"there is nothing to compare: name methods, of {', '.join(METHODS)}, or heads")
     full = [Run("full", None)] if "full" in methods else []
@@ -121,11 +128,23 @@ def plan_runs(
         if name != "full"
     ]
     for folder in heads:
-        config = read_heads_config(folder)
-        if config.block_size != block_size:
-            raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
-        runs.append(Run(f"lococo-{Path(folder).name}" if name_heads else "lococo", config, folder))
-    return full + [run if bits == 16 else _coded(run, bits) for bits in formats for run in runs]
+        run = heads_run(folder, name_heads)
+        size = run.config.block_size  # type: ignore[union-attr]
+        if size != block_size and not any_block_size:
+            raise ValueError(f"the heads in {folder} have block_size={size}, compare them at that size")
+        runs.append(run)
+    return full + [in_format(run, bits) for bits in formats for run in runs]
+
+
+def heads_run(folder: str, is_named: bool = False) -> Run:
+    """Trained heads as they were trained, called ``lococo``, or ``lococo-FOLDER``.
+
+    Raises
+    ------
+    ValueError, OSError
+        If they cannot be read.
+    """
+    return Run(f"lococo-{Path(folder).name}" if is_named else "lococo", read_heads_config(folder), folder)
 
 
 def parse_bits(text: str) -> int | tuple[int, int]:
@@ -145,10 +164,20 @@ def parse_bits(text: str) -> int | tuple[int, int]:
     return chosen  # type: ignore[return-value]
 
 
-def _coded(run: Run, bits: int | tuple[int, int]) -> Run:
+def parse_formats(texts: Sequence[str]) -> list[int | tuple[int, int] | None]:
+    """``parse_bits`` of each, or None alone where there are none: as a config has it."""
+    return [parse_bits(each) for each in texts] or [None]
+
+
+def in_format(run: Run, bits: int | tuple[int, int] | None) -> Run:
+    """A run whose keys and values have so many bits, called ``METHOD-BITS`` where they are codes.
+
+    None: as many as its config says.
+    """
     assert run.config is not None
-    name = "-".join(map(str, bits)) if isinstance(bits, tuple) else str(bits)
-    return dataclasses.replace(run, name=f"{run.name}-{name}", config=dataclasses.replace(run.config, slot_bits=bits))
+    config = run.config if bits is None else dataclasses.replace(run.config, slot_bits=bits)
+    name = "-".join(map(str, dict.fromkeys(config.bits)))
+    return dataclasses.replace(run, name=run.name if config.bits == (16, 16) else f"{run.name}-{name}", config=config)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from lococo.compat import cache_of, with_cache
 from lococo.files import write_whole
 from lococo.generation import cache_bytes
 from lococo.methods import Run
+from lococo.models import base_shape
 from lococo.results.plots import Lines, Series, picture
 from lococo.results.tables import beside, write_result
 
@@ -39,6 +40,8 @@ def cache_growth(
     if not 1 <= step <= tokens:
         raise ValueError(f"step must lie between 1 and tokens={tokens}, got {step}")
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    shape = base_shape(model)
+    held_by = shape["num_layers"] * shape["num_kv_heads"]
     rows = []
     for run in runs:
         name, slots, cache = run.name, run.num_slots, None
@@ -46,7 +49,9 @@ def cache_growth(
             for stop in tqdm(range(step, tokens + 1, step), desc=name, unit_scale=step, unit="token", disable=None):
                 part = ids[:, stop - step : stop].to(model.device)
                 cache = cache_of(model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1))
-                rows.append({"method": name, "num_slots": slots, "tokens": stop, "cache_bytes": cache_bytes(cache)})
+                held = cache_bytes(cache)
+                sizes = {"cache_bytes": held, "bytes_per_head": round(held / held_by)}
+                rows.append({"method": name, "num_slots": slots, "tokens": stop, **sizes})
     write_result(output, command, model.device, rows)
     write_whole(beside(output, ".png"), _picture(rows))
     return rows

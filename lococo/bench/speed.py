@@ -251,7 +251,7 @@ def compare_speed(
                     if not (taken and taken[-1]["skipped"]):
                         taken.append(_take(model, measurement, cell, Meter(model.device, watches_memory=not turn)))
                     bar.update()
-            rows += _rows(measurement, found)
+            rows += _rows(model, measurement, found)
     return rows
 
 
@@ -267,7 +267,10 @@ def _take(model: PreTrainedModel, measurement: Measurement, cell: Cell, meter: M
     return {"seconds": None, "cache_bytes": None, "peak_bytes": None, "skipped": f"out of memory: {reason}"}
 
 
-def _rows(measurement: Measurement, found: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _rows(
+    model: PreTrainedModel, measurement: Measurement, found: dict[Cell, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    shape = base_shape(model)
     seconds = {
         cell: [] if taken[-1]["skipped"] else [each["seconds"] for each in taken[1:]] for cell, taken in found.items()
     }
@@ -277,6 +280,7 @@ def _rows(measurement: Measurement, found: dict[Cell, list[dict[str, Any]]]) -> 
     for cell, median in medians.items():
         held, last = found[cell][0], found[cell][-1]
         tokens = cell.batch * (cell.length if measurement.unit == "text" else 1)
+        held_by = cell.batch * shape["num_layers"] * shape["num_kv_heads"]
         rows.append(
             {
                 **cell.run.columns,
@@ -291,6 +295,7 @@ def _rows(measurement: Measurement, found: dict[Cell, list[dict[str, Any]]]) -> 
                 "speedup_over_full": full / median if full and median else None,
                 "peak_bytes": held["peak_bytes"],
                 "cache_bytes": held["cache_bytes"],
+                "bytes_per_head": round(held["cache_bytes"] / held_by) if held["cache_bytes"] else None,
                 "skipped": last["skipped"],
             }
         )

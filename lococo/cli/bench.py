@@ -28,7 +28,7 @@ class ComparisonOptions:
     heads: options.ComparedHeads = dataclasses.field(default_factory=list)
     num_slots: options.SlotCounts = dataclasses.field(default_factory=lambda: [512])
     block_size: options.BlockSize = 512
-    slot_bits: options.SlotBits = dataclasses.field(default_factory=lambda: ["16"])
+    slot_bits: options.SlotBits = dataclasses.field(default_factory=list)
     batches: Annotated[list[int], option(MEASURED, "Texts at once.")] = dataclasses.field(default_factory=lambda: [1])
     repeats: Annotated[int, option(RUN, "Measurements of each method.", min=1)] = 5
 
@@ -40,7 +40,7 @@ def memory(
     methods: options.MethodNames = "full,h2o,lococo-uncalibrated",
     num_slots: options.NumSlots = 256,
     block_size: options.BlockSize = 256,
-    slot_bits: options.SlotBits = ["16"],
+    slot_bits: options.SlotBits = [],
     tokens: Annotated[int, option(MEASURED, "Tokens to read.", min=1)] = 16384,
     step: Annotated[int, option(MEASURED, "Tokens between two measurements.", min=1)] = 512,
     output: options.Output = Path("memory"),
@@ -110,7 +110,9 @@ def _compare(
     from lococo.results.tables import write_result
 
     of_heads = comparison.num_slots, comparison.block_size, comparison.heads
-    runs = plan_runs(names_of(methods), *of_heads, name_heads=True, slot_bits=comparison.slot_bits)
+    runs = plan_runs(
+        names_of(methods), *of_heads, name_heads=True, any_block_size=True, slot_bits=comparison.slot_bits
+    )
     groups = [[Cell(run, length, batch) for run in runs] for batch in comparison.batches for length in lengths]
     for cell in (cell for group in groups for cell in group):
         measurement.check(cell)

@@ -12,7 +12,7 @@ from lococo.cli.options import METHOD, TEXT, names_of, option
 from lococo.cli.terminal import print_table, print_written
 
 TASKS = ["race:2", "triviaqa:50", "hellaswag:10", "winogrande:70", "arc_easy:40", "arc_challenge:40"]
-SUMMARY = ("method", "num_slots", "length", "ppl", "gap_ratio", "gap_low", "gap_high", "documents", "tokens")
+SUMMARY = ("method", "num_slots", "length", "ppl", "gap_ratio", "gap_low", "gap_high", "documents", "bytes_per_head")
 
 
 def perplexity(
@@ -38,8 +38,19 @@ def perplexity(
     methods: options.MethodNames = "full,streaming,h2o,h2o-slot,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [128],
-    block_size: options.BlockSize = 128,
-    slot_bits: options.SlotBits = ["16"],
+    bytes_of: Annotated[
+        str | None,
+        option(
+            METHOD,
+            "In place of --num-slots: a method and its slots, h2o:128 for instance, in the first of the block sizes. "
+            "All others get as many slots as fit into the bytes of its cache.",
+            metavar="METHOD:M",
+        ),
+    ] = None,
+    block_size: Annotated[
+        list[int], option(METHOD, "Tokens read between two compressions (B); several with --bytes-of.")
+    ] = [128],
+    slot_bits: options.SlotBits = [],
     output: options.Output = Path("perplexity"),
 ) -> None:
     """Perplexity by length, domain, method and number of slots, with the gap ratio.
@@ -47,13 +58,19 @@ def perplexity(
     Example: lococo eval ppl --model MODEL --data texts.jsonl --num-slots 128 256 --heads heads/
     """
     from lococo.data.texts import Cut, read_windows
+    from lococo.evaluation.equal_bytes import plan_equal_bytes
     from lococo.evaluation.perplexity import ALL_DOMAINS, evaluate_perplexity
     from lococo.methods import plan_runs
 
     cut = Cut(tuple(sorted(set(lengths))), first, documents, min_length, sliding)
-    runs = plan_runs(names_of(methods), num_slots, block_size, heads, slot_bits=slot_bits)
+    if bytes_of is None:
+        if len(block_size) > 1:
+            raise ValueError(f"one --block-size is compared, several with --bytes-of, got {block_size}")
+        runs = plan_runs(names_of(methods), num_slots, block_size[0], heads, slot_bits=slot_bits)
     windows = read_windows(data, source.load_tokenizer(), cut, text_column)
     model, _ = source.load()
+    if bytes_of is not None:
+        runs = plan_equal_bytes(model, bytes_of, names_of(methods), block_size, heads, slot_bits)
     rows = evaluate_perplexity(model, windows, runs, first, output, context.obj)
     print_table([row for row in rows if row["domain"] == ALL_DOMAINS], SUMMARY)
     print_written(output)
@@ -123,7 +140,7 @@ def tasks(
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [128],
     block_size: options.BlockSize = 128,
-    slot_bits: options.SlotBits = ["16"],
+    slot_bits: options.SlotBits = [],
     output: options.Output = Path("tasks"),
 ) -> None:
     """Scores by task of lm-eval and method.

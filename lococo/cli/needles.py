@@ -31,7 +31,7 @@ def needles(
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [512],
     block_size: options.BlockSize = 512,
-    slot_bits: options.SlotBits = ["16"],
+    slot_bits: options.SlotBits = [],
     output: options.Output = Path("needles"),
 ) -> None:
     """Numbers hidden in long texts, by depth and length.

@@ -68,7 +68,13 @@ OwnBlockSize = Annotated[
     int | None, option(METHOD, "Tokens read between two compressions (B).", show_default="M, at most 512")
 ]
 SlotBits = Annotated[
-    list[str], option(METHOD, "Bits of keys and values, 16, 8 or 4, or of both, such as 8-4; one or several.")
+    list[str],
+    option(
+        METHOD,
+        "Bits of keys and values, 16, 8 or 4, or of both, such as 8-4; one or several.",
+        metavar="BITS",
+        show_default="16, or the heads'",
+    ),
 ]
 ComparedHeads = Annotated[
     list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)

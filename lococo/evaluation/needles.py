@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from lococo.evaluation.equal_bytes import bytes_per_head
 from lococo.evaluation.perplexity import digest
 from lococo.files import write_whole
 from lococo.generation import read_and_answer
@@ -224,9 +225,11 @@ def evaluate_needles(
                 key = (model.name_or_path, run.name, run.identity(), digest(needle.ids))
                 answer = journal.measure(key, functools.partial(_answer, model, tokenizer, needle))
                 found[needle.length, needle.depth].append(needle.answer in answer)
+        held = {length: bytes_per_head(model, run, length) for length in {length for length, _ in found}}
         rows += [
             {
                 **run.columns,
+                "bytes_per_head": held[length],
                 "length": length,
                 "depth": depth,
                 "items": len(answers),
@@ -249,7 +252,7 @@ def _answer(model: Any, tokenizer: Any, needle: Needle) -> str:
 def by_length(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line per method and length, over all depths, which have as many items each."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    names = ("method", "num_slots", "block_size", "length")
+    names = ("method", "num_slots", "block_size", "bytes_per_head", "length")
     for row in rows:
         groups[tuple(row[name] for name in names)].append(row)
     return [

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
+from lococo.evaluation.equal_bytes import bytes_per_head
 from lococo.files import write_whole
-from lococo.methods import Run
+from lococo.methods import H2O, Run
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio, mean_nll
 from lococo.results.journal import Journal
 from lococo.results.plots import Bars, Lines, Series, picture
@@ -27,7 +28,6 @@ from lococo.results.tables import beside, label_of, write_result
 
 Row = dict[str, Any]
 ALL_DOMAINS = "all"
-H2O = ("h2o", "h2o-slot")
 
 
 class DocumentLosses:
@@ -63,11 +63,15 @@ def perplexity_rows(
 ) -> list[Row]:
     """One row per run, length and domain (and one for all domains).
 
-    The gap ratio compares with H2O at the same number of slots and with the better of its two position modes in that
-    domain; ``gap_low`` and ``gap_high`` bound it.
+    The gap ratio compares with H2O at the same number of slots, or at ``Run.reference_slots``, and with the better of
+    its two position modes in that domain; ``gap_low`` and ``gap_high`` bound it.
     """
     losses = measure_losses(model, texts, runs, first, journal)
-    return [loss_row(losses, run, group) for run, groups in losses.items() for group in groups]
+    rows = []
+    for run, groups in losses.items():
+        held = {length: bytes_per_head(model, run, length) for length in {length for length, _ in groups}}
+        rows += [{**loss_row(losses, run, group), "bytes_per_head": held[group[0]]} for group in groups]
+    return rows
 
 
 def measure_losses(
@@ -93,9 +97,10 @@ def _key(model: PreTrainedModel, run: Run, window: Window, first: int) -> tuple[
 
 
 def references(losses: Losses, run: Run, group: tuple[int, str]) -> tuple[DocumentLosses | None, list[DocumentLosses]]:
-    """What a run's gap ratio compares with: the full cache, and the variants of H2O at as many slots."""
+    """What a run's gap ratio compares with: the full cache, and the variants of H2O."""
+    slots = run.num_slots if run.reference_slots is None else run.reference_slots
     full = next((groups[group] for other, groups in losses.items() if other.name == "full"), None)
-    h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == run.num_slots]
+    h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == slots]
     return full, h2o
 
 
@@ -139,8 +144,8 @@ def evaluate_perplexity(
 ) -> list[Row]:
     """Measure, write ``<output>.json``, ``.md`` and pictures, and return the rows. A killed run resumes.
 
-    ``<output>.png`` shows domains; ``<output>_slots.png`` budgets and ``<output>_length.png`` lengths, where there are
-    several.
+    ``<output>.png`` shows domains; ``<output>_slots.png`` budgets (of runs that are not at equal bytes) and
+    ``<output>_length.png`` lengths, where there are several.
 
     Parameters
     ----------
@@ -156,12 +161,13 @@ def evaluate_perplexity(
     how = (
         f"Each window is read from its start with an empty cache, its tokens from the {first}th on count. gap_low and "
         f"gap_high: {CONFIDENCE:.0%} interval of gap_ratio, {RESAMPLES} bootstrap resamples of the documents, seed "
-        f"{SEED}."
+        f"{SEED}. bytes_per_head: bytes of all that the cache holds by layer and KV head, in {str(model.dtype)[6:]}."
     )
+    at_equal_bytes = any(each.reference_slots for each in runs)
     write_result(output, command, model.device, rows, how=how)
     if any(each.name == "full" for each in runs) and len(runs) > 1:
-        plot_by_domain(rows, beside(output, ".png"))
-    if len({each.num_slots for each in runs if each.num_slots}) > 1:
+        plot_by_domain(rows, beside(output, ".png"), at_equal_bytes)
+    if not at_equal_bytes and len({each.num_slots for each in runs if each.num_slots}) > 1:
         plot_by_slots(rows, beside(output, "_slots.png"))
     if len({window.length for window in texts}) > 1:
         plot_by_length(rows, beside(output, "_length.png"))
@@ -169,20 +175,28 @@ def evaluate_perplexity(
     return rows
 
 
-def plot_by_domain(rows: Sequence[Row], path: Path) -> None:
-    """Loss over the full cache by domain and method, at the smallest number of slots and the largest length."""
+def plot_by_domain(rows: Sequence[Row], path: Path, at_equal_bytes: bool = False) -> None:
+    """Loss over the full cache by domain and method, at the largest length.
+
+    Parameters
+    ----------
+    at_equal_bytes : bool
+        Whether to show all rows; else those with the smallest number of slots.
+    """
     rows = _longest(rows)
-    slots = min(row["num_slots"] for row in rows if row["num_slots"])
-    shown = [row for row in rows if row["num_slots"] == slots]
-    nll = {(row["domain"], row["method"]): row["nll"] for row in rows if row["num_slots"] in (None, slots)}
+    full = {row["domain"]: row["nll"] for row in rows if row["method"] == "full"}
+    shown = [row for row in rows if row["num_slots"]]
+    held, name = "at equal bytes", label_of
+    if not at_equal_bytes:
+        slots = min(row["num_slots"] for row in shown)
+        shown, held, name = [row for row in shown if row["num_slots"] == slots], f"{slots} slots", _method
     domains = _domains(shown)
+    nll = {(row["domain"], name(row)): row["nll"] for row in shown}
     lost = [
-        Series(method, [nll[domain, method] - nll[domain, "full"] for domain in domains])
-        for method in dict.fromkeys(row["method"] for row in shown)
+        Series(each, [nll[domain, each] - full[domain] for domain in domains])
+        for each in dict.fromkeys(map(name, shown))
     ]
-    title = (
-        f"{slots} slots, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
-    )
+    title = f"{held}, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
     panel = Bars(domains, lost, title, "loss over the full cache (nats per token)")
     write_whole(path, picture([[panel]], (8, panel.height)))
 

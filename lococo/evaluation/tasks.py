@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from lococo.evaluation.equal_bytes import bytes_per_head
 from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.results.journal import Journal
@@ -283,7 +284,7 @@ def evaluate_tasks(
                     journal.measure((*same, task.digest(question)), functools.partial(_ask, lm, task, question))
                     for question in tqdm(questions[line], desc=f"{run.name} {task.name}", leave=False, disable=None)
                 ]
-    rows = [_row(tasks[line], runs[column], outcomes[line, column]) for line, column in sorted(outcomes)]
+    rows = [_row(model, tasks[line], runs[column], outcomes[line, column]) for line, column in sorted(outcomes)]
     write_result(output, command, model.device, rows, **facts, max_length=lm.max_length)
     write_whole(beside(output, ".png"), picture_of(rows, ("task", "shots")))
     journal.finish()
@@ -295,7 +296,8 @@ def _ask(lm: PrefixLM, task: FewShotTask, question: dict[str, Any]) -> Outcome:
     return {"figure": task.answer(lm, question, prompt), "shots": prompt.shots, "tokens": prompt.tokens}
 
 
-def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _row(model: Any, task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    tokens = statistics.fmean(outcome["tokens"] for outcome in outcomes)
     score, error = task.score([outcome["figure"] for outcome in outcomes])
     return {
         "task": task.name,
@@ -306,7 +308,8 @@ def _row(task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, 
         "score": score,
         "stderr": error,
         "shots_that_fit": statistics.fmean(outcome["shots"] for outcome in outcomes),
-        "prompt_tokens": statistics.fmean(outcome["tokens"] for outcome in outcomes),
+        "prompt_tokens": tokens,
+        "bytes_per_head": bytes_per_head(model, run, round(tokens)),
     }
 
 

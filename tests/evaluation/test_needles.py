@@ -102,7 +102,7 @@ def test_found_is_what_the_answers_hold_and_a_killed_run_goes_on(tmp_path, monke
         (*method, depth, 2, depth) for method in (("full", None), ("h2o", 16)) for depth in (0, 1)
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"needles.json", "needles.md", "needles.png"}
-    assert "| full |  |  | 300 | 4 | 0.5 |" in (tmp_path / "needles.md").read_text()
+    assert "| full |  |  | 19200 | 300 | 4 | 0.5 |" in (tmp_path / "needles.md").read_text()
 
 
 def test_command(checkpoint, tmp_path, capsys):
@@ -114,4 +114,4 @@ def test_command(checkpoint, tmp_path, capsys):
     assert len(content["rows"]) == 4 and content["command"].startswith("lococo eval needles --model ")
     assert (tmp_path / "needles.png").read_bytes().startswith(b"\x89PNG")
     assert "h2o" in capsys.readouterr().out
-    assert "| h2o | 16 | 8 | 200 | 2 |" in (tmp_path / "needles.md").read_text()
+    assert "| h2o | 16 | 8 | 1744 | 200 | 2 |" in (tmp_path / "needles.md").read_text()
