@@ -28,6 +28,11 @@ TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexc
 HEADS := examples/heads/smollm2-135m
 # Scores are learned with the first.
 BUDGETS := 128 256 512
+# Heads that fit into the bytes of H2O with M = 128, each in a format of its own.
+EQUAL_BYTES := 176 352 448
+BLOCK_SIZE = $(if $(filter $(EQUAL_BYTES),$*),64,128)
+BITS_352 := 8
+BITS_448 := 8-4
 TASK_FILES := .demo/tasks
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
@@ -79,7 +84,7 @@ perplexity tasks agreement long ablate extend bench-extend side-by-side calibrat
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity \
-	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration parts chatglm gpu gpu-perplexity \
+	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration bits equal-bytes parts chatglm gpu gpu-perplexity \
 	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm \
 	test-cuda-build clean
 .SECONDARY:
@@ -185,10 +190,11 @@ inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a pictu
 		--user-data-dir=$(CURDIR)/.demo/browser --screenshot=$(abspath $(RESULTS)/inspect.png) \
 		"file://$(CURDIR)/.demo/inspect.html#$(SHOWN)"
 
-calibrate: $(BUDGETS:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
+calibrate: $(BUDGETS:%=calibrate-%) $(EQUAL_BYTES:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
 calibrate-%: $(MODEL)/$(GGUF)
-	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size 128 --heldout 3 --output $(HEADS)-$* \
+	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size $(BLOCK_SIZE) \
+		--slot-bits $(or $(BITS_$*),16) --heldout 3 --output $(HEADS)-$* \
 		$(if $(filter-out $(firstword $(BUDGETS)),$*),--scores-from $(HEADS)-$(firstword $(BUDGETS))) --resume
 
 BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --documents 2 --methods full,h2o,h2o-slot \
@@ -197,6 +203,18 @@ BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --doc
 calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration, _zh
 	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
 	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
+
+# Half an hour on one CPU thread. A killed run goes on when it is made again, as those below.
+bits: $(MODEL)/$(GGUF) ## loss by bits of keys and values, with as many slots, in bfloat16 -> docs/results/bits
+	$(BY_DOMAIN) --dtype bfloat16 --methods full,h2o --slot-bits 16 8 --data $(HELDOUT) \
+		$(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/bits
+
+# An hour on one CPU thread. Heads have as many slots as fit in their format.
+equal-bytes: $(MODEL)/$(GGUF) ## formats in the bytes of H2O with M = 128 in 16 bits -> docs/results/equal_bytes
+	$(LOCOCO) eval ppl $(ON_MODEL) --dtype bfloat16 --length 4096 --min-length 1024 --documents 2 --bytes-of h2o:128 \
+		--block-size 128 64 --methods full,h2o,h2o-slot,lococo-uncalibrated --slot-bits 16 8 8-4 \
+		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl \
+		--output $(RESULTS)/equal_bytes
 
 parts: $(MODEL)/$(GGUF) ## the heads without one of their parts each: scores, slots, centroids -> docs/results/parts
 	$(EXPERIMENT).parts $(ON_MODEL) --device cpu --data $(HELDOUT) --heads $(HEADS)-128 --output $(RESULTS)/parts

@@ -13,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from lococo.compression.codes import Codec
 from lococo.kernels import triton_attention as triton_kernels
-from lococo.kernels import triton_blend
+from lococo.kernels import triton_blend, triton_decode
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KV_HEADS, GROUPS, QUERIES, ENTRIES, SLOTS = 2, 4, 512, 1024, 192
@@ -71,6 +72,16 @@ def blend(dim, dtype, is_gated, has_mass):
     )
 
 
+def decode(dim, dtype, bits, is_split):
+    codec = Codec(bits, (dim, dim), (dtype, dtype))
+    numbers = torch.zeros(2, 1, ENTRIES, dim, dtype=dtype).unbind()
+    held = [each if each is None else each.contiguous() for pair in codec.coded(*numbers) for each in pair]
+    kv_heads = KV_HEADS if is_split else 1
+    query, places = torch.zeros(1, kv_heads * GROUPS, dim, dtype=dtype), torch.zeros(kv_heads, dtype=torch.long)
+    more = (codec, torch.zeros(1, ENTRIES, dtype=dtype), places[None], 0.1, places if is_split else None, is_split)
+    triton_decode.attend_codes(query, *held, *more)
+
+
 CASES = [
     (attend, 64, FP16, False),
     (attend, 128, BF16, True),
@@ -81,6 +92,9 @@ CASES = [
     (blend, 64, BF16, False, False),
     (blend, 128, BF16, True, True),
     (blend, 256, FP16, True, True),
+    (decode, 64, BF16, (8, 8), True),
+    (decode, 128, BF16, (8, 4), True),
+    (decode, 256, FP16, (4, 16), False),
 ]
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from lococo.cache.plan import Plan, upload
 from lococo.compression.codes import Codec
 from lococo.compression.entries import Entries, by_group
-from lococo.kernels.attention import LogitBias
+from lococo.kernels.attention import LogitBias, triton_takes
+from lococo.kernels.trials import TRITON, DecodeTrial
 
 if TYPE_CHECKING:
     from lococo.cache.buffers import HeadGroup
@@ -35,7 +36,7 @@ class DecodeBuffers:
     num_heads : int
         Query heads.
     codec : Codec, optional
-        Where keys and values are held as codes. Every step decodes all of them: they are read once.
+        Where keys and values are held as codes. Torch decodes all of them for every step, a Triton kernel as it reads.
 
     Attributes
     ----------
@@ -81,7 +82,8 @@ class DecodeBuffers:
                 owner += [head] * group.config.capacity
         small = torch.uint8 if len(starts) <= 2**8 else torch.int32
         self._owner = upload(torch.tensor(owner, dtype=small), device)
-        self._first, self._delay = upload(torch.tensor([starts[head] for head in sorted(starts)]).T, device)
+        by_head = zip(*(starts[head] for head in sorted(starts)), strict=True)
+        self._first, self._delay = upload(torch.tensor(list(by_head)), device)
         queries = torch.arange(num_heads, device=device) // (num_heads // len(starts))
         self._of_query = queries.to(small)[:, None]
 
@@ -178,32 +180,57 @@ class DecodeBuffers:
             (batch, heads, 1, head_dim).
         """
         shape = (self._at.shape[0], -1, query.shape[-1])
-        keys, values = self._write(key.reshape(shape), value.reshape(shape))
+        self._write(key.reshape(shape), value.reshape(shape))
         if self.entries.queries is not None:
             self._write_queries(self.entries.queries, query, key.shape[1])
         self.bias.scatter_(1, self._at, 0.0)
-        bias, grouped = self._by_query(self._seen(window)), query.reshape(shape)
+        bias, grouped = self._seen(window), query.reshape(shape)
+        result = None
+        if self.codec is not None and attend is None and triton_takes(query):
+            result = self._attend_codes(self.codec, grouped, bias, scale, squared)
+        output, received = self._attend(grouped, bias, scale, squared, attend) if result is None else result
+        if self.entries.scores is not None and received is not None:
+            self._score(self.entries.scores, received)
+        self._at += 1
+        return output.reshape(query.shape)
+
+    def _attend(
+        self, query: torch.Tensor, bias: torch.Tensor, scale: float, squared: bool, attend: Callable | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(rows, queries, head_dim) of as many queries, and the attention received; by torch or a user's kernel."""
+        keys, values = self._numbers()
+        bias = self._by_query(bias)
         is_exact = query.dtype in (torch.float32, torch.float64) and attend is None
-        scores = self.entries.scores
-        if is_exact or scores is not None:
-            logits = torch.baddbmm(bias, grouped, keys.transpose(1, 2), alpha=scale)
+        is_scored = self.entries.scores is not None
+        if is_exact or is_scored:
+            logits = torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
             probabilities = logits.softmax(dim=-1, dtype=self._wide)  # (rows, queries, entries)
         if is_exact:
             output = torch.bmm(probabilities, values)
         elif attend is not None:
-            output = self._attend_by(attend, grouped, keys, values, bias, scale)
+            output = self._attend_by(attend, query, keys, values, bias, scale)
         else:  # logits in half precision are good enough for scores alone
-            rows = (grouped[:, None], keys[:, None], values[:, None])
+            rows = (query[:, None], keys[:, None], values[:, None])
             output = F.scaled_dot_product_attention(*rows, attn_mask=bias[:, None], scale=scale)
-        if scores is not None:
-            self._score(scores, probabilities.square_() if squared else probabilities)
-        self._at += 1
-        return output.reshape(query.shape)
+        if not is_scored:
+            return output, None
+        return output, (probabilities.square_() if squared else probabilities).sum(dim=1)
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put (rows, heads of a row, head_dim) of a token into its entries; (rows, entries, head_dim) of all."""
-        entries = self.entries
-        name = "keys" if entries.rotated is None else "rotated"
+    def _attend_codes(
+        self, codec: Codec, query: torch.Tensor, bias: torch.Tensor, scale: float, squared: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The same by a kernel that reads codes; None where it cannot."""
+        entries, first = self.entries, self._first if self.is_split else None
+        how = (entries.scores is not None, squared)
+        groups = query.shape[1] // self._at.shape[1]
+        trial = DecodeTrial(query.device, query.dtype, query.shape[-1], codec, groups, self.is_split, *how)
+        keys_range = entries.keys_range if entries.rotated is None else entries.rotated_range
+        held = (entries.rotated_keys, keys_range, entries.values, entries.values_range)
+        return TRITON.run(trial, query, *held, codec, bias, self._at, scale, first, *how)
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put (rows, heads of a row, head_dim) of a token into its entries."""
+        name = "keys" if self.entries.rotated is None else "rotated"
         new = {name: key, "values": value}
         if self.codec is not None:
             for each, (codes, span) in zip(list(new), self.codec.coded(key, value), strict=True):
@@ -211,14 +238,19 @@ class DecodeBuffers:
                 if span is not None:
                     new[f"{each}_range"] = span
         for each, tensor in new.items():
-            held = getattr(entries, each)
+            held = getattr(self.entries, each)
             held.scatter_(1, self._at[..., None].expand(-1, -1, held.shape[-1]), tensor.to(held.dtype))
-        if self.codec is not None:
-            read = Entries(*(getattr(entries, each) for each in (name, "values")))
-            read.keys_range, read.values_range = getattr(entries, f"{name}_range"), entries.values_range
-            entries = self.codec.decoded(read)
-            return entries.keys, entries.values
-        return entries.rotated_keys, entries.values
+
+    def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, entries, head_dim) keys that attention reads, and values."""
+        entries = self.entries
+        if self.codec is None:
+            return entries.rotated_keys, entries.values
+        read = Entries(entries.rotated_keys, entries.values)
+        read.keys_range = entries.keys_range if entries.rotated is None else entries.rotated_range
+        read.values_range = entries.values_range
+        read = self.codec.decoded(read)
+        return read.keys, read.values
 
     def _attend_by(
         self,
@@ -242,7 +274,6 @@ class DecodeBuffers:
         queries.scatter_(1, at, by_group(query, kv_heads).to(queries.dtype).reshape(at.shape))
 
     def _score(self, scores: torch.Tensor, received: torch.Tensor) -> None:
-        received = received.sum(dim=1)
         if self._scored_until is None:
             scores += received
         else:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from lococo.compression.codes import Codec
+
 # Errors allowed, as shares of the largest number of a result, by its type.
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-3}
 
@@ -107,6 +109,47 @@ class MassTrial(_AttentionTrial):
         probs = logits.softmax(-1) * _lower_right(DELAY, query.device)
         expected = (probs.square() if self.squared else probs).sum(dim=(2, 3))
         yield kernel(query, key, scale, lse, bias, DELAY, self.squared), expected
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTrial(Trial):
+    """Of ``triton_decode.attend_codes``."""
+
+    kernel = "triton_decode.attend_codes"
+
+    codec: Codec
+    groups: int
+    is_split: bool
+    wants_received: bool
+    squared: bool
+
+    def results(self, kernel: Callable[..., Any]) -> Pairs:
+        """Output and attention received."""
+        normal = self._generator()
+        heads = KV_HEADS if self.is_split else 1
+        query = normal(KV_HEADS, heads * self.groups, self.codec.sizes[0])
+        numbers = [normal(KV_HEADS, ENTRIES, size) for size in self.codec.sizes]
+        held = [each if each is None else each.contiguous() for pair in self.codec.coded(*numbers) for each in pair]
+        (wide_keys, _), (wide_values, _) = self.codec.rounded(*numbers)
+        bias = normal(KV_HEADS, ENTRIES)
+        first = torch.tensor([0, ENTRIES // 2][:heads], device=self.device)
+        at = first + torch.tensor([[DELAY], [2 * DELAY]], device=self.device)
+
+        def is_of(head: int) -> torch.Tensor:
+            entry = torch.arange(ENTRIES, device=self.device)
+            return (entry >= first[head]) & (entry <= at[:, head, None])
+
+        owned = torch.stack([is_of(head) for head in range(heads)], dim=1).repeat_interleave(self.groups, dim=1)
+        scale = self.head_dim**-0.5
+        logits = query.double() @ wide_keys.double().mT * scale + bias.double()[:, None]
+        probs = logits.masked_fill(~owned, float("-inf")).softmax(-1)
+        output, received = kernel(
+            *(query, *held, self.codec, bias, at, scale),
+            *(first if self.is_split else None, self.wants_received, self.squared),
+        )
+        yield output, probs @ wide_values.double()
+        if received is not None:
+            yield received, (probs.square() if self.squared else probs).sum(1)
 
 
 @dataclasses.dataclass(frozen=True)

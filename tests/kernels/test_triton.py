@@ -8,17 +8,20 @@ import pytest
 import torch
 import triton.language as tl
 from configs import FORESEEN
+from families import build
 from tiny import tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
 
 from lococo import LoCoCoConfig, patched
+from lococo.cache import decode
 from lococo.compression import base as compressors
 from lococo.compression import fusion
 from lococo.compression import select as slots
+from lococo.compression.codes import Codec
 from lococo.compression.fusion import FusionHead
 from lococo.kernels import attention as backends
 from lococo.kernels import scoring as kernels
-from lococo.kernels import trials, triton_blend
+from lococo.kernels import trials, triton_blend, triton_decode
 from lococo.kernels import triton_attention as triton_kernels
 from lococo.kernels.attention import LogitBias, lower_right
 
@@ -274,6 +277,104 @@ def test_random_blends(seed):
         torch.testing.assert_close(mine.double(), theirs, rtol=5e-5, atol=5e-5)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("bits", "sizes", "groups", "squared"),
+    [
+        ((8, 8), (64, 64), 3, False),
+        ((8, 4), (80, 80), 1, True),
+        ((4, 16), (128, 40), 8, False),
+        ((4, 4), (33, 33), 2, False),
+    ],
+)
+@pytest.mark.parametrize("starts", [None, (0, 91, 45)])
+def test_decoding_from_codes(starts, bits, sizes, groups, squared, dtype):
+    torch.manual_seed(0)
+    codec, rows, entries, kv_heads = Codec(bits, sizes, (dtype, dtype)), 2, 130, 1 if starts is None else 3
+    numbers = [torch.randn(rows, entries, size).to(DEVICE, dtype) for size in sizes]
+    coded = [each if each is None else each.contiguous() for pair in codec.coded(*numbers) for each in pair]
+    query = torch.randn(rows, sizes[0], kv_heads * groups).to(DEVICE, dtype).transpose(1, 2)
+    bias = torch.randn(rows, entries).to(DEVICE, dtype)
+    bias[:, :40], bias[0, 45:47] = float("-inf"), float("-inf")  # a whole tile, and what a window does not reach
+    first = torch.tensor(starts or [0], device=DEVICE)
+    at = torch.tensor([[44], [129]] if starts is None else [[44, 129, 90], [44, 91, 60]], device=DEVICE)
+    arguments = (query, *coded, codec, bias, at, 0.2, None if starts is None else first)
+    output, received = triton_decode.attend_codes(*arguments, True, squared)
+    assert output.dtype == dtype and received.dtype == torch.float32
+
+    (keys, _), (values, _) = codec.rounded(*(tensor.clone() for tensor in numbers))
+    expected, wanted = torch.zeros(output.shape).double(), torch.zeros(rows, entries).double()
+    for row in range(rows):
+        for head in range(kv_heads * groups):
+            own = slice(int(first[head // groups]), int(at[row, head // groups]) + 1)
+            logits = keys[row, own].double() @ query[row, head].double() * 0.2 + bias[row, own].double()
+            probs = logits.softmax(-1).cpu()
+            expected[row, head] = probs @ values[row, own].double().cpu()
+            wanted[row, own] += probs.square() if squared else probs
+    assert relative_error(output.cpu(), expected) < TOLERANCES[dtype]
+    assert relative_error(received.cpu(), wanted) < max(1e-3, TOLERANCES[dtype] / 4)
+    again, nothing = triton_decode.attend_codes(*arguments)
+    assert nothing is None and torch.equal(again, output)
+
+
+CODED_RUNS = {
+    "one-budget": dict(score="last", slot_bits=8),
+    "squares": dict(score="sum", slot_bits=4),
+    "slots-per-head": dict(
+        score="learned", compressor="centroids", slot_bits=(8, 4), slots_per_head=((8, 24), (16, 16))
+    ),
+    "in-slots": dict(positions="slot", slot_bits=8),
+}
+
+
+@pytest.mark.parametrize("changes", CODED_RUNS.values(), ids=CODED_RUNS)
+@pytest.mark.parametrize("family", ["Llama", "Mistral-window"])
+def test_model_decodes_from_codes(changes, family, in_every_type, monkeypatch):
+    """In a kernel that reads codes as after all were decoded, with scores that choose what stays."""
+    calls, kernel = [], triton_decode.attend_codes
+    monkeypatch.setattr(triton_decode, "attend_codes", lambda *arguments: calls.append(1) or kernel(*arguments))
+    ids = tiny_ids(2, 60).to(DEVICE)
+
+    def generate():
+        torch.manual_seed(0)
+        model = build(family)
+        with patched(model.to(DEVICE), LoCoCoConfig(16, block_size=8, **changes)), torch.no_grad():
+            read = model(ids[:, :30], use_cache=True)
+            steps = [model(ids[:, i : i + 1], past_key_values=read.past_key_values).logits for i in range(30, 60)]
+        return torch.cat(steps, dim=1)
+
+    def tried():
+        return sum(isinstance(each, trials.DecodeTrial) for each in trials.TRITON._passed)
+
+    got = generate()
+    assert tried() and trials.TRITON.is_on and len(calls) == 2 * 30 + tried()
+    monkeypatch.setattr(trials.TRITON, "is_on", False)
+    calls.clear()
+    torch.testing.assert_close(got, generate(), rtol=0, atol=2e-3)  # what rounds differently may get another code
+    assert not calls
+
+
+@pytest.mark.parametrize("fault", ["launch", "wrong"])
+def test_first_fault_of_decoding_from_codes_leaves_it_to_torch(fault, in_every_type, monkeypatch):
+    kernel, calls = triton_decode.attend_codes, []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        output, received = kernel(*arguments)
+        return FAULTS[fault](output), received
+
+    def generate():
+        with patched(tiny_llama().to(DEVICE), LoCoCoConfig(16, block_size=8, slot_bits=8)) as model, torch.no_grad():
+            return model.generate(tiny_ids(1, 20).to(DEVICE), max_new_tokens=12, do_sample=False)
+
+    expected = generate()
+    trials.TRITON._passed.clear()
+    monkeypatch.setattr(triton_decode, "attend_codes", spoiled)
+    with pytest.warns(UserWarning, match="attend_codes failed"):
+        assert torch.equal(generate(), expected)
+    assert len(calls) == 1 and not trials.TRITON.is_on
+
+
 def read_and_generate(attention, padded=False, score="distant"):
     """(tokens, vocabulary) logits of a prompt and of five steps after it."""
     ids, mask = tiny_ids(2, 45).to(DEVICE), torch.ones(2, 45, dtype=torch.long, device=DEVICE)
@@ -315,7 +416,7 @@ def calls(in_every_type, monkeypatch):
 def in_every_type(monkeypatch):
     """What is left to torch on a CPU and in float32, here in Triton."""
     monkeypatch.setattr(backends, "TRITON_DTYPES", (*backends.HALF_TYPES, torch.float32))
-    for module in (kernels, fusion):
+    for module in (kernels, fusion, decode):
         monkeypatch.setattr(module, "triton_takes", lambda tensor: True)
 
 
