@@ -20,8 +20,11 @@ def num_groups(size: int, bits: int) -> int:
 
 def measure_range(vectors: torch.Tensor, bits: int) -> torch.Tensor:
     """(..., 2 * groups) in float16, of (..., d): the distances between two codes, then the numbers of code 0."""
-    grouped = _grouped(vectors, bits)
-    least, most = grouped.amin(dim=-1), grouped.amax(dim=-1)
+    return _range(_grouped(vectors, bits), bits)
+
+
+def _range(grouped: torch.Tensor, bits: int) -> torch.Tensor:
+    least, most = grouped.aminmax(dim=-1)
     return torch.cat([(most - least) / (2**bits - 1), least], dim=-1).half()
 
 
@@ -34,7 +37,11 @@ def encode(vectors: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor
         (..., d) in uint8, or (..., ceil(d / 2)), two codes in a byte. Numbers outside of a range get the code of the
         closest end, those that are no number any code: their range is no number, either.
     """
-    codes = _steps(vectors, _scales(vectors, span), bits).to(torch.uint8).flatten(-2)[..., : vectors.shape[-1]]
+    return _encoded(_grouped(vectors, bits), span, bits, vectors.shape[-1])
+
+
+def _encoded(grouped: torch.Tensor, span: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    codes = _steps(grouped, _scales(span, grouped.dtype), bits).to(torch.uint8).flatten(-2)[..., :size]
     return codes if bits == 8 else _packed(codes)
 
 
@@ -42,22 +49,24 @@ def decode(codes: torch.Tensor, span: torch.Tensor, bits: int, size: int, dtype:
     """(..., size) numbers that codes stand for."""
     codes = codes if bits == 8 else _unpacked(codes)[..., :size]
     steps = codes.to(torch.promote_types(dtype, torch.float32))
-    return _numbers(_grouped(steps, bits), _scales(steps, span), size, dtype)
+    return _numbers(_grouped(steps, bits), _scales(span, steps.dtype), size, dtype)
 
 
 def round_to_codes(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., d) vectors as they will be decoded, and their ranges. The gradient passes through."""
     with torch.no_grad():
-        span = measure_range(vectors, bits)
-        scales = _scales(vectors, span)
-        rounded = _numbers(_steps(vectors, scales, bits), scales, vectors.shape[-1], vectors.dtype)
+        grouped = _grouped(vectors, bits)
+        span = _range(grouped, bits)
+        scales = _scales(span, grouped.dtype)
+        rounded = _numbers(_steps(grouped, scales, bits), scales, vectors.shape[-1], vectors.dtype)
     return (vectors + (rounded - vectors).detach() if vectors.requires_grad else rounded), span
 
 
 def measure_and_encode(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of (..., d) vectors, and their ranges."""
-    span = measure_range(vectors, bits)
-    return encode(vectors, span, bits), span
+    grouped = _grouped(vectors, bits)
+    span = _range(grouped, bits)
+    return _encoded(grouped, span, bits, vectors.shape[-1]), span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,18 +147,17 @@ class Codec:
         return dataclasses.replace(entries, **changes)
 
 
-def _scales(like: torch.Tensor, span: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _scales(span: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Distance of two codes and number of code 0 of every group, (..., groups, 1)."""
-    step, least = span.to(_wide(like))[..., None].chunk(2, dim=-2)
+    step, least = span.to(dtype)[..., None].chunk(2, dim=-2)
     return step, least
 
 
-def _steps(vectors: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], bits: int) -> torch.Tensor:
-    """(..., groups, channels) whole numbers, the codes of vectors."""
+def _steps(grouped: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], bits: int) -> torch.Tensor:
+    """(..., groups, channels) whole numbers, the codes of as many."""
     step, least = scales
     # Codes of a group of equal numbers have no distance, nor those of numbers that are closer than float16 can tell.
-    steps = torch.where(step > 0, (_grouped(vectors, bits) - least) / step, 0.0)
-    return steps.round_().nan_to_num_(0.0).clamp_(0, 2**bits - 1)
+    return (grouped - least).div_(step).round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 2**bits - 1)
 
 
 def _numbers(
@@ -166,14 +174,10 @@ def _grouped(vectors: torch.Tensor, bits: int) -> torch.Tensor:
     size, groups = vectors.shape[-1], num_groups(vectors.shape[-1], bits)
     channels = min(GROUP[bits], size)
     missing = groups * channels - size
-    vectors = vectors.to(_wide(vectors))
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     if missing:
         vectors = torch.cat([vectors, vectors[..., -1:].expand(*vectors.shape[:-1], missing)], dim=-1)
     return vectors.unflatten(-1, (groups, channels))
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:
