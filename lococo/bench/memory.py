@@ -16,7 +16,7 @@ from lococo.generation import cache_bytes
 from lococo.methods import Run
 from lococo.models import base_shape
 from lococo.results.plots import Lines, Series, picture
-from lococo.results.tables import beside, write_result
+from lococo.results.tables import beside, peak_memory, write_result
 
 
 @torch.no_grad()
@@ -30,7 +30,8 @@ def cache_growth(
 ) -> list[dict[str, Any]]:
     """Read random tokens step by step and note the bytes of the cache; writes ``<output>.json``, ``.md``, ``.png``.
 
-    Cache bytes do not depend on what is read, so random tokens show what a text would.
+    Cache bytes do not depend on what is read, so random tokens show what a text would. ``peak_bytes`` are the most in
+    use at once since this process began, of the GPU or of the process on a CPU.
 
     Raises
     ------
@@ -51,7 +52,8 @@ def cache_growth(
                 cache = cache_of(model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1))
                 held = cache_bytes(cache)
                 sizes = {"cache_bytes": held, "bytes_per_head": round(held / held_by)}
-                rows.append({"method": name, "num_slots": slots, "tokens": stop, **sizes})
+                peak = peak_memory(model.device)
+                rows.append({"method": name, "num_slots": slots, "tokens": stop, **sizes, "peak_bytes": peak})
     write_result(output, command, model.device, rows)
     write_whole(beside(output, ".png"), _picture(rows))
     return rows

@@ -38,6 +38,7 @@ def memory(
     source: options.ModelOptions,
     *,
     methods: options.MethodNames = "full,h2o,lococo-uncalibrated",
+    heads: options.ComparedHeads = [],
     num_slots: options.NumSlots = 256,
     block_size: options.BlockSize = 256,
     slot_bits: options.SlotBits = [],
@@ -52,7 +53,8 @@ def memory(
     from lococo.bench.memory import cache_growth
     from lococo.methods import plan_runs
 
-    runs = plan_runs(names_of(methods), [num_slots], block_size, slot_bits=slot_bits)
+    of_heads = [num_slots], block_size, heads
+    runs = plan_runs(names_of(methods), *of_heads, name_heads=True, any_block_size=True, slot_bits=slot_bits)
     model, _ = source.load()
     rows = cache_growth(model, runs, tokens, step, output, context.obj)
     print_table([row for row in rows if row["tokens"] == rows[-1]["tokens"]])

@@ -195,6 +195,26 @@ def test_eval_ppl_writes_its_files(checkpoint, tmp_path, capsys, slots):
     assert f"{output}.json" in said
 
 
+def test_eval_ppl_at_equal_bytes(checkpoint, tmp_path, capsys):
+    (tmp_path / "poems.txt").write_text(TEXT)
+    arguments = ["--model", str(checkpoint), "--data", str(tmp_path / "poems.txt"), "--length", "100", "--first", "50"]
+    arguments += ["--methods", "full,h2o,h2o-slot", "--block-size", "8", "4", "--slot-bits", "16", "8"]
+    assert main(["eval", "ppl", *arguments]) == 2
+    assert "one --block-size is compared, several with --bytes-of, got [8, 4]" in errors(capsys)[0]
+    assert main(["eval", "ppl", *arguments, "--bytes-of", "h2o:16", "--output", str(tmp_path / "fair")]) == 0
+    rows = json.loads((tmp_path / "fair.json").read_text())["rows"]
+    held = {row["method"]: row["bytes_per_head"] for row in rows if row["domain"] == "all"}
+    fitted = {"h2o-b4", "h2o-8", "h2o-b4-8", "h2o-slot-b4", "h2o-slot-8", "h2o-slot-b4-8"}
+    assert set(held) == {"full", "h2o", "h2o-slot", *fitted}
+    assert held["full"] == 100 * 2 * 8 * 4 and all(0.8 < held[name] / held["h2o"] <= 1 for name in fitted)
+    slots = {row["method"]: row["num_slots"] for row in rows}
+    assert slots["h2o"] == slots["h2o-slot"] == 16 < slots["h2o-b4"] < slots["h2o-8"] < slots["h2o-b4-8"]
+    assert len({row["gap_ratio"] is None for row in rows}) == 1, "all relate to the same H2O"
+    assert sorted(path.suffix for path in tmp_path.glob("fair*")) == [".json", ".md", ".png"]
+    said = capsys.readouterr().out
+    assert "h2o-b4-8" in said and "bytes_per_head" in said
+
+
 def test_data_is_looked_at_before_the_model_is_loaded(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
     (tmp_path / "a.jsonl").write_text('{"body": "w1 w2"}\n{"text"')
@@ -215,6 +235,8 @@ def test_bench_memory_shows_growth_and_no_growth(checkpoint, tmp_path):
     per_token = 2 * 2 * 8 * 2 * 4  # layers, KV heads, head_dim, key and value, bytes of a float32
     assert growth["full"] == [32 * per_token, 64 * per_token, 96 * per_token]
     assert len(set(growth["h2o"])) == 1
+    assert [row["bytes_per_head"] for row in rows if row["method"] == "full"] == [32 * 64, 64 * 64, 96 * 64]
+    assert all(row["peak_bytes"] > row["cache_bytes"] for row in rows)
 
 
 def test_version(capsys):
