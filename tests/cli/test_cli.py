@@ -212,7 +212,7 @@ def test_eval_ppl_at_equal_bytes(checkpoint, tmp_path, capsys):
     assert len({row["gap_ratio"] is None for row in rows}) == 1, "all relate to the same H2O"
     assert sorted(path.suffix for path in tmp_path.glob("fair*")) == [".json", ".md", ".png"]
     said = capsys.readouterr().out
-    assert "h2o-b4-8" in said and "bytes_per_head" in said
+    assert "h2o-slot-b4-8" in said and "bytes" in said
 
 
 def test_data_is_looked_at_before_the_model_is_loaded(checkpoint, tmp_path, capsys, monkeypatch):
