@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
 
 from lococo.cache.cache import LoCoCoCache
 from lococo.compat import cache_of, with_cache
-from lococo.models import length_dependent_rotaries
+from lococo.models import base_shape, length_dependent_rotaries
 from lococo.state import is_patched
 from lococo.whole_text import reading_pieces
 
@@ -178,6 +179,17 @@ def cache_bytes(cache: Any) -> int:
     if isinstance(cache, LoCoCoCache):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def random_full_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCache:
+    """The full cache after a text, filled with random numbers."""
+    shape = base_shape(model)
+    cache = DynamicCache(config=model.config)
+    size = (batch, shape["num_kv_heads"], length, shape["head_dim"])
+    for layer in range(shape["num_layers"]):
+        key = torch.randn(size, device=model.device, dtype=model.dtype)
+        cache.update(key, torch.randn_like(key), layer)
+    return cache
 
 
 def bytes_per_token(cache: Any) -> int:

@@ -19,7 +19,7 @@ from lococo.bench.meter import Meter
 from lococo.cache.buffers import KVBuffer
 from lococo.cache.cache import LoCoCoCache
 from lococo.compat import with_cache
-from lococo.generation import cache_bytes
+from lococo.generation import cache_bytes, random_full_cache
 from lococo.kernels import scoring as kernels
 from lococo.methods import Run
 from lococo.models import base_shape, find_family
@@ -74,7 +74,7 @@ class Score(Topic):
         config = cell.run.config
         with meter.apart():
             if config is None:
-                cache: Any = speed.random_full_cache(model, cell.length - self.block_size, cell.batch)
+                cache: Any = random_full_cache(model, cell.length - self.block_size, cell.batch)
             else:
                 cache = speed.compressed_cache(model, config, cell.batch)
         decoder, ids = find_family(model).decoder, speed.random_ids(model, cell.batch, self.block_size)

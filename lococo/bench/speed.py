@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lococo.bench.meter import Meter, is_out_of_memory, release_memory
 from lococo.compat import cache_of, with_cache
 from lococo.config import LoCoCoConfig
-from lococo.generation import cache_bytes
+from lococo.generation import cache_bytes, random_full_cache
 from lococo.methods import Run
 from lococo.models import base_shape
 
@@ -205,17 +205,6 @@ def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, l
         blocks = min(blocks, length // config.block_size)
     ids = random_ids(model, batch, blocks * config.block_size)
     return cache_of(model(ids, use_cache=True, logits_to_keep=1))
-
-
-def random_full_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCache:
-    """The full cache after a text, filled with random numbers."""
-    shape = base_shape(model)
-    cache = DynamicCache(config=model.config)
-    size = (batch, shape["num_kv_heads"], length, shape["head_dim"])
-    for layer in range(shape["num_layers"]):
-        key = torch.randn(size, device=model.device, dtype=model.dtype)
-        cache.update(key, torch.randn_like(key), layer)
-    return cache
 
 
 def compare_speed(

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from lococo.bench.speed import random_full_cache
-from lococo.generation import cache_bytes, read_tokens
+from lococo.generation import cache_bytes, random_full_cache, read_tokens
 from lococo.methods import H2O, Run, heads_run, in_format, method_config, parse_formats
 from lococo.models import base_shape
 

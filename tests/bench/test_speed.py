@@ -17,12 +17,11 @@ from lococo.bench.speed import (
     Prefill,
     compare_speed,
     compressed_cache,
-    random_full_cache,
     random_ids,
 )
 from lococo.cache.buffers import KVBuffer
 from lococo.cli.main import main
-from lococo.generation import cache_bytes
+from lococo.generation import cache_bytes, random_full_cache
 from lococo.methods import PRESETS, Run, as_method, plan_runs
 from lococo.state import patch_of
 
