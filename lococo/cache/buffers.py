@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from lococo.cache.plan import Compression, Plan, Segment
 from lococo.compression.base import Compressor
 from lococo.compression.codes import Codec
 from lococo.compression.entries import Entries, by_group
-from lococo.compression.select import compress
+from lococo.compression.select import Budget, compress
 from lococo.config import LoCoCoConfig
 from lococo.models.rotary import Rotary
+from lococo.registry import COMPRESSORS, SCORES
 
 Observer = Callable[["KVBuffer", Entries, "int | torch.Tensor", "Compressor | None"], None]
 
@@ -30,6 +31,73 @@ class HeadGroup(NamedTuple):
     def stop(self) -> int:
         """Where the entries of the last head end."""
         return self.start + len(self.heads) * self.config.capacity
+
+
+def group_heads(configs: Sequence[LoCoCoConfig]) -> tuple[HeadGroup, ...]:
+    """KV heads with these configs, those with the same together, in the order in which they lie in the buffers."""
+    by_config: dict[LoCoCoConfig, list[int]] = {}
+    for head, config in enumerate(configs):
+        by_config.setdefault(config, []).append(head)
+    groups: list[HeadGroup] = []
+    for config, heads in by_config.items():
+        groups.append(HeadGroup(config, tuple(heads), groups[-1].stop if groups else 0))
+    return tuple(groups)
+
+
+def make_entries(
+    groups: Sequence[HeadGroup],
+    window: int | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    network: Any | None = None,
+) -> tuple[Entries, Codec | None]:
+    """Everything that KV heads will ever hold, zero, and how it is coded, if it is.
+
+    Parameters
+    ----------
+    groups : sequence of HeadGroup
+    window : int, optional
+        Tokens a query of the layer sees.
+    query : torch.Tensor
+        (batch, heads, tokens, head_dim), for sizes, type and device alone, as are
+    key, value : torch.Tensor
+        (batch, kv_heads, tokens, head_dim).
+    network : callable, optional
+        Of a learned score.
+
+    Returns
+    -------
+    tuple
+        (batch, entries of all KV heads, ...) numbers with ranges for what will be codes; a codec or None.
+    """
+    config, budgets = groups[0].config, [Budget.of(group.config, window) for group in groups]
+    shape = (key.shape[0], groups[-1].stop)
+    wide = torch.promote_types(key.dtype, torch.float32)
+
+    def numbers(wanted: bool) -> torch.Tensor | None:
+        return torch.zeros(shape, dtype=wide, device=key.device) if wanted else None
+
+    is_ranked = any(budget.is_ranked(config) for budget in budgets)
+    is_blended = any(budget.fused > 0 for budget in budgets)
+    needs = SCORES[config.score].needs if is_ranked else frozenset()
+    keys = key.new_zeros(*shape, key.shape[-1])
+    entries = Entries(
+        keys=keys,
+        values=value.new_zeros(*shape, value.shape[-1]),
+        scores=numbers("attention" in needs),
+        position=numbers(window is not None or "position" in needs),
+        log_mass=numbers(config.mass_bias and is_blended),
+        rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
+    )
+    if network is not None and "features" in needs:
+        entries.features = torch.zeros(*shape, network.num_features, dtype=torch.float16, device=key.device)
+    if is_blended and COMPRESSORS[config.compressor].needs_queries:
+        entries.queries = keys.new_zeros(*shape, query.shape[1] // key.shape[1] * query.shape[3])
+    if config.bits == (16, 16):
+        return entries, None
+    codec = Codec(config.bits, (key.shape[-1], value.shape[-1]), (key.dtype, value.dtype))
+    return codec.with_ranges(entries), codec
 
 
 class TokenStates(NamedTuple):

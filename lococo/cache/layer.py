@@ -9,15 +9,22 @@ from typing import Any
 
 import torch
 
-from lococo.cache.buffers import HeadGroup, KVBuffer, LayerModules, Observer, TokenStates, is_locked
+from lococo.cache.buffers import (
+    HeadGroup,
+    KVBuffer,
+    LayerModules,
+    Observer,
+    TokenStates,
+    group_heads,
+    is_locked,
+    make_entries,
+)
 from lococo.cache.decode import DecodeBuffers
 from lococo.cache.plan import Plan, RowState, upload
 from lococo.compat import CacheLayerMixin
 from lococo.compression.codes import Codec
 from lococo.compression.entries import Entries
-from lococo.compression.select import Budget
 from lococo.config import LoCoCoConfig
-from lococo.registry import COMPRESSORS, SCORES
 
 CROP_ERROR = (
     "a LoCoCoCache cannot be cropped: tokens blended into slots cannot be taken out again. Assisted and prompt-lookup "
@@ -70,6 +77,32 @@ class LayerCache(CacheLayerMixin):
         self.finished_columns: int | None = None
         self._views: list[KVBuffer] = []
         self._is_shared = False  # a graph may have saved these entries, or memory of theirs
+
+    @classmethod
+    def over(
+        cls,
+        entries: Entries,
+        config: LoCoCoConfig,
+        layer_idx: int,
+        groups: tuple[HeadGroup, ...],
+        num_heads: int,
+        codec: Codec | None = None,
+    ) -> LayerCache:
+        """A layer over entries that somebody else owns, to read into them, not token by token.
+
+        Parameters
+        ----------
+        entries : Entries
+            (batch, entries of all KV heads, ...), as ``make_entries`` makes them, coded if there is a codec.
+        groups : tuple of HeadGroup
+            Of the KV heads that are here, which may be some of the layer's.
+        num_heads : int
+            Query heads.
+        """
+        layer = cls(config, layer_idx)
+        layer.groups, layer.num_heads, layer.codec = groups, num_heads, codec
+        layer._hold(entries, is_shared=False)
+        return layer
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy goes on from: buffers of its own, which some pickles would share, outside of any graph."""
@@ -141,47 +174,14 @@ class LayerCache(CacheLayerMixin):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, network: Any | None = None
     ) -> None:
         """Make all buffers there will be, for tensors as those of ``step`` and a learned score's network."""
-        batch, num_kv_heads = key.shape[:2]
-        self.num_heads, self.groups = query.shape[1], self.group_heads(num_kv_heads)
-        config, budgets = self.config, [Budget.of(group.config, self.window) for group in self.groups]
-        shape = (batch, self.groups[-1].stop)
-        wide = torch.promote_types(key.dtype, torch.float32)
-
-        def numbers(wanted: bool) -> torch.Tensor | None:
-            return torch.zeros(shape, dtype=wide, device=key.device) if wanted else None
-
-        is_ranked = any(budget.is_ranked(config) for budget in budgets)
-        is_blended = any(budget.fused > 0 for budget in budgets)
-        needs = SCORES[config.score].needs if is_ranked else frozenset()
-        keys = key.new_zeros(*shape, key.shape[-1])
-        entries = Entries(
-            keys=keys,
-            values=value.new_zeros(*shape, value.shape[-1]),
-            scores=numbers("attention" in needs),
-            position=numbers(self.window is not None or "position" in needs),
-            log_mass=numbers(config.mass_bias and is_blended),
-            rotated=torch.zeros_like(keys) if config.positions == "slot" else None,
-        )
-        if network is not None and "features" in needs:
-            entries.features = torch.zeros(*shape, network.num_features, dtype=torch.float16, device=key.device)
-        if is_blended and COMPRESSORS[config.compressor].needs_queries:
-            entries.queries = keys.new_zeros(*shape, query.shape[1] // num_kv_heads * query.shape[3])
-        if config.bits != (16, 16):
-            self.codec = Codec(config.bits, (key.shape[-1], value.shape[-1]), (key.dtype, value.dtype))
-            entries = self.codec.with_ranges(entries)
+        self.num_heads, self.groups = query.shape[1], self.group_heads(key.shape[1])
+        entries, self.codec = make_entries(self.groups, self.window, query, key, value, network)
         self._own(entries)
 
     def group_heads(self, num_kv_heads: int) -> tuple[HeadGroup, ...]:
         """Heads with the same budget together, in the order in which they lie in the buffers."""
         configs = self.config.layer_configs(self.layer_idx)
-        by_config: dict[LoCoCoConfig, list[int]] = {}
-        for head, config in enumerate(configs if self.is_split else configs * num_kv_heads):
-            by_config.setdefault(config, []).append(head)
-        groups, start = [], 0
-        for config, heads in by_config.items():
-            groups.append(HeadGroup(config, tuple(heads), start))
-            start = groups[-1].stop
-        return tuple(groups)
+        return group_heads(configs if self.is_split else configs * num_kv_heads)
 
     @torch.no_grad()
     def _own(self, entries: Entries) -> None:

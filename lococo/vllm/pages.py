@@ -1,0 +1,366 @@
+"""What a layer remembers of many texts, a page of bytes each: texts are read one by one, single tokens at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lococo.attention import LayerReading, read_layer
+from lococo.cache.buffers import HeadGroup, LayerModules, group_heads, make_entries
+from lococo.cache.layer import LayerCache
+from lococo.cache.plan import Plan, RowState, plan_call, upload
+from lococo.compression.codes import Codec
+from lococo.compression.entries import ENTRY_FIELDS, Entries
+from lococo.config import LoCoCoConfig
+
+ALIGNMENT = 16  # bytes
+HIDDEN = float("-inf")
+
+
+def _forget(tensor: torch.Tensor, page: int) -> torch.Tensor:
+    """Overwrite what another text left in a page."""
+    return tensor[page].zero_()
+
+
+class Field(NamedTuple):
+    """A tensor of a page."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def stop(self) -> int:
+        """Where its bytes end."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class PageLayout:
+    """Where everything lies in a page: slots and open block of all KV heads of a layer, of constant size.
+
+    Attributes
+    ----------
+    groups : tuple of HeadGroup
+    codec : Codec, optional
+    fields : tuple of Field
+    """
+
+    groups: tuple[HeadGroup, ...]
+    codec: Codec | None
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(
+        cls,
+        configs: Sequence[LoCoCoConfig],
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        network: torch.nn.Module | None = None,
+    ) -> PageLayout:
+        """The layout for KV heads with these configs, and as many query heads in all."""
+        groups = group_heads(configs)
+        shape = (1, 0, head_dim)
+        query, key = (torch.zeros(1, heads, *shape[1:], dtype=dtype) for heads in (num_heads, len(configs)))
+        entries, codec = make_entries(groups, None, query, key, key, network)
+        held = entries if codec is None else codec.encoded(entries)
+        fields: list[Field] = []
+        start = 0
+        for name, tensor in zip(ENTRY_FIELDS, held.tensors(), strict=True):
+            if tensor is not None:
+                fields.append(Field(name, start, tuple(tensor.shape[1:]), tensor.dtype))
+                start = _aligned(fields[-1].stop)
+        return cls(groups, codec, tuple(fields))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a page."""
+        return _aligned(self.fields[-1].stop)
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of all KV heads."""
+        return self.groups[-1].stop
+
+    def entries(self, pages: torch.Tensor) -> Entries:
+        """Views of all pages.
+
+        Parameters
+        ----------
+        pages : torch.Tensor
+            (pages, ``nbytes`` or more) in uint8.
+
+        Returns
+        -------
+        Entries
+            (pages, entries of all KV heads, ...).
+        """
+        views = {
+            field.name: pages[:, field.start : field.stop].view(field.dtype).unflatten(1, field.shape)
+            for field in self.fields
+        }
+        return Entries(**views)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def row_state(seen: int, block_size: int) -> RowState:
+    """How far a text has been read after so many tokens: nothing but the page has to be kept for it."""
+    pending = (seen - 1) % block_size + 1 if seen else 0
+    return RowState(seen - pending, pending, pending == block_size)
+
+
+@dataclasses.dataclass
+class StepBatch:
+    """Texts that read one token each, shared by all layers.
+
+    Attributes
+    ----------
+    pages : torch.Tensor
+        (texts,), the page of each.
+    seen : torch.Tensor
+        (texts, 1), tokens read before.
+    rows : tuple of RowState
+        Before the token.
+    closing : tuple of int
+        Texts whose block is complete.
+    fresh : tuple of int
+        Texts that begin.
+    closed, pending : torch.Tensor
+        (texts, 1) of the row states when the token is written.
+    """
+
+    pages: torch.Tensor
+    seen: torch.Tensor
+    rows: tuple[RowState, ...]
+    closing: tuple[int, ...]
+    fresh: tuple[int, ...]
+    closed: torch.Tensor
+    pending: torch.Tensor
+    plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pages: torch.Tensor, seen: Sequence[int], block_size: int) -> StepBatch:
+        """For texts in (texts,) pages, of which so many tokens were read."""
+        rows = tuple(row_state(each, block_size) for each in seen)
+        after = [row.with_block_closed() for row in rows]
+        table = torch.tensor([seen, [row.closed for row in after], [row.pending for row in after]])
+        table = upload(table, pages.device)[..., None]
+        return cls(
+            pages=pages,
+            seen=table[0],
+            rows=rows,
+            closing=tuple(index for index, row in enumerate(rows) if row.is_complete),
+            fresh=tuple(index for index, each in enumerate(seen) if not each),
+            closed=table[1],
+            pending=table[2],
+        )
+
+    def plan_for(self, config: LoCoCoConfig) -> Plan:
+        """Of the texts whose block is complete, up to the token."""
+        if config.num_slots not in self.plans:
+            rows = [self.rows[index] for index in self.closing]
+            self.plans[config.num_slots] = plan_call(rows, 1, config, device=self.pages.device)
+        return self.plans[config.num_slots]
+
+
+class PagedLayer:
+    """A layer whose memory lies in pages that somebody else owns.
+
+    Parameters
+    ----------
+    config : LoCoCoConfig
+        Of the model.
+    layer_idx : int
+    layout : PageLayout
+    num_heads : int
+        Query heads.
+    pages : torch.Tensor
+        (pages, bytes) in uint8.
+    modules : LayerModules
+        What the layer computes its memory with.
+    scale : float
+        Factor on ``query @ key``.
+    softcap : float, optional
+        As in ``LogitBias``.
+    """
+
+    def __init__(
+        self,
+        config: LoCoCoConfig,
+        layer_idx: int,
+        layout: PageLayout,
+        num_heads: int,
+        pages: torch.Tensor,
+        modules: LayerModules,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
+        self.config, self.layer_idx, self.layout, self.num_heads = config, layer_idx, layout, num_heads
+        self.modules, self.scale, self.softcap = modules, scale, softcap
+        self.entries = layout.entries(pages)
+        device, groups = pages.device, layout.groups
+        by_head = sorted(
+            (head, group.start + place * group.config.capacity, group.config)
+            for group in groups
+            for place, head in enumerate(group.heads)
+        )
+        self.first = upload(torch.tensor([start for _, start, _ in by_head]), device)
+        self.slots = upload(torch.tensor([each.num_slots for _, _, each in by_head]), device)
+        owner = [head for group in groups for head in group.heads for _ in range(group.config.capacity)]
+        self.owner = upload(torch.tensor(owner), device)
+        self.index = torch.arange(layout.num_entries, device=device)
+        self.of_query = torch.arange(num_heads, device=device)[:, None] // (num_heads // len(by_head))
+        self.delay: int | torch.Tensor = groups[0].config.score_delay
+        if any(group.config.score_delay != self.delay for group in groups):
+            self.delay = upload(torch.tensor([each.score_delay for _, _, each in by_head]), device)[self.owner]
+
+    def read(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        page: int,
+        seen: int,
+        plans: dict[int, Plan] | None = None,
+    ) -> torch.Tensor:
+        """Attention of a piece of a text, which its page holds afterwards.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (tokens, heads, head_dim), rotated.
+        key, value : torch.Tensor
+            (tokens, kv_heads, head_dim), keys rotated.
+        page : int
+        seen : int
+            Tokens of the text read before.
+        plans : dict, optional
+            Plans of this piece by number of slots, filled here for other layers.
+
+        Returns
+        -------
+        torch.Tensor
+            (tokens, heads, head_dim).
+        """
+        mine = self.entries.map(lambda tensor: tensor[page : page + 1])
+        if not seen:
+            self.entries.map(functools.partial(_forget, page=page))
+        plans = {} if plans is None else plans
+
+        def plan_for(config: LoCoCoConfig) -> Plan:
+            if config.num_slots not in plans:
+                row = row_state(seen, config.block_size)
+                plan = plan_call([row], query.shape[0], config, device=query.device)
+                plans[config.num_slots] = dataclasses.replace(plan, is_step=False)
+            return plans[config.num_slots]
+
+        reading = LayerReading(plan_for, self.scale, self.modules, softcap=self.softcap)
+        states = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        return read_layer(self._over(mine), reading, *states)[0].transpose(0, 1)
+
+    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """Attention of one token of every text of a batch, which their pages hold afterwards.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (texts, heads, head_dim), rotated.
+        key, value : torch.Tensor
+            (texts, kv_heads, head_dim), keys rotated.
+
+        Returns
+        -------
+        torch.Tensor
+            (texts, heads, head_dim).
+        """
+        for index in batch.fresh:
+            self.entries.map(functools.partial(_forget, page=int(batch.pages[index])))
+        if batch.closing:
+            self._close(batch)
+        at = self.first + torch.minimum(batch.closed, self.slots) + batch.pending  # (texts, kv_heads)
+        self._write(key, value, batch, at)
+        held = self.entries.map(lambda tensor: tensor.index_select(0, batch.pages))
+        held = held if self.layout.codec is None else self.layout.codec.decoded(held)
+        last = at[:, self.owner]  # (texts, entries)
+        bias = held.keys.new_zeros(last.shape)
+        head = self.modules.head
+        if held.log_mass is not None and head is not None and not head.is_closed:
+            bias = head.mass_bias(held.log_mass[:, None])[:, 0].to(bias.dtype)
+        bias = bias.masked_fill(self.index > last, HIDDEN)
+        logits = self._logits(query, held.keys, bias)
+        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+        output = self._mix(probabilities.to(query.dtype), held.values)
+        if self.entries.scores is not None:
+            received = probabilities.square_() if self.config.score_power == 2 else probabilities
+            received = received.sum(dim=-2).flatten(1) * (self.index + self.delay <= last)
+            self.entries.scores.index_add_(0, batch.pages, received)
+        return output
+
+    def _logits(self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """(texts, heads, entries) with slots per head; else (texts, kv_heads, groups, entries of a head)."""
+        if len(self.layout.groups) == 1:
+            kv_heads = len(self.first)
+            keys, query = keys.unflatten(1, (kv_heads, -1)), query.unflatten(1, (kv_heads, -1))
+            bias = bias.unflatten(1, (kv_heads, -1))[:, :, None]
+        else:
+            bias = torch.where(self.owner == self.of_query, bias[:, None], HIDDEN)
+        logits = (query @ keys.transpose(-1, -2)) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits + bias
+
+    def _mix(self, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if len(self.layout.groups) == 1:
+            return (probabilities @ values.unflatten(1, (len(self.first), -1))).flatten(1, 2)
+        return probabilities @ values
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, batch: StepBatch, at: torch.Tensor) -> None:
+        codec, entries, places = self.layout.codec, self.entries, (batch.pages[:, None], at)
+        coded = [(key, None), (value, None)] if codec is None else codec.coded(key, value)
+        for name, (tensor, span) in zip(("keys", "values"), coded, strict=True):
+            getattr(entries, name)[places] = tensor
+            if span is not None:
+                getattr(entries, f"{name}_range")[places] = span
+        for each in (entries.scores, entries.log_mass):
+            if each is not None:
+                each[places] = 0.0
+        if entries.position is not None:
+            entries.position[places] = batch.seen.to(entries.position.dtype).expand_as(at)
+        if entries.features is not None:
+            entries.features[places] = self._features(key, value, batch).to(entries.features.dtype)
+
+    def _features(self, key: torch.Tensor, value: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """(texts, kv_heads, num_features) of the tokens."""
+        network, rotary, codec = self.modules.network, self.modules.rotary, self.layout.codec
+        assert network is not None
+        if codec is not None:
+            (key, _), (value, _) = codec.rounded(key, value)
+        keys, values = key[:, :, None], value[:, :, None]
+        keys = keys if rotary is None else rotary.rotate(keys, batch.seen, inverse=True)
+        return network(keys, values)[:, :, 0]
+
+    def _close(self, batch: StepBatch) -> None:
+        """Compress the blocks that are complete."""
+        pages = batch.pages if len(batch.closing) == len(batch.rows) else batch.pages[list(batch.closing)]
+        layer = self._over(self.entries.map(lambda tensor: tensor.index_select(0, pages)))
+        views = layer.begin_call(batch.plan_for(self.config), self.modules)
+        for view in views:
+            view.close_block(batch.plan_for(view.config).segments[0], self.modules)
+        layer.end_call(views)
+        assert layer.entries is not None
+        self.entries.combine(layer.entries, lambda held, new: held.index_copy_(0, pages, new))
+
+    def _over(self, entries: Entries) -> LayerCache:
+        return LayerCache.over(
+            entries, self.config, self.layer_idx, self.layout.groups, self.num_heads, self.layout.codec
+        )
