@@ -52,6 +52,83 @@ def decode(codes: torch.Tensor, span: torch.Tensor, bits: int, size: int, dtype:
     return _numbers(_grouped(steps, bits), _scales(span, steps.dtype), size, dtype)
 
 
+def products(query: torch.Tensor, codes: torch.Tensor, span: torch.Tensor, bits: int) -> torch.Tensor:
+    """``query @ decode(codes).mT`` but for rounding, with nothing decoded: codes are numbers, scales come afterwards.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (..., queries, d).
+    codes, span : torch.Tensor
+        (..., entries, ...), as of ``encode``.
+
+    Returns
+    -------
+    torch.Tensor
+        (..., queries, entries) in float32 or wider.
+    """
+    centred, step, middle = _centred(codes, span, bits, query.shape[-1], query.dtype)
+    grouped = _in_groups(query, bits)  # (..., groups, queries, channels)
+    found = (grouped @ centred.mT).to(step.dtype) * step
+    return (found + grouped.sum(dim=-1, keepdim=True, dtype=step.dtype) * middle).sum(dim=-3)
+
+
+def mixtures(
+    weights: torch.Tensor, codes: torch.Tensor, span: torch.Tensor, bits: int, size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """``weights @ decode(codes)`` but for rounding, with nothing decoded.
+
+    Parameters
+    ----------
+    weights : torch.Tensor
+        (..., queries, entries) in float32 or wider.
+    codes, span : torch.Tensor
+        (..., entries, ...), as of ``encode``.
+    size : int
+        d.
+    dtype : torch.dtype
+        Of what codes stand for.
+
+    Returns
+    -------
+    torch.Tensor
+        (..., queries, d).
+    """
+    centred, step, middle = _centred(codes, span, bits, size, dtype)
+    weights = weights.unsqueeze(-3)
+    found = ((weights * step).to(dtype) @ centred).to(step.dtype) + (weights * middle).sum(dim=-1, keepdim=True)
+    return found.movedim(-3, -2).flatten(-2)[..., :size].to(dtype)
+
+
+def _centred(
+    codes: torch.Tensor, span: torch.Tensor, bits: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes about 0, so that half precision holds their products, with their scales and what they are about.
+
+    Returns
+    -------
+    tuple
+        (..., groups, entries, channels) in ``dtype``, then twice (..., groups, 1, entries) in float32 or wider.
+    """
+    middle = 2 ** (bits - 1)
+    if bits == 8:
+        numbers = (codes ^ middle).view(torch.int8).to(dtype)
+    else:
+        numbers = (_unpacked(codes)[..., :size].view(torch.int8) - middle).to(dtype)
+    scales = span.mT.contiguous().to(torch.promote_types(dtype, torch.float32))  # entries side by side
+    step, least = scales.unsqueeze(-2).chunk(2, dim=-3)
+    return _in_groups(numbers, bits), step, least + middle * step
+
+
+def _in_groups(vectors: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., n, d) as (..., groups, n, channels), zeros for what the last group lacks."""
+    size, groups = vectors.shape[-1], num_groups(vectors.shape[-1], bits)
+    channels = min(GROUP[bits], size)
+    if missing := groups * channels - size:
+        vectors = torch.nn.functional.pad(vectors, (0, missing))
+    return vectors.unflatten(-1, (groups, channels)).movedim(-2, -3)
+
+
 def round_to_codes(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., d) vectors as they will be decoded, and their ranges. The gradient passes through."""
     with torch.no_grad():

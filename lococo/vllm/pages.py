@@ -14,12 +14,13 @@ from lococo.attention import LayerReading, read_layer
 from lococo.cache.buffers import HeadGroup, LayerModules, group_heads, make_entries
 from lococo.cache.layer import LayerCache
 from lococo.cache.plan import Plan, RowState, plan_call, upload
-from lococo.compression.codes import Codec
+from lococo.compression.codes import Codec, mixtures, products
 from lococo.compression.entries import ENTRY_FIELDS, Entries
 from lococo.config import LoCoCoConfig
 
 ALIGNMENT = 16  # bytes
 HIDDEN = float("-inf")
+COPIED = 2**21  # bytes of pages
 
 
 def _forget(tensor: torch.Tensor, page: int) -> torch.Tensor:
@@ -289,40 +290,55 @@ class PagedLayer:
             self._close(batch)
         at = self.first + torch.minimum(batch.closed, self.slots) + batch.pending  # (texts, kv_heads)
         self._write(key, value, batch, at)
-        held = self.entries.map(lambda tensor: tensor.index_select(0, batch.pages))
-        held = held if self.layout.codec is None else self.layout.codec.decoded(held)
+        # Copies of pages that stay in a processor's cache are attended to in far less time.
+        each = max(1, COPIED // self.layout.nbytes) if query.device.type == "cpu" else len(query)
+        pieces = zip(query.split(each), batch.pages.split(each), at.split(each), strict=True)
+        return torch.cat([self._attend(*piece) for piece in pieces])
+
+    def _attend(self, query: torch.Tensor, pages: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """(texts, heads, head_dim) of as many queries, each the last of its text."""
+        held = self.entries.map(lambda tensor: tensor.index_select(0, pages))
         last = at[:, self.owner]  # (texts, entries)
-        bias = held.keys.new_zeros(last.shape)
+        bias = query.new_zeros(last.shape)
         head = self.modules.head
         if held.log_mass is not None and head is not None and not head.is_closed:
             bias = head.mass_bias(held.log_mass[:, None])[:, 0].to(bias.dtype)
         bias = bias.masked_fill(self.index > last, HIDDEN)
-        logits = self._logits(query, held.keys, bias)
-        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
-        output = self._mix(probabilities.to(query.dtype), held.values)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        probabilities = self._logits(query, held, bias).softmax(dim=-1, dtype=wide)
+        output = self._mix(probabilities, held, query.dtype)
         if self.entries.scores is not None:
             received = probabilities.square_() if self.config.score_power == 2 else probabilities
             received = received.sum(dim=-2).flatten(1) * (self.index + self.delay <= last)
-            self.entries.scores.index_add_(0, batch.pages, received)
+            self.entries.scores.index_add_(0, pages, received)
         return output
 
-    def _logits(self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _by_head(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Heads with the same budget apart, each with its own entries and queries; others share one row."""
+        return tensor.unflatten(dim, (len(self.first), -1)) if len(self.layout.groups) == 1 else tensor
+
+    def _logits(self, query: torch.Tensor, held: Entries, bias: torch.Tensor) -> torch.Tensor:
         """(texts, heads, entries) with slots per head; else (texts, kv_heads, groups, entries of a head)."""
-        if len(self.layout.groups) == 1:
-            kv_heads = len(self.first)
-            keys, query = keys.unflatten(1, (kv_heads, -1)), query.unflatten(1, (kv_heads, -1))
-            bias = bias.unflatten(1, (kv_heads, -1))[:, :, None]
+        codec, (query, keys) = self.layout.codec, map(self._by_head, (query, held.keys))
+        if held.keys_range is None or codec is None:
+            logits = query @ keys.mT
         else:
-            bias = torch.where(self.owner == self.of_query, bias[:, None], HIDDEN)
-        logits = (query @ keys.transpose(-1, -2)) * self.scale
+            logits = products(query, keys, self._by_head(held.keys_range), codec.bits[0])
+        logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits + bias
-
-    def _mix(self, probabilities: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if len(self.layout.groups) == 1:
-            return (probabilities @ values.unflatten(1, (len(self.first), -1))).flatten(1, 2)
-        return probabilities @ values
+            return logits + self._by_head(bias)[:, :, None]
+        return logits + torch.where(self.owner == self.of_query, bias[:, None], HIDDEN)
+
+    def _mix(self, probabilities: torch.Tensor, held: Entries, dtype: torch.dtype) -> torch.Tensor:
+        codec, values = self.layout.codec, self._by_head(held.values)
+        if held.values_range is None or codec is None:
+            output = probabilities.to(dtype) @ values
+        else:
+            how = (codec.bits[1], codec.sizes[1], dtype)
+            output = mixtures(probabilities, values, self._by_head(held.values_range), *how)
+        return output.flatten(1, 2) if len(self.layout.groups) == 1 else output
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, batch: StepBatch, at: torch.Tensor) -> None:
         codec, entries, places = self.layout.codec, self.entries, (batch.pages[:, None], at)
