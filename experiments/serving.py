@@ -31,7 +31,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--num-slots", nargs="+", type=int, default=[], help="of the default preset")
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 8, 32], help="at once")
     parser.add_argument("--lengths", nargs="+", type=int, default=[500, 4096], help="tokens of a prompt")
-    parser.add_argument("--new-tokens", type=int, default=24, help="of every answer while all requests get some")
+    parser.add_argument("--new-tokens", type=int, default=65, help="of every answer while all requests get some")
     parser.add_argument("--memory", type=float, default=4, help="GiB for what requests hold")
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens read at once")
     parser.add_argument("--output", type=Path, default=Path("docs/results/vllm"))
@@ -59,7 +59,7 @@ def main() -> None:
     how = (
         f"Each row is an engine of its own with {options.memory} GiB for what requests hold, in {options.dtype}; "
         "requests come at once, their prompts are made up. holds: requests of this length at once; read: tokens per "
-        f"second until all have been read; step: median seconds of {options.new_tokens - 1} steps in which every "
+        f"second until all have been read; step: mean seconds of {options.new_tokens - 1} steps in which every "
         "request gets a token."
     )
     write_result(options.output, command_of("serving"), "cpu", rows, how=how)
@@ -122,7 +122,7 @@ def measure(work_json: str) -> dict[str, Any]:
     return {
         "holds": cache.num_gpu_blocks // blocks,
         "read": work["requests"] * work["length"] / read,
-        "step": statistics.median(whole),
+        "step": statistics.fmean(whole),
         "seconds": time.perf_counter() - started,
     }
 

@@ -74,8 +74,9 @@ class Server:
 
     Attributes
     ----------
-    settings : Settings
-    hf_config : transformers.PretrainedConfig
+    config : LoCoCoConfig
+    modules : dict
+        What every layer computes its memory with, for all KV heads.
     max_model_len : int
     total_kv_heads : int
         Of a layer, over all ranks.
@@ -83,8 +84,8 @@ class Server:
         Of tensor parallelism.
     """
 
-    settings: Settings
-    hf_config: Any
+    config: LoCoCoConfig
+    modules: dict[int, LayerModules]
     max_model_len: int
     total_kv_heads: int
     ranks: int
@@ -114,31 +115,32 @@ class Server:
                 f"max_model_len={model.max_model_len} is more than the {window} positions that the model was made "
                 "for: choose it smaller"
             )
+        with torch.inference_mode(False):  # what is loaded is watched for changes
+            modules = settings.modules(model.hf_text_config, model.dtype)
         total = model.get_total_num_kv_heads()
-        return cls(settings, model.hf_text_config, model.max_model_len, total, parallel.tensor_parallel_size)
+        return cls(settings.config, modules, model.max_model_len, total, parallel.tensor_parallel_size)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether several ranks have the same KV head, each with some of its queries."""
+        return self.ranks > self.total_kv_heads
 
     def heads_of(self, rank: int) -> list[int]:
-        """KV heads of a rank; with more ranks than heads, neighbouring ranks have the same one."""
-        if self.ranks > self.total_kv_heads:
+        """KV heads of a rank."""
+        if self.is_repeated:
             return [rank * self.total_kv_heads // self.ranks]
         each = self.total_kv_heads // self.ranks
         return list(range(rank * each, (rank + 1) * each))
 
     def configs(self, layer_idx: int, rank: int) -> list[LoCoCoConfig]:
         """Of the KV heads of a rank."""
-        configs = self.settings.config.layer_configs(layer_idx)
+        configs = self.config.layer_configs(layer_idx)
         return [configs[head if len(configs) > 1 else 0] for head in self.heads_of(rank)]
 
     def layout(self, layer_idx: int, rank: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> PageLayout:
         """A layer's page on a rank."""
-        network = self.modules(dtype, torch.device("cpu"))[layer_idx].network
+        network = self.modules[layer_idx].network
         return PageLayout.of(self.configs(layer_idx, rank), num_heads, head_dim, dtype, network)
-
-    @functools.cache  # noqa: B019 - as long as the process
-    def modules(self, dtype: torch.dtype, device: torch.device) -> dict[int, LayerModules]:
-        """What every layer computes its memory with, for all KV heads."""
-        with torch.inference_mode(False):  # what is loaded is watched for changes
-            return self.settings.modules(self.hf_config, dtype, device)
 
 
 def _check_version() -> None:
@@ -246,7 +248,7 @@ class LoCoCoMetadataBuilder(AttentionMetadataBuilder[LoCoCoMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._block_size = server(vllm_config).settings.config.block_size
+        self._block_size = server(vllm_config).config.block_size
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -319,13 +321,16 @@ class LoCoCoImpl(AttentionImpl):
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.softcap = logits_soft_cap or None
         self._server = server(get_current_vllm_config())
+        # Scores are of all queries of a KV head: each rank that has it attends with all of them.
+        copies = self._server.ranks // self._server.total_kv_heads if self._server.is_repeated else 1
+        self._num_heads = num_heads * copies
         self._paged: tuple[tuple[Any, ...], PagedLayer] | None = None
 
     def page_spec(self, layer_name: str, spec: AttentionSpec) -> AttentionSpec:
         """A page for a whole request in place of one for some tokens."""
         mine, layer_idx = self._server, extract_layer_index(layer_name)
         size = max(  # all ranks must say the same
-            mine.layout(layer_idx, rank, self.num_heads, spec.head_size, spec.dtype).nbytes
+            mine.layout(layer_idx, rank, self._num_heads, spec.head_size, spec.dtype).nbytes
             for rank in range(mine.ranks)
         )
         return CircularBufferSpec(
@@ -367,27 +372,44 @@ class LoCoCoImpl(AttentionImpl):
         if attn_metadata is None:
             return output.zero_()
         mine = self._layer(layer.layer_name, kv_cache, query)
+        if self._num_heads > self.num_heads:
+            first = get_tensor_model_parallel_rank() * self.num_heads
+            query = tensor_model_parallel_all_gather(query.contiguous(), dim=1)
+            group = first // self._num_heads * self._num_heads
+            whole = query.new_empty(len(query), self._num_heads, self.head_size)
+            self._attend(mine, query[:, group : group + self._num_heads], key, value, attn_metadata, whole)
+            return output.copy_(whole[:, first - group : first - group + self.num_heads])
+        self._attend(mine, query, key, value, attn_metadata, output)
+        return output
+
+    @staticmethod
+    def _attend(
+        mine: PagedLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: LoCoCoMetadata,
+        output: torch.Tensor,
+    ) -> None:
         for piece in attn_metadata.pieces:
             at = piece.tokens
             output[at] = mine.read(query[at], key[at], value[at], piece.page, piece.seen, piece.plans)
         if attn_metadata.steps is not None:
             now = attn_metadata.stepping
             output[now] = mine.step(query[now], key[now], value[now], attn_metadata.steps)
-        return output
 
     def _layer(self, layer_name: str, kv_cache: torch.Tensor, like: torch.Tensor) -> PagedLayer:
         """Over the pages that vLLM has given it."""
         place = kv_cache.data_ptr(), kv_cache.shape, like.dtype
         if self._paged is None or self._paged[0] != place:
             layer_idx, rank = extract_layer_index(layer_name), get_tensor_model_parallel_rank()
-            layout = self._server.layout(layer_idx, rank, self.num_heads, self.head_size, like.dtype)
-            modules = self._server.modules(like.dtype, like.device)[layer_idx]
+            layout = self._server.layout(layer_idx, rank, self._num_heads, self.head_size, like.dtype)
+            modules = self._server.modules[layer_idx]
             if modules.network is not None and get_tensor_model_parallel_world_size() > 1:
                 modules = modules._replace(network=RankNetwork(modules.network, self._server, rank))
             pages = kv_cache.flatten(1).view(torch.uint8)
-            config = self._server.settings.config
             how = (modules, self.scale, self.softcap)
-            self._paged = place, PagedLayer(config, layer_idx, layout, self.num_heads, pages, *how)
+            self._paged = place, PagedLayer(self._server.config, layer_idx, layout, self._num_heads, pages, *how)
         return self._paged[1]
 
 

@@ -75,8 +75,8 @@ class Settings:
             )
         return cls(config, heads)
 
-    def modules(self, hf_config: Any, dtype: torch.dtype, device: torch.device) -> dict[int, LayerModules]:
-        """What every layer computes its memory with, for all of its KV heads.
+    def modules(self, hf_config: Any, dtype: torch.dtype) -> dict[int, LayerModules]:
+        """What every layer computes its memory with, for all of its KV heads, on torch's default device.
 
         Parameters
         ----------
@@ -90,7 +90,6 @@ class Settings:
         """
         model = skeleton(hf_config, dtype)
         patch_model(model, self.config, heads=self.heads)
-        model.to(device)  # type: ignore[arg-type]
         patch = patch_of(model)
         modules = dict(zip(patch.layers, layer_modules(patch), strict=True))
         return {
