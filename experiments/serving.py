@@ -2,7 +2,8 @@
 
 python -m experiments.serving --model folder --heads folder --output docs/results/vllm
 
-with the Python that has vLLM; the model in Transformers' format. A stopped run goes on.
+with the Python that has vLLM. The model is in Transformers' format, or a GGUF file that is written so beside it. A
+stopped run goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ STOCK = "stock"
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a model in Transformers' format")
+    parser.add_argument("--gguf-file", help="GGUF file in that folder")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--heads", nargs="+", default=[], help="folders of trained heads")
     parser.add_argument("--num-slots", nargs="+", type=int, default=[], help="of the default preset")
@@ -46,8 +48,9 @@ def main() -> None:
     for slots in options.num_slots:
         engines[f"lococo-uncalibrated-{slots}"] = {"num_slots": slots, "block_size": min(slots, 128)}
     journal = Journal(beside(options.output, ".partial.jsonl"))
-    names = ("model", "dtype", "memory", "max_tokens", "new_tokens")
-    shape = {name: getattr(options, name) for name in names}
+    names = ("dtype", "memory", "max_tokens", "new_tokens")
+    model = options.model if options.gguf_file is None else plain_weights(options.model, options.gguf_file)
+    shape = {"model": str(model), **{name: getattr(options, name) for name in names}}
     rows = []
     for length in options.lengths:
         for count in options.requests:
@@ -65,6 +68,23 @@ def main() -> None:
     write_result(options.output, command_of("serving"), "cpu", rows, how=how)
     print(markdown_table(rows))
     journal.finish()
+
+
+def plain_weights(folder: str, gguf_file: str) -> Path:
+    """A GGUF file's model in Transformers' own format, in a folder beside it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain = Path(folder).with_name(f"{Path(folder).name}-plain")
+    if not (plain / "config.json").is_file():
+        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        config = packed.config
+        del config.quantization_config  # its weights are numbers by now
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(packed.state_dict())
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(plain)
+        model.save_pretrained(plain)
+    return plain
 
 
 def _apart(work: dict[str, Any]) -> dict[str, Any]:

@@ -2,4 +2,14 @@
 
 import importlib.util
 
+import pytest
+
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_backend.py", "test_server.py"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Folder of a small model."""
+    from small_model import save
+
+    return save(tmp_path_factory.mktemp("model"))

@@ -9,49 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from small_model import ENVIRONMENT, VOCAB
+from transformers import AutoModelForCausalLM
 from words import word_tokenizer
 
 import lococo
 from lococo import LoCoCoConfig
 from lococo.state import patch_of
 
-VOCAB, LAYERS, KV_HEADS = 97, 2, 2
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-}
 SLOTS = {"num_slots": 32, "block_size": 16}
 LENGTHS = [300, 61, 1, 130]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Folder of a small model whose answers tell when its cache is wrong."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        head_dim=32,
-        max_position_embeddings=8192,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
