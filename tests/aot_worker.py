@@ -78,7 +78,8 @@ def decode(dim, dtype, bits, is_split):
     held = [each if each is None else each.contiguous() for pair in codec.coded(*numbers) for each in pair]
     kv_heads = KV_HEADS if is_split else 1
     query, places = torch.zeros(1, kv_heads * GROUPS, dim, dtype=dtype), torch.zeros(kv_heads, dtype=torch.long)
-    more = (codec, torch.zeros(1, ENTRIES, dtype=dtype), places[None], 0.1, places if is_split else None, is_split)
+    first = places if is_split else None
+    more = (codec, torch.zeros(1, ENTRIES, dtype=dtype), places[None], 0.1, first, is_split, False, first)
     triton_decode.attend_codes(query, *held, *more)
 
 

@@ -122,6 +122,7 @@ class DecodeTrial(Trial):
     is_split: bool
     wants_received: bool
     squared: bool
+    is_paged: bool = False
 
     def results(self, kernel: Callable[..., Any]) -> Pairs:
         """Output and attention received."""
@@ -143,9 +144,12 @@ class DecodeTrial(Trial):
         scale = self.head_dim**-0.5
         logits = query.double() @ wide_keys.double().mT * scale + bias.double()[:, None]
         probs = logits.masked_fill(~owned, float("-inf")).softmax(-1)
+        pages = torch.arange(KV_HEADS, device=self.device).flip(0) if self.is_paged else None
+        if pages is not None:
+            held = [each if each is None else each[pages] for each in held]
         output, received = kernel(
             *(query, *held, self.codec, bias, at, scale),
-            *(first if self.is_split else None, self.wants_received, self.squared),
+            *(first if self.is_split else None, self.wants_received, self.squared, pages),
         )
         yield output, probs @ wide_values.double()
         if received is not None:

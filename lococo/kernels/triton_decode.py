@@ -51,14 +51,14 @@ def _logits(
 @triton.jit(do_not_specialize=["entries"])
 def _decode_kernel(
     query_base, keys_base, keys_range, values_base, values_range, bias_base,
-    first_base, at_base, output_base, received_base,
-    scale, entries, kv_heads, query_row, query_head,
+    pages_base, first_base, at_base, output_base, received_base,
+    scale, entries, kv_heads, query_row, query_head, keys_row, keys_range_row, values_row, values_range_row,
     KEY_BITS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_CHANNELS: tl.constexpr,
     KEY_SHARED: tl.constexpr, KEY_SCALES: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
     VALUE_SHARED: tl.constexpr, VALUE_SCALES: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_RECEIVED: tl.constexpr, SQUARED: tl.constexpr,
+    HAS_PAGES: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_RECEIVED: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     """One KV head of a text: its entries up to the one just written, for all queries of its group."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -70,13 +70,14 @@ def _decode_kernel(
     query_at = query_base + row * query_row + (kv_head * GROUPS + head)[:, None] * query_head + channel[None]
     query = tl.load(query_at, mask=is_head[:, None] & (channel < KEY_DIM)[None], other=0.0)
     start = row * entries
-    keys_base += start * ((KEY_DIM + 1) // 2 if KEY_BITS == 4 else KEY_DIM)
-    values_base += start * ((VALUE_DIM + 1) // 2 if VALUE_BITS == 4 else VALUE_DIM)
     bias_base += start
+    page = tl.load(pages_base + row).to(tl.int64) if HAS_PAGES else row
+    keys_base += page * keys_row
+    values_base += page * values_row
     if KEY_BITS != 16:
-        keys_range += start * (2 * KEY_SCALES)
+        keys_range += page * keys_range_row
     if VALUE_BITS != 16:
-        values_range += start * (2 * VALUE_SCALES)
+        values_range += page * values_range_row
 
     total = tl.zeros([ROWS, VALUE_CHANNELS], dtype=tl.float32)
     norm = tl.zeros([ROWS], dtype=tl.float32)
@@ -134,19 +135,20 @@ def attend_codes(
     first: torch.Tensor | None = None,
     wants_received: bool = False,
     squared: bool = False,
+    pages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per head, and the attention that entries receive.
 
-    Equals what ``DecodeBuffers`` does with decoded entries. Every KV head reads its own entries, up to the last
-    written.
+    Equals what ``DecodeBuffers`` and ``PagedLayer`` do with decoded entries. Every KV head reads its own entries, up
+    to the last written.
 
     Parameters
     ----------
     query : torch.Tensor
         (rows, heads, head_dim).
     keys, values : torch.Tensor
-        (rows, entries, d) codes or numbers, contiguous, with (rows, entries, 2 * groups) ranges where they are codes:
-        see ``lococo.compression.codes``.
+        (rows, entries, d) codes or numbers, each row contiguous, with (rows, entries, 2 * groups) ranges of what is
+        coded: see ``lococo.compression.codes``.
     codec : Codec
         Bits and sizes.
     bias : torch.Tensor
@@ -159,6 +161,8 @@ def attend_codes(
         Whether the attention received is wanted.
     squared : bool
         Sum the squares of the attention.
+    pages : torch.Tensor, optional
+        (rows,), where keys and values of a row lie among those of others.
 
     Returns
     -------
@@ -178,12 +182,14 @@ def attend_codes(
         sizes[f"{name}_SCALES"] = num_groups(size, bits) if bits in GROUP else 1
     with on_device_of(query):
         _decode_kernel[(rows, kv_heads)](
-            *(query, keys, keys_range, values, values_range, bias, first, at, output, received),
+            *(query, keys, keys_range, values, values_range, bias, pages, first, at, output, received),
             *(scale, keys.shape[1], kv_heads, query.stride(0), query.stride(1)),
+            *(0 if each is None else each.stride(0) for each in (keys, keys_range, values, values_range)),
             **sizes,
             GROUPS=groups,
             ROWS=max(16, triton.next_power_of_2(groups)),
             TILE=TILE,
+            HAS_PAGES=pages is not None,
             HAS_FIRST=first is not None,
             HAS_RECEIVED=wants_received,
             SQUARED=squared,

@@ -17,6 +17,8 @@ from lococo.cache.plan import Plan, RowState, plan_call, upload
 from lococo.compression.codes import Codec, mixtures, products
 from lococo.compression.entries import ENTRY_FIELDS, Entries
 from lococo.config import LoCoCoConfig
+from lococo.kernels.attention import triton_takes
+from lococo.kernels.trials import TRITON, DecodeTrial
 
 ALIGNMENT = 16  # bytes
 HIDDEN = float("-inf")
@@ -209,6 +211,8 @@ class PagedLayer:
         self.config, self.layer_idx, self.layout, self.num_heads = config, layer_idx, layout, num_heads
         self.modules, self.scale, self.softcap = modules, scale, softcap
         self.entries = layout.entries(pages)
+        # What attention needs of it.
+        self._read = dataclasses.replace(self.entries, scores=None, position=None, log_mass=None, features=None)
         device, groups = pages.device, layout.groups
         by_head = sorted(
             (head, group.start + place * group.config.capacity, group.config)
@@ -293,25 +297,49 @@ class PagedLayer:
         # Copies of pages that stay in a processor's cache are attended to in far less time.
         each = max(1, COPIED // self.layout.nbytes) if query.device.type == "cpu" else len(query)
         pieces = zip(query.split(each), batch.pages.split(each), at.split(each), strict=True)
-        return torch.cat([self._attend(*piece) for piece in pieces])
+        outputs = [self._attend(*piece) for piece in pieces]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend(self, query: torch.Tensor, pages: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """(texts, heads, head_dim) of as many queries, each the last of its text."""
-        held = self.entries.map(lambda tensor: tensor.index_select(0, pages))
         last = at[:, self.owner]  # (texts, entries)
         bias = query.new_zeros(last.shape)
-        head = self.modules.head
-        if held.log_mass is not None and head is not None and not head.is_closed:
-            bias = head.mass_bias(held.log_mass[:, None])[:, 0].to(bias.dtype)
+        head, log_mass = self.modules.head, self.entries.log_mass
+        if log_mass is not None and head is not None and not head.is_closed:
+            bias = head.mass_bias(log_mass.index_select(0, pages)[:, None])[:, 0].to(bias.dtype)
         bias = bias.masked_fill(self.index > last, HIDDEN)
+        result = self._in_triton(query, pages, at, bias) if self.softcap is None and triton_takes(query) else None
+        output, received = self._in_torch(query, pages, bias) if result is None else result
+        if self.entries.scores is not None:
+            assert received is not None
+            self.entries.scores.index_add_(0, pages, received * (self.index + self.delay <= last))
+        return output
+
+    def _in_torch(
+        self, query: torch.Tensor, pages: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output, and the (texts, entries) attention received, if scores want it."""
+        held = self._read.map(lambda tensor: tensor.index_select(0, pages))
         wide = torch.promote_types(query.dtype, torch.float32)
         probabilities = self._logits(query, held, bias).softmax(dim=-1, dtype=wide)
         output = self._mix(probabilities, held, query.dtype)
-        if self.entries.scores is not None:
-            received = probabilities.square_() if self.config.score_power == 2 else probabilities
-            received = received.sum(dim=-2).flatten(1) * (self.index + self.delay <= last)
-            self.entries.scores.index_add_(0, pages, received)
-        return output
+        if self.entries.scores is None:
+            return output, None
+        received = probabilities.square_() if self.config.score_power == 2 else probabilities
+        return output, received.sum(dim=-2).flatten(1)
+
+    def _in_triton(
+        self, query: torch.Tensor, pages: torch.Tensor, at: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The same by a kernel that reads pages where they are; None where it cannot."""
+        entries, size = self.entries, query.shape[-1]
+        codec = self.layout.codec or Codec((16, 16), (size, size), (query.dtype, query.dtype))
+        how = (entries.scores is not None, self.config.score_power == 2)
+        trial = DecodeTrial(
+            query.device, query.dtype, size, codec, len(self.of_query) // len(self.first), True, *how, True
+        )
+        held = (entries.keys, entries.keys_range, entries.values, entries.values_range)
+        return TRITON.run(trial, query, *held, codec, bias, at, self.scale, self.first, *how, pages)
 
     def _by_head(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Heads with the same budget apart, each with its own entries and queries; others share one row."""

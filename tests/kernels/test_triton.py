@@ -9,11 +9,12 @@ import torch
 import triton.language as tl
 from configs import FORESEEN
 from families import build
-from tiny import tiny_ids, tiny_llama
+from tiny import patched_llama, tiny_ids, tiny_llama
 from triton.runtime.interpreter import InterpreterBuilder
 
 from lococo import LoCoCoConfig, patched
 from lococo.cache import decode
+from lococo.cache.buffers import LayerModules
 from lococo.compression import base as compressors
 from lococo.compression import fusion
 from lococo.compression import select as slots
@@ -24,6 +25,8 @@ from lococo.kernels import scoring as kernels
 from lococo.kernels import trials, triton_blend, triton_decode
 from lococo.kernels import triton_attention as triton_kernels
 from lococo.kernels.attention import LogitBias, lower_right
+from lococo.state import patch_of
+from lococo.vllm import pages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -315,6 +318,13 @@ def test_decoding_from_codes(starts, bits, sizes, groups, squared, dtype):
     assert relative_error(received.cpu(), wanted) < max(1e-3, TOLERANCES[dtype] / 4)
     again, nothing = triton_decode.attend_codes(*arguments)
     assert nothing is None and torch.equal(again, output)
+    # Rows that lie in pages, among others and apart from each other.
+    where, memory = torch.tensor([3, 1], device=DEVICE), []
+    for each in coded:
+        room = None if each is None else each.new_zeros(5, each.shape[1] + 2, each.shape[2])[:, :entries]
+        memory.append(room if room is None else room.index_copy_(0, where, each))
+    again, more = triton_decode.attend_codes(query, *memory, *arguments[5:], True, squared, where)
+    assert torch.equal(again, output) and torch.equal(more, received)
 
 
 CODED_RUNS = {
@@ -352,6 +362,35 @@ def test_model_decodes_from_codes(changes, family, in_every_type, monkeypatch):
     calls.clear()
     torch.testing.assert_close(got, generate(), rtol=0, atol=2e-3)  # what rounds differently may get another code
     assert not calls
+
+
+@pytest.mark.parametrize("changes", CODED_RUNS.values(), ids=CODED_RUNS)
+def test_texts_in_pages_decode_in_triton(changes, monkeypatch):
+    """Many texts at once, from where their pages lie."""
+    config = LoCoCoConfig(16, block_size=8, **{**changes, "positions": "absolute"})
+    patch = patch_of(patched_llama(config))
+    modules = LayerModules(patch.heads.get(1), patch.networks.get(1), patch.rotary_tables.get(1))
+    configs = config.layer_configs(1) if config.slots_per_head else config.layer_configs(1) * 2
+    layout = pages.PageLayout.of(configs, 4, 8, torch.float32, modules.network)
+    states = [torch.randn(40, 3, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 3)]
+
+    def decode():
+        memory = torch.zeros(5, layout.nbytes, dtype=torch.uint8)
+        layer = pages.PagedLayer(config, 1, layout, 4, memory, modules, 0.4)
+        steps = []
+        for step, (query, key, value) in enumerate(zip(*states, strict=True)):
+            batch = pages.StepBatch.of(torch.tensor([4, 0, 2]), [step] * 3, 8)
+            steps.append(layer.step(query, key, value[:, :2], batch))
+        return torch.stack(steps)
+
+    with torch.inference_mode():
+        expected = decode()
+        monkeypatch.setattr(pages, "triton_takes", lambda tensor: True)
+        calls, kernel = [], triton_decode.attend_codes
+        monkeypatch.setattr(triton_decode, "attend_codes", lambda *arguments: calls.append(1) or kernel(*arguments))
+        got = decode()
+    assert len(calls) == 40 + 1 and trials.TRITON.is_on  # a trial
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("fault", ["launch", "wrong"])
