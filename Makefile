@@ -83,9 +83,10 @@ test test-all test-versions test-chatglm test-cuda-build bench-prefill bench-dec
 perplexity tasks agreement long ablate extend bench-extend side-by-side calibrate calibration parts: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory perplexity \
-	tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration bits equal-bytes parts chatglm gpu gpu-perplexity \
-	gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) $(GPU_EXTENDED) test-versions test-chatglm test-vllm bench-vllm \
+.PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory \
+	memory-stream perplexity tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration \
+	bits bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
+	$(GPU_EXTENDED) test-versions test-chatglm test-vllm bench-vllm \
 	test-cuda-build clean
 .SECONDARY:
 
@@ -164,6 +165,10 @@ memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memo
 	$(LOCOCO) bench memory $(ON_MODEL) --output $(RESULTS)/memory
 
 # Two windows of a domain: 45 minutes on one CPU thread. A killed run goes on when it is made again.
+memory-stream: $(MODEL)/$(GGUF) ## the same for a stream of 100K tokens, in bfloat16 -> docs/results/memory_stream
+	$(LOCOCO) bench memory $(ON_MODEL) --dtype bfloat16 --methods h2o --num-slots 128 --block-size 128 \
+		--heads $(HEADS)-352 --tokens 102400 --step 2048 --output $(RESULTS)/memory_stream
+
 perplexity: $(MODEL)/$(GGUF) ## perplexity by domain, method and budget on the texts in DATA -> docs/results/perplexity
 	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --min-length 1024 \
 		--documents 2 --num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
@@ -203,6 +208,12 @@ BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --doc
 calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration, _zh
 	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
 	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
+
+bench-bits: $(MODEL)/$(GGUF) ## time at equal bytes by bits, 16, 8 and 8-4 -> docs/results/bench_bits_decode, _prefill
+	OMP_NUM_THREADS=1 $(EXPERIMENT).benchmarks decode $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
+		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --lengths 4096 --repeats 5 --output $(RESULTS)/bench_bits_decode
+	OMP_NUM_THREADS=1 $(EXPERIMENT).benchmarks prefill $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
+		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --lengths 4096 --repeats 5 --output $(RESULTS)/bench_bits_prefill
 
 # Half an hour on one CPU thread. A killed run goes on when it is made again, as those below.
 bits: $(MODEL)/$(GGUF) ## loss by bits of keys and values, with as many slots, in bfloat16 -> docs/results/bits

@@ -179,7 +179,9 @@ def _measure(
     if (subject.model is None) == (subject.shape is None):
         raise ValueError("give what is measured: either --model or --shape")
     output = grid.output or Path(f"bench_{topic.name}_{chosen_device(subject.device).type}")
-    runs = plan_runs(names_of(methods), grid.num_slots, grid.block_size, grid.heads, name_heads=True)
+    runs = plan_runs(
+        names_of(methods), grid.num_slots, grid.block_size, grid.heads, name_heads=True, any_block_size=True
+    )
     groups = topic.groups(runs, lengths, grid.batches)
     for cell in (cell for group in groups for cell in group):
         topic.check(cell)

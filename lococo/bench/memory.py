@@ -73,4 +73,5 @@ def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
         )
         for name, line in lines.items()
     ]
-    return picture([[Lines(series, "", "tokens read", "cache (MiB)", bottom=0)]], (7, 4))
+    top = 1.05 * max(row["cache_bytes"] for row in rows) / 2**20
+    return picture([[Lines(series, "", "tokens read", "cache (MiB)", bottom=0, top=top)]], (7, 4))
