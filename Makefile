@@ -209,9 +209,9 @@ calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by 
 	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
 
 bench-bits: $(MODEL)/$(GGUF) ## time at equal bytes by bits, 16, 8 and 8-4 -> docs/results/bench_bits_decode, _prefill
-	$(EXPERIMENT).benchmarks decode $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
+	OMP_NUM_THREADS=1 $(EXPERIMENT).benchmarks decode $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
 		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --lengths 4096 --repeats 5 --output $(RESULTS)/bench_bits_decode
-	$(EXPERIMENT).benchmarks prefill $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
+	OMP_NUM_THREADS=1 $(EXPERIMENT).benchmarks prefill $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
 		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --lengths 4096 --repeats 5 --output $(RESULTS)/bench_bits_prefill
 
 # Half an hour on one CPU thread. A killed run goes on when it is made again, as those below.
