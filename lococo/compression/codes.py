@@ -234,7 +234,8 @@ def _steps(grouped: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], bit
     """(..., groups, channels) whole numbers, the codes of as many."""
     step, least = scales
     # Codes of a group of equal numbers have no distance, nor those of numbers that are closer than float16 can tell.
-    return (grouped - least).div_(step).round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 2**bits - 1)
+    per_number = torch.where(step > 0, 1 / step, 0.0)
+    return (grouped - least).mul_(per_number).round_().clamp_(0, 2**bits - 1)
 
 
 def _numbers(

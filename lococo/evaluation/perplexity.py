@@ -144,7 +144,7 @@ def evaluate_perplexity(
 ) -> list[Row]:
     """Measure, write ``<output>.json``, ``.md`` and pictures, and return the rows. A killed run resumes.
 
-    ``<output>.png`` shows domains; ``<output>_slots.png`` budgets (of runs that are not at equal bytes) and
+    ``<output>.png`` shows domains, or methods at equal bytes; ``<output>_slots.png`` budgets and
     ``<output>_length.png`` lengths, where there are several.
 
     Parameters
@@ -165,8 +165,10 @@ def evaluate_perplexity(
     )
     at_equal_bytes = any(each.reference_slots for each in runs)
     write_result(output, command, model.device, rows, how=how)
-    if any(each.name == "full" for each in runs) and len(runs) > 1:
-        plot_by_domain(rows, beside(output, ".png"), at_equal_bytes)
+    if at_equal_bytes:
+        plot_at_equal_bytes(rows, beside(output, ".png"))
+    elif any(each.name == "full" for each in runs) and len(runs) > 1:
+        plot_by_domain(rows, beside(output, ".png"))
     if not at_equal_bytes and len({each.num_slots for each in runs if each.num_slots}) > 1:
         plot_by_slots(rows, beside(output, "_slots.png"))
     if len({window.length for window in texts}) > 1:
@@ -175,29 +177,33 @@ def evaluate_perplexity(
     return rows
 
 
-def plot_by_domain(rows: Sequence[Row], path: Path, at_equal_bytes: bool = False) -> None:
-    """Loss over the full cache by domain and method, at the largest length.
-
-    Parameters
-    ----------
-    at_equal_bytes : bool
-        Whether to show all rows; else those with the smallest number of slots.
-    """
+def plot_by_domain(rows: Sequence[Row], path: Path) -> None:
+    """Loss over the full cache by domain and method, at the smallest number of slots and the largest length."""
     rows = _longest(rows)
-    full = {row["domain"]: row["nll"] for row in rows if row["method"] == "full"}
-    shown = [row for row in rows if row["num_slots"]]
-    held, name = "at equal bytes", label_of
-    if not at_equal_bytes:
-        slots = min(row["num_slots"] for row in shown)
-        shown, held, name = [row for row in shown if row["num_slots"] == slots], f"{slots} slots", _method
+    slots = min(row["num_slots"] for row in rows if row["num_slots"])
+    shown = [row for row in rows if row["num_slots"] == slots]
+    nll = {(row["domain"], row["method"]): row["nll"] for row in rows if row["num_slots"] in (None, slots)}
     domains = _domains(shown)
-    nll = {(row["domain"], name(row)): row["nll"] for row in shown}
     lost = [
-        Series(each, [nll[domain, each] - full[domain] for domain in domains])
-        for each in dict.fromkeys(map(name, shown))
+        Series(method, [nll[domain, method] - nll[domain, "full"] for domain in domains])
+        for method in dict.fromkeys(row["method"] for row in shown)
     ]
-    title = f"{held}, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
+    title = (
+        f"{slots} slots, texts of {max(row['length'] for row in shown)} tokens; lower is better, 0 is the full cache"
+    )
     panel = Bars(domains, lost, title, "loss over the full cache (nats per token)")
+    write_whole(path, picture([[panel]], (8, panel.height)))
+
+
+def plot_at_equal_bytes(rows: Sequence[Row], path: Path) -> None:
+    """Gap ratio of every method over all domains, with its interval, at the largest length."""
+    shown = [row for row in _longest(rows) if row["domain"] == ALL_DOMAINS and row["gap_ratio"] is not None]
+    labels = [f"{label_of(row)}: {row['bytes_per_head'] / 1024:.1f} KiB" for row in shown]
+    low, high = (
+        [row["gap_ratio"] if row[name] is None else row[name] for row in shown] for name in ("gap_low", "gap_high")
+    )
+    ratios = Series("", [row["gap_ratio"] for row in shown], low=low, high=high)
+    panel = Bars(labels, [ratios], "bytes by layer and KV head; 0 is the full cache, 1 is H2O", "gap ratio")
     write_whole(path, picture([[panel]], (8, panel.height)))
 
 

@@ -15,7 +15,7 @@ from lococo.cache.buffers import HeadGroup, LayerModules, group_heads, make_entr
 from lococo.cache.layer import LayerCache
 from lococo.cache.plan import Plan, RowState, plan_call, upload
 from lococo.compression.codes import Codec, mixtures, products
-from lococo.compression.entries import ENTRY_FIELDS, Entries
+from lococo.compression.entries import ENTRY_FIELDS, Entries, by_group
 from lococo.config import LoCoCoConfig
 from lococo.kernels.attention import triton_takes
 from lococo.kernels.trials import TRITON, DecodeTrial
@@ -212,7 +212,8 @@ class PagedLayer:
         self.modules, self.scale, self.softcap = modules, scale, softcap
         self.entries = layout.entries(pages)
         # What attention needs of it.
-        self._read = dataclasses.replace(self.entries, scores=None, position=None, log_mass=None, features=None)
+        apart = dict.fromkeys(("scores", "position", "log_mass", "queries", "features"))
+        self._read = dataclasses.replace(self.entries, **apart)  # type: ignore[arg-type]
         device, groups = pages.device, layout.groups
         by_head = sorted(
             (head, group.start + place * group.config.capacity, group.config)
@@ -293,7 +294,7 @@ class PagedLayer:
         if batch.closing:
             self._close(batch)
         at = self.first + torch.minimum(batch.closed, self.slots) + batch.pending  # (texts, kv_heads)
-        self._write(key, value, batch, at)
+        self._write(query, key, value, batch, at)
         # Copies of pages that stay in a processor's cache are attended to in far less time.
         each = max(1, COPIED // self.layout.nbytes) if query.device.type == "cpu" else len(query)
         pieces = zip(query.split(each), batch.pages.split(each), at.split(each), strict=True)
@@ -368,7 +369,9 @@ class PagedLayer:
             output = mixtures(probabilities, values, self._by_head(held.values_range), *how)
         return output.flatten(1, 2) if len(self.layout.groups) == 1 else output
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor, batch: StepBatch, at: torch.Tensor) -> None:
+    def _write(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: StepBatch, at: torch.Tensor
+    ) -> None:
         codec, entries, places = self.layout.codec, self.entries, (batch.pages[:, None], at)
         coded = [(key, None), (value, None)] if codec is None else codec.coded(key, value)
         for name, (tensor, span) in zip(("keys", "values"), coded, strict=True):
@@ -380,6 +383,8 @@ class PagedLayer:
                 each[places] = 0.0
         if entries.position is not None:
             entries.position[places] = batch.seen.to(entries.position.dtype).expand_as(at)
+        if entries.queries is not None:
+            entries.queries[places] = by_group(query[:, :, None], key.shape[1])[:, :, 0]
         if entries.features is not None:
             entries.features[places] = self._features(key, value, batch).to(entries.features.dtype)
 

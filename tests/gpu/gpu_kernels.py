@@ -10,9 +10,11 @@ from lococo import LoCoCoConfig
 from lococo.compression import base as compressors
 from lococo.compression import fusion
 from lococo.compression import select as slots
+from lococo.compression.codes import Codec
 from lococo.compression.fusion import FusionHead
 from lococo.kernels import scoring as kernels
 from lococo.kernels import triton_attention as triton_kernels
+from lococo.kernels import triton_decode
 from lococo.kernels.attention import LogitBias, lower_right
 from lococo.results.deadline import Deadline, OutOfTime
 
@@ -106,6 +108,27 @@ def check_blend(found, device, dtype, dim, num_slots, fields):
         assert error < EXACT, f"{name} are off by {error:.2e}"
 
 
+def check_decode(found, device, dtype, dim, shape, bits):
+    """A token's attention to codes, two KV heads of a text one behind the other."""
+    batch, heads, _, _, entries = shape
+    codec, kv_heads = Codec(bits, (dim, dim), (dtype, dtype)), 2
+    numbers = [torch.randn(batch, entries, dim, device=device).to(dtype) for _ in range(2)]
+    held = [each if each is None else each.contiguous() for pair in codec.coded(*numbers) for each in pair]
+    query, scale = torch.randn(batch, heads, dim, device=device).to(dtype), dim**-0.5
+    bias = SCALE_OF_BIAS * torch.rand(batch, entries, device=device).to(dtype)
+    first = torch.tensor([0, entries // 2], device=device)
+    at = torch.tensor([[entries // 2 - 1, entries - 1]], device=device).repeat(batch, 1)
+    output, received = triton_decode.attend_codes(query, *held, codec, bias, at, scale, first, True, True)
+    (keys, _), (values, _) = codec.rounded(*numbers)
+    halves = torch.arange(entries, device=device) // (entries // 2)
+    logits = query.double() @ keys.double().mT * scale + bias.double()[:, None]
+    of_head = torch.arange(heads, device=device)[:, None] // (heads // kv_heads)
+    probs = logits.masked_fill(halves != of_head, float("-inf")).softmax(-1)
+    error = relative_error(received, probs.square().sum(1))
+    assert error < TOLERANCES[dtype] / 4, f"the attention received is off by {error:.2e}"
+    judge(found, TOLERANCES[dtype], output=relative_error(output, probs @ values.double()))
+
+
 def checks(dims, dtypes, is_small):
     """(names, check, arguments), the heads of most models first; rare ones at one shape."""
     for dim, dtype in itertools.product(dims, dtypes):
@@ -117,6 +140,9 @@ def checks(dims, dtypes, is_small):
                 continue
             for flag in (True, False):
                 yield ("mass", dim, dtype, name + ", squared" * flag), check_mass, (shape, flag)
+        for bits in ((8, 8), (8, 4)):
+            shape = (1, 4, 2, 1, 64) if is_small else (2, 32, 8, 1, 1024)
+            yield ("decode", dim, dtype, "{} and {} bits".format(*bits)), check_decode, (shape, bits)
         for name, fields in BLENDS.items():
             yield ("blend", dim, dtype, name), check_blend, (32 if is_small else 512, fields)
 

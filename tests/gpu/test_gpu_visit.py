@@ -70,7 +70,7 @@ def test_results_say_what_was_compared(dry):
     assert [row["group"] for row in tests] == list(gpu_tests.GROUPS)
     assert all(row["skipped"] == row["tests"] > 0 and row["outcome"] == "skipped" for row in tests)
     kernels = read(folder, "gpu_kernels")["rows"]
-    assert {row["kernel"] for row in kernels} == {"attend", "mass", "blend"}
+    assert {row["kernel"] for row in kernels} == {"attend", "mass", "blend", "decode"}
     assert all(0 < row["error"] < row["bound"] for row in kernels)
     for name in ("decode", "prefill"):
         rows = read(folder, f"gpu_{name}")["rows"]

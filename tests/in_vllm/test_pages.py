@@ -8,6 +8,7 @@ import torch
 from configs import CODED, CONFIGS
 from tiny import patched_llama
 
+import lococo
 from lococo import LoCoCoConfig
 from lococo.attention import LayerReading, read_layer
 from lococo.cache.buffers import LayerModules
@@ -93,6 +94,28 @@ def test_texts_in_pages_are_read_as_each_alone(name):
     again = read_in_turns(layer, texts[::-1], pages, config.block_size, seed=2)
     for first, second in zip(outputs, again[::-1], strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-9)
+
+
+class Asked(lococo.Compressor):
+    """Weighs what is left over by the attention of the queries that are kept."""
+
+    needs_queries = True
+
+    def weights(self, entries, choice):
+        anchors, rest = choice.blendable(len(entries))
+        queries = entries.queries.unflatten(-1, (-1, entries.keys.shape[-1])).flatten(2, 3)
+        wanted = (entries.keys @ queries.transpose(-1, -2)).softmax(2).mean(-1) * rest
+        return (wanted / wanted.sum(-1, keepdim=True))[:, :, None].expand(*anchors.shape, len(entries))
+
+
+@torch.inference_mode()
+def test_compressors_get_the_queries_of_all_tokens():
+    lococo.register_compressor("asked-in-pages")(Asked)
+    config = LoCoCoConfig(16, 8, 2, 4, 4, compressor="asked-in-pages")
+    modules = LayerModules(Asked())
+    states = text(70, 0)
+    (output,) = read_in_turns(paged(config, modules), [states], [1], 8, seed=3)
+    torch.testing.assert_close(output, alone(config, modules, states), rtol=0, atol=1e-9)
 
 
 @torch.inference_mode()
