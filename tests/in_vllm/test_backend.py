@@ -190,6 +190,30 @@ def test_sliding_windows_are_refused_by_name(model, refused, tmp_path):
     assert "LoCoCo in vLLM does not support sliding windows (64)" in refused(SLOTS, model=tmp_path / "mistral")
 
 
+def test_layers_that_it_does_not_know_are_refused_by_name():
+    """Each by the argument that vLLM gives such a layer's attention."""
+    code = """
+from lococo.vllm.backend import LoCoCoImpl
+for name in ("alibi_slopes", "sliding_window", "kv_sharing_target_layer_name", "sinks", "anything_new"):
+    try:
+        LoCoCoImpl(4, 32, 1.0, 2, **{name: [0.5]})
+    except ValueError as error:
+        print(name, "->", error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+    )
+    said = result.stdout
+    for name in (
+        "ALiBi",
+        "sliding windows",
+        "layers that share their KV",
+        "attention sinks",
+        "what it does not know: anything_new",
+    ):
+        assert f"LoCoCo in vLLM does not support {name} (" in said, said + result.stderr
+
+
 def test_versions_that_were_not_tested_are_refused():
     code = "import vllm; vllm.__version__ = '0.40.1'; from lococo.vllm.backend import _check_version; _check_version()"
     result = subprocess.run(

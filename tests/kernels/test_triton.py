@@ -338,7 +338,7 @@ CODED_RUNS = {
 
 
 @pytest.mark.parametrize("changes", CODED_RUNS.values(), ids=CODED_RUNS)
-@pytest.mark.parametrize("family", ["Llama", "Mistral-window"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Mistral-window", marks=pytest.mark.slow)])
 def test_model_decodes_from_codes(changes, family, in_every_type, monkeypatch):
     """In a kernel that reads codes as after all were decoded, with scores that choose what stays."""
     calls, kernel = [], triton_decode.attend_codes
