@@ -30,7 +30,7 @@ def main(work, path):
     if work["lococo"] is not None:
         options |= {"attention_backend": "CUSTOM", "additional_config": {"lococo": work["lococo"]}}
     llm = LLM(model=work["model"], **{**options, **work.get("options", {})})
-    seen = record_layers() if work.get("records") else {}
+    seen = record_layers() if work.get("records") else []
     engine, cache = llm.llm_engine, llm.llm_engine.vllm_config.cache_config
     sampling = SamplingParams(temperature=0, max_tokens=work.get("new_tokens", 12), ignore_eos=True)
     answers, preempted = [], 0
@@ -61,10 +61,10 @@ def is_wrapped():
 
 
 def record_layers():
-    """What goes into every layer and comes out, by layer and page."""
+    """What goes into every layer and comes out, text by text."""
     from lococo.vllm.backend import LoCoCoImpl
 
-    seen, forward = {}, LoCoCoImpl.forward
+    seen, by_page, forward = [], {}, LoCoCoImpl.forward
 
     def recorded(self, layer, query, key, value, kv_cache, metadata, output, *more, **named):
         result = forward(self, layer, query, key, value, kv_cache, metadata, output, *more, **named)
@@ -76,9 +76,10 @@ def record_layers():
                 taken += [(*each, slice(at, at + 1)) for *each, at in zip(pages, seen_before, tokens, strict=True)]
             for page, before, tokens in taken:
                 if not before:
-                    seen[layer.layer_name, page] = (self, [])
+                    seen.append((self, []))
+                    by_page[layer.layer_name, page] = seen[-1][1]
                 parts = tuple(each[tokens].clone() for each in (query, key, value, output))
-                seen[layer.layer_name, page][1].append(parts)
+                by_page[layer.layer_name, page].append(parts)
         return result
 
     LoCoCoImpl.forward = recorded
@@ -92,7 +93,7 @@ def compare(seen):
     from lococo.cache.plan import RowState, plan_call
 
     wrong = {}
-    for impl, parts in seen.values():
+    for impl, parts in seen:
         query, key, value, output = (torch.cat(each).transpose(0, 1)[None] for each in zip(*parts, strict=True))
         paged = impl._paged[1]
 
