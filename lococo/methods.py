@@ -109,7 +109,7 @@ def plan_runs(
         Whether heads may read in blocks of another size.
     slot_bits : sequence of str
         Every method but ``full`` is run with each of these, as ``parse_bits`` reads them; with codes it is called
-        ``METHOD-BITS``. None: heads as they were trained, others with 16.
+        ``METHOD-BITS``. Empty: heads as they were trained, others with 16.
 
     Raises
     ------

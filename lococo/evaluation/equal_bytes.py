@@ -56,7 +56,7 @@ def plan_equal_bytes(
     heads : sequence of str
         Folders or Hub ids of trained heads, run with their slots and blocks in each format in which they fit.
     slot_bits : sequence of str
-        As ``parse_bits`` reads them. None: heads as they were trained, others with 16.
+        As ``parse_bits`` reads them. Empty: heads as they were trained, others with 16.
 
     Raises
     ------

@@ -144,8 +144,8 @@ def evaluate_perplexity(
 ) -> list[Row]:
     """Measure, write ``<output>.json``, ``.md`` and pictures, and return the rows. A killed run resumes.
 
-    ``<output>.png`` shows domains, or methods at equal bytes; ``<output>_slots.png`` budgets and
-    ``<output>_length.png`` lengths, where there are several.
+    ``<output>.png`` shows domains, or methods at equal bytes if there is a gap ratio; ``<output>_slots.png`` budgets
+    and ``<output>_length.png`` lengths, where there are several.
 
     Parameters
     ----------
@@ -165,9 +165,9 @@ def evaluate_perplexity(
     )
     at_equal_bytes = any(each.reference_slots for each in runs)
     write_result(output, command, model.device, rows, how=how)
-    if at_equal_bytes:
+    if at_equal_bytes and any(row["gap_ratio"] is not None for row in rows):
         plot_at_equal_bytes(rows, beside(output, ".png"))
-    elif any(each.name == "full" for each in runs) and len(runs) > 1:
+    elif not at_equal_bytes and any(each.name == "full" for each in runs) and len(runs) > 1:
         plot_by_domain(rows, beside(output, ".png"))
     if not at_equal_bytes and len({each.num_slots for each in runs if each.num_slots}) > 1:
         plot_by_slots(rows, beside(output, "_slots.png"))

@@ -378,9 +378,8 @@ class PagedLayer:
             getattr(entries, name)[places] = tensor
             if span is not None:
                 getattr(entries, f"{name}_range")[places] = span
-        for each in (entries.scores, entries.log_mass):
-            if each is not None:
-                each[places] = 0.0
+        if entries.scores is not None:  # a token's log-mass is 0, as that of the one before it there
+            entries.scores[places] = 0.0
         if entries.position is not None:
             entries.position[places] = batch.seen.to(entries.position.dtype).expand_as(at)
         if entries.queries is not None:

@@ -170,3 +170,12 @@ def test_views_of_groups_lie_one_behind_the_other_in_one_buffer():
     layer.views()[1].keys.fill_(7.0)
     assert (layer.entries.keys == 7.0).all(dim=-1).sum() == 3 * 24
     assert (layer.decode.entries.keys == 7.0).all(dim=-1).sum() == 3 * 24
+
+
+@pytest.mark.parametrize("num_slots", [100, 20_000])
+def test_where_scores_begin_to_count_fits_into_its_type(num_slots):
+    layer = LayerCache(LoCoCoConfig(num_slots, block_size=100), 0)
+    layer.make_buffers(torch.randn(1, 4, 1, 2), *torch.randn(2, 1, 2, 1, 2))
+    held = layer.decode._scored_until
+    assert torch.iinfo(held.dtype).max >= 2 * held.shape[1] + layer.config.score_delay > 2**7
+    assert held.dtype == (torch.int16 if num_slots == 100 else torch.int32)

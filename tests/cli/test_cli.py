@@ -210,7 +210,8 @@ def test_eval_ppl_at_equal_bytes(checkpoint, tmp_path, capsys):
     slots = {row["method"]: row["num_slots"] for row in rows}
     assert slots["h2o"] == slots["h2o-slot"] == 16 < slots["h2o-b4"] < slots["h2o-8"] < slots["h2o-b4-8"]
     assert len({row["gap_ratio"] is None for row in rows}) == 1, "all relate to the same H2O"
-    assert sorted(path.suffix for path in tmp_path.glob("fair*")) == [".json", ".md", ".png"]
+    drawn = [".png"] * (rows[0]["gap_ratio"] is not None)  # there is nothing to draw where H2O loses nothing
+    assert sorted(path.suffix for path in tmp_path.glob("fair*")) == [".json", ".md", *drawn]
     said = capsys.readouterr().out
     assert "h2o-slot-b4-8" in said and "bytes" in said
 
