@@ -24,7 +24,8 @@ from torch import nn
 from experiments.common import add_model_options, command_of, load
 from lococo.config import LoCoCoConfig
 from lococo.data.texts import Cut, read_windows
-from lococo.evaluation.perplexity import ALL_DOMAINS, loss_row, measure_losses
+from lococo.evaluation.losses import ALL_DOMAINS, measure_losses
+from lococo.evaluation.perplexity import loss_row
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
 from lococo.methods import Run, plan_runs

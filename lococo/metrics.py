@@ -126,15 +126,41 @@ def gap_interval(
     tuple or None
         None where there is one document, or H2O loses nothing in a resample: the interval has no end then.
     """
-    documents = len(tokens)
-    if documents < 2:
+    if len(tokens) < 2:
         return None
-    draws = np.random.default_rng(SEED).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+    draws = _draws(len(tokens), resamples)
     measured = draws @ np.vstack([nll, full, baselines]).T / (draws @ tokens)[:, None]  # (resamples, 2 + variants)
     ratios = _gap_ratios(measured)
-    if ratios is None:
+    return None if ratios is None else _interval(ratios)
+
+
+def mean_interval(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float] | None:
+    """Confidence interval of ``sums.sum() / counts.sum()`` by the percentile bootstrap over groups.
+
+    Parameters
+    ----------
+    sums, counts : np.ndarray
+        (groups,) summed values of a document's tokens or questions, and how many they are.
+
+    Returns
+    -------
+    tuple or None
+        None where there is one group, or a resample holds nothing to count.
+    """
+    if len(counts) < 2:
         return None
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    draws = _draws(len(counts), resamples)
+    drawn = draws @ counts
+    return _interval(draws @ sums / drawn) if drawn.all() else None
+
+
+def _draws(groups: int, resamples: int) -> np.ndarray:
+    """(resamples, groups): how often each group is drawn."""
+    return np.random.default_rng(SEED).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

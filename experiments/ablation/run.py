@@ -18,7 +18,8 @@ from experiments.ablation.grid import CENTRE, Cell
 from lococo.config import CONFIG_NAME
 from lococo.data.texts import Window
 from lococo.data.windows import DataConfig
-from lococo.evaluation.perplexity import ALL_DOMAINS, Losses, loss_row, measure_losses, references
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses, references
+from lococo.evaluation.perplexity import loss_row
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
 from lococo.methods import Run

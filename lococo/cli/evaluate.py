@@ -35,6 +35,9 @@ def perplexity(
         ),
     ] = False,
     documents: options.Documents = 6,
+    per_document: Annotated[
+        int | None, option(TEXT, "Windows of each document at most.", "--windows-per-document", show_default="all")
+    ] = None,
     methods: options.MethodNames = "full,streaming,h2o,h2o-slot,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
     num_slots: options.SlotCounts = [128],
@@ -55,14 +58,17 @@ def perplexity(
 ) -> None:
     """Perplexity by length, domain, method and number of slots, with the gap ratio.
 
+    What is lost on text that repeats from further back is in a second result, OUTPUT_recall.
+
     Example: lococo eval ppl --model MODEL --data texts.jsonl --num-slots 128 256 --heads heads/
     """
     from lococo.data.texts import Cut, read_windows
     from lococo.evaluation.equal_bytes import plan_equal_bytes
-    from lococo.evaluation.perplexity import ALL_DOMAINS, evaluate_perplexity
+    from lococo.evaluation.losses import ALL_DOMAINS
+    from lococo.evaluation.perplexity import evaluate_perplexity
     from lococo.methods import plan_runs
 
-    cut = Cut(tuple(sorted(set(lengths))), first, documents, min_length, sliding)
+    cut = Cut(tuple(sorted(set(lengths))), first, documents, min_length, sliding, per_document=per_document)
     if bytes_of is None:
         if len(block_size) > 1:
             raise ValueError(f"one --block-size is compared, several with --bytes-of, got {block_size}")
@@ -99,7 +105,7 @@ def extended(
     Example: lococo eval extended --model MODEL --extensions longer/ --data heldout.jsonl
     """
     from lococo.data.texts import Cut, read_windows
-    from lococo.evaluation.perplexity import ALL_DOMAINS
+    from lococo.evaluation.losses import ALL_DOMAINS
     from lococo.extension import evaluate
     from lococo.methods import plan_runs
 

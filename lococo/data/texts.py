@@ -55,17 +55,19 @@ class Window:
         return cls(text.domain, text.name, start, torch.tensor([text.ids[start : start + length]]), length)
 
 
-def windows(texts: Sequence[Text], length: int, limit: int | None = None) -> Iterator[Window]:
+def windows(
+    texts: Sequence[Text], length: int, limit: int | None = None, per_text: int | None = None
+) -> Iterator[Window]:
     """Windows of one length, no token in two: the first of every text, then the second of every text, ...
 
     Parameters
     ----------
     length : int
         Tokens per window; what is left of a text is not used.
-    limit : int, optional
-        At most so many windows.
+    limit, per_text : int, optional
+        At most so many windows in all, and of each text.
     """
-    starts = range(0, max((len(text.ids) for text in texts), default=0), length)
+    starts = range(0, max((len(text.ids) for text in texts), default=0), length)[:per_text]
     found = (Window.of(text, start, length) for start in starts for text in texts if start + length <= len(text.ids))
     return itertools.islice(found, limit)
 
@@ -87,7 +89,8 @@ class Cut:
     Attributes
     ----------
     lengths : tuple of int
-        Tokens per window; every length gets windows of its own.
+        Tokens per window; every length gets windows of its own, those of the longest documents first, so that they
+        begin alike.
     first : int
         First token of a window that counts.
     limit : int
@@ -99,6 +102,8 @@ class Cut:
         Slide over whole documents.
     most : int, optional
         Tokens of a document that are used, its first. None: all.
+    per_document : int, optional
+        Windows of a document at most; not with ``sliding``, which reads whole ones.
 
     Raises
     ------
@@ -112,10 +117,16 @@ class Cut:
     min_length: int | None = None
     sliding: bool = False
     most: int | None = None
+    per_document: int | None = None
 
     def __post_init__(self) -> None:
         if self.limit < 1:
             raise ValueError(f"--documents must be at least 1, got {self.limit}")
+        if self.per_document is not None and (self.per_document < 1 or self.sliding):
+            raise ValueError(
+                "--windows-per-document must be at least 1, and goes without --sliding, which reads whole documents; "
+                f"got {self.per_document}"
+            )
         if not 1 <= self.first < min(self.lengths):
             raise ValueError(
                 f"--first must lie between 1 and {min(self.lengths) - 1} for windows of {min(self.lengths)} tokens, "
@@ -141,6 +152,8 @@ class Cut:
             If none is long enough.
         """
         used = [dataclasses.replace(text, ids=text.ids[: self.most]) for text in texts]
+        if not self.sliding:
+            used.sort(key=lambda text: -sum(len(text.ids) >= length for length in self.lengths))
         return [window for length in self.lengths for window in self._of_length(source, used, length)]
 
     def _least(self, length: int) -> int:
@@ -152,7 +165,8 @@ class Cut:
             long_enough = [text for text in texts if len(text.ids) >= least]
             found = list(sliding_windows(long_enough[: self.limit], length, self.first))
         while not self.sliding and not found and wanted >= least:
-            found = [dataclasses.replace(each, length=length) for each in windows(texts, wanted, self.limit)]
+            cut = windows(texts, wanted, self.limit, self.per_document)
+            found = [dataclasses.replace(each, length=length) for each in cut]
             wanted //= 2
         if not found:
             raise ValueError(

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.perplexity import digest
+from lococo.evaluation.losses import digest
 from lococo.files import write_whole
 from lococo.generation import read_and_answer
 from lococo.methods import Run

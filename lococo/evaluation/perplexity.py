@@ -2,106 +2,43 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
 from lococo.evaluation.equal_bytes import bytes_per_head
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses, references
+from lococo.evaluation.recall import write_recall
 from lococo.files import write_whole
-from lococo.methods import H2O, Run
-from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio, mean_nll
+from lococo.methods import Run
+from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
 from lococo.results.journal import Journal
 from lococo.results.plots import Bars, Lines, Series, picture
 from lococo.results.tables import beside, label_of, write_result
 
 Row = dict[str, Any]
-ALL_DOMAINS = "all"
-
-
-class DocumentLosses:
-    """Loss over some windows, document by document."""
-
-    def __init__(self) -> None:
-        self.by_document: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))  # nll, tokens
-        self.length = 0
-
-    def add(self, nll: float, window: Window, first: int) -> None:
-        """Add a window's mean loss over its tokens from ``first`` on."""
-        tokens = window.ids.shape[1] - first
-        self.by_document[window.domain, window.document] += nll * tokens, tokens
-        self.length = max(self.length, window.ids.shape[1])
-
-    @property
-    def table(self) -> np.ndarray:
-        """(2, documents): summed loss, tokens."""
-        return np.stack(list(self.by_document.values()), axis=1)
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        nll, tokens = self.table.sum(axis=1)
-        return float(nll / tokens)
-
-
-Losses = dict[Run, dict[tuple[int, str], DocumentLosses]]
 
 
 def perplexity_rows(
-    model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
+    model: PreTrainedModel, windows: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
 ) -> list[Row]:
     """One row per run, length and domain (and one for all domains).
 
     The gap ratio compares with H2O at the same number of slots, or at ``Run.reference_slots``, and with the better of
     its two position modes in that domain; ``gap_low`` and ``gap_high`` bound it.
     """
-    losses = measure_losses(model, texts, runs, first, journal)
+    losses = measure_losses(model, windows, runs, first, journal, read_once=True)
     rows = []
     for run, groups in losses.items():
         held = {length: bytes_per_head(model, run, length) for length in {length for length, _ in groups}}
         rows += [{**loss_row(losses, run, group), "bytes_per_head": held[group[0]]} for group in groups]
     return rows
-
-
-def measure_losses(
-    model: PreTrainedModel, texts: Sequence[Window], runs: Sequence[Run], first: int, journal: Journal
-) -> Losses:
-    """Losses of every run by length and domain, and over all domains."""
-    losses: Losses = {}
-    for run in tqdm(runs, desc="methods", disable=None):
-        groups = losses[run] = defaultdict(DocumentLosses)
-        keys = [_key(model, run, window, first) for window in texts]
-        is_measured = all(journal.recall(key) is not None for key in keys)
-        with nullcontext(model) if is_measured else run.applied(model) as reader:
-            shown = tqdm(texts, desc=f"{run.name} {run.num_slots or ''}", leave=False, disable=None)
-            for key, window in zip(keys, shown, strict=True):
-                nll = journal.measure(key, functools.partial(mean_nll, reader, window.ids, first))
-                for domain in (window.domain, ALL_DOMAINS):
-                    groups[window.length, domain].add(nll, window, first)
-    return losses
-
-
-def _key(model: PreTrainedModel, run: Run, window: Window, first: int) -> tuple[Any, ...]:
-    return model.name_or_path, str(model.dtype), run.name, run.identity(), digest(window.ids), first
-
-
-def references(losses: Losses, run: Run, group: tuple[int, str]) -> tuple[DocumentLosses | None, list[DocumentLosses]]:
-    """What a run's gap ratio compares with: the full cache, and the variants of H2O."""
-    slots = run.num_slots if run.reference_slots is None else run.reference_slots
-    full = next((groups[group] for other, groups in losses.items() if other.name == "full"), None)
-    h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == slots]
-    return full, h2o
 
 
 def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> Row:
@@ -129,14 +66,9 @@ def loss_row(losses: Losses, run: Run, group: tuple[int, str]) -> Row:
     }
 
 
-def digest(ids: torch.Tensor) -> str:
-    """Name of a text by its tokens."""
-    return hashlib.sha256(repr(ids.tolist()).encode()).hexdigest()
-
-
 def evaluate_perplexity(
     model: PreTrainedModel,
-    texts: Sequence[Window],
+    windows: Sequence[Window],
     runs: Sequence[Run],
     first: int,
     output: Path,
@@ -145,7 +77,8 @@ def evaluate_perplexity(
     """Measure, write ``<output>.json``, ``.md`` and pictures, and return the rows. A killed run resumes.
 
     ``<output>.png`` shows domains, or methods at equal bytes if there is a gap ratio; ``<output>_slots.png`` budgets
-    and ``<output>_length.png`` lengths, where there are several.
+    and ``<output>_length.png`` lengths, where there are several. ``<output>_recall`` holds what is lost on text that
+    repeats from further back.
 
     Parameters
     ----------
@@ -157,7 +90,7 @@ def evaluate_perplexity(
         What made the result, as a user would type it.
     """
     journal = Journal(beside(output, ".partial.jsonl"))
-    rows = perplexity_rows(model, texts, runs, first, journal)
+    rows = perplexity_rows(model, windows, runs, first, journal)
     how = (
         f"Each window is read from its start with an empty cache, its tokens from the {first}th on count. gap_low and "
         f"gap_high: {CONFIDENCE:.0%} interval of gap_ratio, {RESAMPLES} bootstrap resamples of the documents, seed "
@@ -171,8 +104,10 @@ def evaluate_perplexity(
         plot_by_domain(rows, beside(output, ".png"))
     if not at_equal_bytes and len({each.num_slots for each in runs if each.num_slots}) > 1:
         plot_by_slots(rows, beside(output, "_slots.png"))
-    if len({window.length for window in texts}) > 1:
+    if len({window.length for window in windows}) > 1:
         plot_by_length(rows, beside(output, "_length.png"))
+    repeats = measure_losses(model, windows, runs, first, journal, read_once=True, by_repeat=True)
+    write_recall(repeats, beside(output, "_recall"), command, model.device)
     journal.finish()
     return rows
 

@@ -41,6 +41,20 @@ def test_windows_of_all_lengths_count_the_same_tokens():
         Cut((300,), 4, 2, min_length=300, sliding=True, most=300).windows("a.txt", texts)
 
 
+def test_windows_of_several_lengths_begin_alike_where_documents_are_long_enough():
+    texts = [Text("a", "short", range(40)), Text("a", "long", range(100)), Text("a", "middle", range(50))]
+    found = Cut((30, 45, 90), 4, 2).windows("a.txt", texts)
+    places = [(each.length, each.document, each.start) for each in found]
+    assert places == [(30, "long", 0), (30, "middle", 0), (45, "long", 0), (45, "middle", 0), (90, "long", 0)]
+    found = Cut((30,), 4, 9, per_document=2).windows("a.txt", texts)
+    assert [(each.document, each.start) for each in found] == [
+        ("short", 0),
+        ("long", 0),
+        ("middle", 0),
+        ("long", 30),
+    ]
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.jsonl", '{"no": 1}'), ("a.txt", ""), ("a.csv", "x")])
 def test_files_without_texts_are_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -54,6 +68,8 @@ def test_files_without_texts_are_named(tmp_path, name, text):
         (dict(lengths=(40, 20), first=20), "--first must lie between 1 and 19 for windows of 20 tokens, got 20"),
         (dict(lengths=(40, 80), first=20, min_length=30), "--min-length 30 would measure"),
         (dict(lengths=(40,), first=20, limit=0), "--documents must be at least 1, got 0"),
+        (dict(lengths=(40,), first=20, per_document=0), "--windows-per-document must be at least 1.*got 0"),
+        (dict(lengths=(40,), first=20, per_document=1, sliding=True), "goes without --sliding.*got 1"),
     ],
 )
 def test_cuts_that_measure_nothing_new_are_refused(cut, message):

@@ -10,9 +10,10 @@ from words import Characters
 import lococo
 from lococo import LoCoCoConfig, patched
 from lococo.data.texts import Cut, read_texts, read_windows, windows
+from lococo.evaluation import losses as losses_module
 from lococo.evaluation import perplexity as perplexity_module
 from lococo.methods import plan_runs
-from lococo.metrics import gap_interval, gap_ratio, mean_nll, perplexity, token_nlls
+from lococo.metrics import gap_interval, gap_ratio, mean_interval, perplexity, token_nlls
 from lococo.results.journal import Journal
 from lococo.results.tables import markdown_table
 
@@ -106,16 +107,16 @@ def test_killed_run_goes_on_where_it_stopped(model, corpus, tmp_path, monkeypatc
         if len(calls) == 5:
             raise KeyboardInterrupt
         calls.append(args)
-        return mean_nll(*args)
+        return token_nlls(*args)
 
-    monkeypatch.setattr(perplexity_module, "mean_nll", counted)
+    monkeypatch.setattr(losses_module, "token_nlls", counted)
     with pytest.raises(KeyboardInterrupt):
         run(model, corpus, tmp_path / "cut")
     assert not (tmp_path / "cut.json").exists()
     with (tmp_path / "cut.partial.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     again = []
-    monkeypatch.setattr(perplexity_module, "mean_nll", lambda *args: again.append(args) or mean_nll(*args))
+    monkeypatch.setattr(losses_module, "token_nlls", lambda *args: again.append(args) or token_nlls(*args))
     assert run(model, corpus, tmp_path / "cut") == expected
     assert len(calls) + len(again) == 4 * 3
     assert not (tmp_path / "cut.partial.jsonl").exists()
@@ -184,6 +185,20 @@ def test_several_lengths_and_budgets_each_have_rows_and_pictures(model, corpus, 
     assert pictures == {"many.png", "many_slots.png", "many_length.png"}
 
 
+def test_a_window_that_another_begins_with_is_not_read_by_itself(model, corpus, tmp_path, monkeypatch):
+    alone = [run(model, corpus, tmp_path / "x", length=length, per_document=1) for length in (30, 50, 60)]
+    read = []
+    monkeypatch.setattr(losses_module, "token_nlls", lambda *args: read.append(args) or token_nlls(*args))
+    rows = run(model, corpus, tmp_path / "y", length=(30, 50, 60), per_document=1)
+    assert [args[1].shape for args in read] == len(METHODS) * 2 * [(1, 60)]
+
+    def by_group(rows):
+        return {(row["domain"], row["method"], row["length"]): (row["nll"], row["tokens"]) for row in rows}
+
+    expected = by_group(sum(alone, []))
+    assert by_group(rows) == {group: (pytest.approx(nll, abs=1e-6), count) for group, (nll, count) in expected.items()}
+
+
 def test_sliding_measures_the_same_tokens_at_every_length(model, corpus, tmp_path):
     rows = run(model, corpus, tmp_path / "x", methods=["full"], length=(30, 60, 200), min_length=50, sliding=True)
     assert [(row["length"], row["tokens"], row["documents"]) for row in rows if row["domain"] == "all"] == [
@@ -245,6 +260,20 @@ def test_gap_interval_equals_a_naive_bootstrap():
         means = [sum(loss[each] for each in drawn) / sum(tokens[each] for each in drawn) for loss in losses]
         ratios.append(gap_ratio(means[0], means[1], means[2:]))
     assert (low, high) == pytest.approx((np.quantile(ratios, 0.025), np.quantile(ratios, 0.975)))
+
+
+def test_mean_interval_equals_a_naive_bootstrap():
+    rng = np.random.default_rng(3)
+    counts = rng.integers(1, 40, 6)
+    sums = counts * rng.normal(0.2, 1, 6)
+    draws = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), size=300)
+    means = []
+    for times in draws:
+        drawn = [group for group, count in enumerate(times) for _ in range(count)]
+        means.append(sum(sums[each] for each in drawn) / sum(counts[each] for each in drawn))
+    assert mean_interval(sums, counts, 300) == pytest.approx((np.quantile(means, 0.025), np.quantile(means, 0.975)))
+    assert mean_interval(sums[:1], counts[:1]) is None
+    assert mean_interval(np.array([1.0, 0.0]), np.array([2, 0])) is None  # both may be drawn from the second
 
 
 def test_gap_interval_covers_the_truth_as_often_as_it_says():

@@ -15,7 +15,7 @@ from experiments.ablation.__main__ import main
 from experiments.ablation.grid import KINDS, combined, grid_cells
 from experiments.ablation.run import gap_change, plot_rows
 from lococo.config import LoCoCoConfig
-from lococo.evaluation.perplexity import DocumentLosses
+from lococo.evaluation.losses import DocumentLosses
 from lococo.methods import Run, as_method
 from lococo.metrics import gap_ratio, token_nlls
 from lococo.results.deadline import Deadline, OutOfTime

@@ -89,9 +89,9 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
     assert command(checkpoint, text, tmp_path, "--factor", 4) == 0
     given = ["--extensions", tmp_path / "out", "--methods", "full"]
     assert evaluate(checkpoint, heldout, tmp_path / "whole", *given) == 0
-    from lococo.evaluation import perplexity as extended
+    from lococo.evaluation import losses as extended
 
-    counted, real = [], extended.mean_nll
+    counted, real = [], extended.token_nlls
 
     def measured(*arguments):
         counted.append(1)
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on(checkpoint, text, heldout, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(extended, "mean_nll", measured)
+    monkeypatch.setattr(extended, "token_nlls", measured)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, heldout, tmp_path / "killed", *given)
     assert evaluate(checkpoint, heldout, tmp_path / "killed", *given) == 0
