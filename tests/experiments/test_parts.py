@@ -45,7 +45,8 @@ def test_every_variant_is_the_heads_without_one_part(heads):
             assert scales == ([0.5] * 2 if config.has_mass else [])
             for network in patch.networks.values():
                 assert network.output.weight.abs().max() > 0
-    assert not lococo.is_patched(model) and len(outputs) == 5
+            assert config.bits == ((8, 8) if run.name == "in 8 bits" else (16, 16))
+    assert not lococo.is_patched(model) and len(outputs) == 6
     with lococo.patched(model, heads=heads):
         assert torch.equal(outputs.pop("all parts"), whole := model(IDS).logits)
     assert all((each - whole).abs().max() > 1e-3 for each in outputs.values())
@@ -55,15 +56,34 @@ def test_the_command_writes_what_parts_are_worth(checkpoint, heads, tmp_path, mo
     texts = write_texts(tmp_path / "words.jsonl")
     monkeypatch.setattr(parts, "BLOCK_SIZE", 8)
     monkeypatch.setattr(parts, "FIRST", 20)
-    options = ["--model", checkpoint, "--device", "cpu", "--data", texts, "--heads", heads, "--length", 60]
+    options = [
+        "--model",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--data",
+        texts,
+        "--heads",
+        heads,
+        "--length",
+        60,
+        "--documents",
+        2,
+    ]
     monkeypatch.setattr(sys, "argv", ["parts", *map(str, options), "--output", str(tmp_path / "parts")])
     parts.main()
     rows = json.loads((tmp_path / "parts.json").read_text())["rows"]
     by_method = {row["method"]: row for row in rows if row["domain"] == "all"}
     assert list(by_method) == ["full", "h2o", "h2o-slot", *(run.name for run in parts.parts(str(heads)))]
-    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in by_method.values())
+    assert all(row["seconds"] > 0 for row in by_method.values())
     # 60 tokens of a key and a value of 8 numbers in float32.
-    assert by_method["full"]["bytes"] == 60 * 2 * 8 * 4
-    assert by_method["without learned scores"]["bytes"] < by_method["all parts"]["bytes"]
+    assert by_method["full"]["bytes_per_head"] == 60 * 2 * 8 * 4
+    assert by_method["without learned scores"]["bytes_per_head"] < by_method["all parts"]["bytes_per_head"]
+    assert by_method["in 8 bits"]["bytes_per_head"] < by_method["all parts"]["bytes_per_head"]
+    assert by_method["h2o"]["worth"] is None and by_method["all parts"]["worth"] == 0
+    for name in ("without centroids", "in 8 bits"):
+        lost = by_method[name]["nll"] - by_method["all parts"]["nll"]
+        assert by_method[name]["worth"] == pytest.approx(lost) and lost != 0
+        assert by_method[name]["worth_low"] <= lost <= by_method[name]["worth_high"]
     assert (tmp_path / "parts.png").stat().st_size > 1000 and "without centroids" in capsys.readouterr().out
     assert not (tmp_path / "parts.partial.jsonl").exists()
