@@ -122,7 +122,7 @@ def measure_presses(
             yield row.name, journal.measure((*key, row.name), functools.partial(while_reading, row))
 
 
-def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
+def how(length: int, num_slots: int, windows: Sequence[Window], dtype: str) -> str:
     """How the figures came about."""
     versions = f"kvpress {KVPRESS}, transformers {transformers.__version__}, torch {torch.__version__}"
     return (
@@ -137,7 +137,7 @@ def how(length: int, num_slots: int, windows: Sequence[Window]) -> str:
         f"goes block by block. gap_ratio: (nll - full) / ({REFERENCE} - full), {REFERENCE} being lococo's with "
         f"absolute positions. minus_lococo: nll above that of the trained heads, positive where they are better. "
         f"gap_low, gap_high and low, high: {CONFIDENCE:.0%} intervals, {RESAMPLES} bootstrap resamples of the "
-        f"documents, seed {SEED}. float32, {versions}, presses with kvpress's default settings, all methods in one "
+        f"documents, seed {SEED}. {dtype}, {versions}, presses with kvpress's default settings, all methods in one "
         f"environment."
     )
 
@@ -191,7 +191,7 @@ def main() -> None:
     check_length(options.length, num_slots)
     runs = [*plan_runs(METHODS, [num_slots], BLOCK_SIZE), trained]
     model, tokenizer = load(options)
-    cut = Cut((options.length + 1,), BLOCK_SIZE, options.documents)
+    cut = Cut((options.length + 1,), BLOCK_SIZE, options.documents, per_document=1)
     # Releases of transformers differ in the first token that a tokenizer from GGUF puts before a text.
     as_tokens = functools.partial(tokenizer, add_special_tokens=False)
     windows = one_after_another(read_windows(options.data, as_tokens, cut))[: options.limit]
@@ -208,7 +208,7 @@ def main() -> None:
     command = command_of("kvpress_side_by_side")
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]
-    how_measured = how(options.length, num_slots, windows)
+    how_measured = how(options.length, num_slots, windows, str(model.dtype)[6:])
     write_result(options.output, command, model.device, rows, columns=shown, how=how_measured)
     plot(rows, beside(options.output, ".png"))
     journal.finish()
