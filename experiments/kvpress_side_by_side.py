@@ -209,7 +209,8 @@ def main() -> None:
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]
     how_measured = how(options.length, num_slots, windows, str(model.dtype)[6:])
-    write_result(options.output, command, model.device, rows, columns=shown, how=how_measured)
+    facts = {"how": how_measured, "seconds": journal.seconds}
+    write_result(options.output, command, model.device, rows, columns=shown, **facts)
     plot(rows, beside(options.output, ".png"))
     journal.finish()
     print(markdown_table([{name: row[name] for name in shown} for row in rows]))

@@ -168,7 +168,9 @@ def main() -> None:
         f"bytes of the cache by layer and KV head, in {str(model.dtype)[6:]}."
     )
     table = [{name: row[name] for name in shown} for row in rows if row["domain"] == ALL_DOMAINS]
-    write_result(options.output, command_of("parts"), model.device, rows, table=table, how=how)
+    write_result(
+        options.output, command_of("parts"), model.device, rows, table=table, how=how, seconds=journal.seconds
+    )
     plot(rows, beside(options.output, ".png"))
     journal.finish()
     print(markdown_table(table))

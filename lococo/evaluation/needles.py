@@ -237,7 +237,7 @@ def evaluate_needles(
             }
             for (length, depth), answers in found.items()
         ]
-    write_result(output, command, model.device, rows, table=by_length(rows))
+    write_result(output, command, model.device, rows, table=by_length(rows), seconds=journal.seconds)
     write_whole(beside(output, ".png"), _picture(rows))
     journal.finish()
     return rows

@@ -97,7 +97,7 @@ def evaluate_perplexity(
         f"{SEED}. bytes_per_head: bytes of all that the cache holds by layer and KV head, in {str(model.dtype)[6:]}."
     )
     at_equal_bytes = any(each.reference_slots for each in runs)
-    write_result(output, command, model.device, rows, how=how)
+    write_result(output, command, model.device, rows, how=how, seconds=journal.seconds)
     if at_equal_bytes and any(row["gap_ratio"] is not None for row in rows):
         plot_at_equal_bytes(rows, beside(output, ".png"))
     elif not at_equal_bytes and any(each.name == "full" for each in runs) and len(runs) > 1:

@@ -114,7 +114,8 @@ def evaluate_extended(
     journal = Journal(beside(output, ".partial.jsonl"))
     rows = extended_rows(measure_losses(model, windows, runs, first, journal))
     how = HOW.format(longest=max(window.length for window in windows), first=first)
-    write_result(output, command, model.device, rows, table=by_length(rows), how=how, dtype=str(model.dtype))
+    facts: dict[str, Any] = {"how": how, "seconds": journal.seconds, "dtype": str(model.dtype)}
+    write_result(output, command, model.device, rows, table=by_length(rows), **facts)
     plot_by_length([{**row, "method": _label(row)} for row in rows], beside(output, ".png"), cut=1.25)
     journal.finish()
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Journal:
         self.path = check_output(path)
         self.deadline = deadline or Deadline()
         self.rows: dict[str, Any] = {}
+        self.seconds = 0.0  # that all measurements took, of earlier runs too
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -38,16 +40,20 @@ class Journal:
                 except ValueError:
                     continue  # the run was killed while it wrote this line
                 self.rows[entry["key"]] = entry["value"]
+                self.seconds += entry.get("seconds", 0.0)
 
     def measure(self, key: Iterable[Any], function: Callable[[], Any]) -> Any:
         """The value under a key, measured now if no earlier run has."""
         name = json.dumps(list(key))
         if name not in self.rows:
             self.deadline.check()
+            started = time.monotonic()
             self.rows[name] = function()
+            seconds = round(time.monotonic() - started, 3)
+            self.seconds += seconds
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": name, "value": self.rows[name]}) + "\n")
+                file.write(json.dumps({"key": name, "value": self.rows[name], "seconds": seconds}) + "\n")
         return self.rows[name]
 
     def recall(self, key: Iterable[Any]) -> Any | None:

@@ -35,6 +35,7 @@ def write_result(
     columns: Sequence[str] | None = None,
     table: Sequence[dict[str, Any]] | None = None,
     how: str | None = None,
+    seconds: float | None = None,
     **facts: Any,
 ) -> None:
     """Write ``<path>.json`` and the table ``<path>.md`` of it.
@@ -53,13 +54,17 @@ def write_result(
         Rows that the table shows in place of ``rows``.
     how : str, optional
         How the figures came about, in a sentence or two that both files hold.
+    seconds : float, optional
+        That measuring took, other work beside it included.
     **facts
         What else the file says of all rows.
     """
     facts = facts if how is None else {"how": how, **facts}
+    facts = facts if seconds is None else {**facts, "seconds": round(seconds)}
     content = {**facts, **result_content(command, device, rows)}
     write_whole(beside(path, ".json"), json.dumps(content, indent=1) + "\n")
     note = f"`{command}` on {content['device']}, {content['date']}"
+    note += "" if seconds is None else f", measured in {max(1, round(seconds / 60))} min"
     note += f", commit {content['commit']}\n\n" if content["commit"] else "\n\n"
     note += f"{how}\n\n" if how else ""
     shown = rows if table is None else table

@@ -121,6 +121,18 @@ def test_a_result_has_one_commit_in_both_files(tmp_path, monkeypatch):
     assert "commit of lococo\n" in (tmp_path / "found.md").read_text()
 
 
+def test_a_result_says_how_long_it_was_measured_also_by_runs_that_were_stopped(tmp_path, monkeypatch):
+    clock = iter([10.0, 100.0, 500.0, 530.5])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    path = tmp_path / "found.partial.jsonl"
+    assert Journal(path).measure(["a"], lambda: 1) == 1
+    journal = Journal(path)
+    assert (journal.measure(["a"], lambda: 9), journal.measure(["b"], lambda: 2)) == (1, 2)
+    write_result(tmp_path / "found", "lococo eval ppl", "cpu", [{"nll": 1.0}], seconds=journal.seconds)
+    assert json.loads((tmp_path / "found.json").read_text())["seconds"] == 120
+    assert ", measured in 2 min" in (tmp_path / "found.md").read_text().splitlines()[0]
+
+
 # Places
 
 
