@@ -18,16 +18,21 @@ QUICK_TESTS := $(TESTS) -m "not slow$(if $(BROWSER),, and not browser)"
 
 MODEL := .demo/smollm2-135m
 GGUF := SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA := .demo/gemma3-270m
+GEMMA_GGUF := gemma-3-270m-q4_k_m.gguf
 # No held-out thread of stackexchange has 2048 tokens.
 DOMAINS := books wikipedia math_latex arxiv code web
 LOCOCO = $(VENV)/bin/lococo
 EXPERIMENT = $(VENV)/bin/python -m experiments
 ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
+ON_GEMMA := --model $(GEMMA) --gguf-file $(GEMMA_GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
 TRAIN := $(patsubst %,$(DATA)/%/train.jsonl,arxiv books code math_latex stackexchange web wikipedia)
 HEADS := examples/heads/smollm2-135m
+GEMMA_HEADS := examples/heads/gemma3-270m
 # Scores are learned with the first.
 BUDGETS := 128 256 512
+GEMMA_BUDGETS := 128 512
 # Heads that fit into the bytes of H2O with M = 128, each in a format of its own.
 EQUAL_BYTES := 176 352 448
 BLOCK_SIZE = $(if $(filter $(EQUAL_BYTES),$*),64,128)
@@ -80,12 +85,13 @@ TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-all test-versions test-chatglm test-cuda-build: export HF_HUB_OFFLINE = 1
 test test-all test-versions test-chatglm test-cuda-build bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
-perplexity tasks agreement long ablate extend bench-extend side-by-side calibrate calibration parts: export OMP_NUM_THREADS = 1
+perplexity perplexity-gemma equal-bytes tasks agreement long ablate extend bench-extend side-by-side calibrate \
+	calibrate-gemma parts: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all lint demo bench bench-prefill bench-decode bench-score bench-cuda targets memory \
-	memory-stream perplexity tasks agreement long ablate extend bench-extend side-by-side inspect calibrate calibration \
-	bits bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
+.PHONY: help test test-all lint demo results bench bench-prefill bench-decode bench-score bench-cuda targets memory \
+	memory-stream perplexity perplexity-gemma tasks agreement long ablate extend bench-extend side-by-side inspect \
+	calibrate calibrate-gemma bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
 	$(GPU_EXTENDED) test-versions test-chatglm test-vllm bench-vllm \
 	test-cuda-build clean
 .SECONDARY:
@@ -116,8 +122,17 @@ demo: $(VENV)/.installed ## run the demo; arguments in DEMO_ARGS
 $(MODEL)/$(GGUF): | $(VENV)/.installed
 	$(VENV)/bin/python examples/fetch_smollm2.py $(MODEL)
 
+$(GEMMA)/$(GEMMA_GGUF): | $(VENV)/.installed
+	$(VENV)/bin/python examples/fetch_gemma3.py $(GEMMA)
+
 bench: memory bench-decode bench-score bench-prefill ## measure memory and speed on this CPU -> docs/results
 	$(MAKE) targets
+
+# Hours on two cores: how long each took stands in docs/results/README.md. A stopped one goes on where it was; those
+# that were measured after the last change of the code are left as they are.
+results: $(VENV)/.installed ## measure all that docs/results tells of a CPU, at this commit
+	for target in $$($(EXPERIMENT).results_index --results $(RESULTS) --stale); do $(MAKE) $$target || exit; done
+	$(EXPERIMENT).results_index --results $(RESULTS)
 
 targets: | $(VENV)/.installed ## what was wanted beside what is measured -> docs/results/targets
 	$(EXPERIMENT).targets --results $(RESULTS)
@@ -169,9 +184,17 @@ memory-stream: $(MODEL)/$(GGUF) ## the same for a stream of 100K tokens, in bflo
 	$(LOCOCO) bench memory $(ON_MODEL) --dtype bfloat16 --methods h2o --num-slots 128 --block-size 128 \
 		--heads $(HEADS)-352 --tokens 102400 --step 2048 --output $(RESULTS)/memory_stream
 
-perplexity: $(MODEL)/$(GGUF) ## perplexity by domain, method and budget on the texts in DATA -> docs/results/perplexity
-	$(LOCOCO) eval ppl $(ON_MODEL) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --min-length 1024 \
-		--documents 2 --num-slots 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
+# Windows of as many documents of each domain as there are, eight at most; shorter ones begin those of 8192 tokens.
+BY_LENGTH = --dtype bfloat16 --data $(HELDOUT) --lengths 2048 4096 8192 --documents 8 --windows-per-document 1
+
+perplexity: $(MODEL)/$(GGUF) ## by domain, length, method and number of slots, and recall loss -> docs/results/perplexity
+	$(LOCOCO) eval ppl $(ON_MODEL) $(BY_LENGTH) --methods full,streaming,h2o,h2o-slot,lococo-uncalibrated \
+		--num-slots $(BUDGETS) --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/perplexity
+
+perplexity-gemma: $(GEMMA)/$(GEMMA_GGUF) ## the same for Gemma 3 270M -> docs/results/perplexity_gemma
+	$(LOCOCO) eval ppl $(ON_GEMMA) $(BY_LENGTH) --methods full,streaming-absolute,h2o,lococo-uncalibrated \
+		--num-slots $(GEMMA_BUDGETS) --block-size 128 --heads $(GEMMA_BUDGETS:%=$(GEMMA_HEADS)-%) \
+		--output $(RESULTS)/perplexity_gemma
 
 tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
 tasks: ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
@@ -197,17 +220,17 @@ inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a pictu
 
 calibrate: $(BUDGETS:%=calibrate-%) $(EQUAL_BYTES:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
+calibrate-gemma: $(GEMMA_BUDGETS:%=calibrate-gemma-%) ## the same for Gemma 3 270M; M counts in its three full layers
+
+calibrate-gemma-%: $(GEMMA)/$(GEMMA_GGUF)
+	$(LOCOCO) calibrate $(ON_GEMMA) --dtype bfloat16 --dataset $(TRAIN) --num-slots $* --block-size 128 --heldout 3 \
+		--output $(GEMMA_HEADS)-$* --resume \
+		$(if $(filter-out $(firstword $(GEMMA_BUDGETS)),$*),--scores-from $(GEMMA_HEADS)-$(firstword $(GEMMA_BUDGETS)))
+
 calibrate-%: $(MODEL)/$(GGUF)
 	$(LOCOCO) calibrate $(ON_MODEL) --dataset $(TRAIN) --num-slots $* --block-size $(BLOCK_SIZE) \
 		--slot-bits $(or $(BITS_$*),16) --heldout 3 --output $(HEADS)-$* \
 		$(if $(filter-out $(firstword $(BUDGETS)),$*),--scores-from $(HEADS)-$(firstword $(BUDGETS))) --resume
-
-BY_DOMAIN = $(LOCOCO) eval ppl $(ON_MODEL) --length 4096 --min-length 1024 --documents 2 --methods full,h2o,h2o-slot \
-	--num-slots $(BUDGETS) --heads $(BUDGETS:%=$(HEADS)-%)
-
-calibration: $(MODEL)/$(GGUF) ## perplexity with the heads in examples/heads by domain -> docs/results/calibration, _zh
-	$(BY_DOMAIN) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/calibration
-	$(BY_DOMAIN) --data $(DATA)/wikipedia_zh/heldout.jsonl --output $(RESULTS)/calibration_zh
 
 bench-bits: $(MODEL)/$(GGUF) ## time at equal bytes by bits, 16, 8 and 8-4 -> docs/results/bench_bits_decode, _prefill
 	OMP_NUM_THREADS=1 $(EXPERIMENT).benchmarks decode $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
@@ -215,20 +238,15 @@ bench-bits: $(MODEL)/$(GGUF) ## time at equal bytes by bits, 16, 8 and 8-4 -> do
 	OMP_NUM_THREADS=1 $(EXPERIMENT).benchmarks prefill $(ON_MODEL) --device cpu --methods h2o --num-slots 128 --block-size 128 \
 		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --lengths 4096 --repeats 5 --output $(RESULTS)/bench_bits_prefill
 
-# Half an hour on one CPU thread. A killed run goes on when it is made again, as those below.
-bits: $(MODEL)/$(GGUF) ## loss by bits of keys and values, with as many slots, in bfloat16 -> docs/results/bits
-	$(BY_DOMAIN) --dtype bfloat16 --methods full,h2o --slot-bits 16 8 --data $(HELDOUT) \
-		$(DATA)/stackexchange/heldout.jsonl --output $(RESULTS)/bits
-
-# An hour on one CPU thread. Heads have as many slots as fit in their format.
+# Heads have as many slots as fit in their format.
 equal-bytes: $(MODEL)/$(GGUF) ## formats in the bytes of H2O with M = 128 in 16 bits -> docs/results/equal_bytes
-	$(LOCOCO) eval ppl $(ON_MODEL) --dtype bfloat16 --length 4096 --min-length 1024 --documents 2 --bytes-of h2o:128 \
-		--block-size 128 64 --methods full,h2o,h2o-slot,lococo-uncalibrated --slot-bits 16 8 8-4 \
-		--heads $(EQUAL_BYTES:%=$(HEADS)-%) --data $(HELDOUT) $(DATA)/stackexchange/heldout.jsonl \
-		--output $(RESULTS)/equal_bytes
+	$(LOCOCO) eval ppl $(ON_MODEL) --dtype bfloat16 --data $(HELDOUT) --length 4096 --documents 8 \
+		--windows-per-document 1 --bytes-of h2o:128 --block-size 128 64 --slot-bits 16 8 8-4 \
+		--methods full,h2o,h2o-slot,lococo-uncalibrated --heads $(EQUAL_BYTES:%=$(HEADS)-%) --output $(RESULTS)/equal_bytes
 
-parts: $(MODEL)/$(GGUF) ## the heads without one of their parts each: scores, slots, centroids -> docs/results/parts
-	$(EXPERIMENT).parts $(ON_MODEL) --device cpu --data $(HELDOUT) --heads $(HEADS)-128 --output $(RESULTS)/parts
+parts: $(MODEL)/$(GGUF) ## the heads without one of their parts each, its time and bytes -> docs/results/parts
+	$(EXPERIMENT).parts $(ON_MODEL) --dtype bfloat16 --device cpu --data $(HELDOUT) --heads $(HEADS)-128 $(HEADS)-256 \
+		--documents 8 --output $(RESULTS)/parts
 
 # A real model of Chinese text in ChatGLM3's architecture, trained here in minutes.
 chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on held-out Chinese -> docs/results/chatglm_zh
@@ -243,8 +261,8 @@ chatglm: $(VENV)/.installed ## train a tiny ChatGLM, calibrate it, perplexity on
 
 # Two hours on one CPU thread, both sides in one environment. A killed run goes on when it is made again.
 side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo at M = 128 -> docs/results/side_by_side
-	.venvs/kvpress/bin/python -m experiments.kvpress_side_by_side $(ON_MODEL) --data $(HELDOUT) --heads $(HEADS)-128 \
-		--output $(RESULTS)/side_by_side
+	.venvs/kvpress/bin/python -m experiments.kvpress_side_by_side $(ON_MODEL) --dtype bfloat16 --data $(HELDOUT) \
+		--documents 8 --heads $(HEADS)-128 --output $(RESULTS)/side_by_side
 
 # kvpress needs transformers < 5.3.
 .venvs/kvpress/.installed: pyproject.toml

@@ -27,10 +27,13 @@ class ExtensionOptions:
     rope_type: Annotated[str, option(LENGTH, "linear, yarn or dynamic.", metavar="TYPE")] = "linear"
     num_slots: options.NumSlots = NUM_SLOTS
     block_size: options.OwnBlockSize = None
-    positions: Annotated[str, option(METHOD, "Of lococo: absolute, or slot, which are not stretched.")] = "absolute"
-    heads: Annotated[
-        str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block of lococo.")
+    positions: Annotated[
+        str | None,
+        option(METHOD, "absolute, or slot, which are not stretched.", show_default="absolute; streaming: slot"),
     ] = None
+    heads: Annotated[str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block.")] = (
+        None
+    )
     length: Annotated[int | None, option(TEXT, "Tokens per window.", show_default="the new length")] = None
     steps: Annotated[int, option(TRAINING, "Of the optimizer.")] = 1000
     windows_per_step: Annotated[int, option(TRAINING, "Global batch.")] = 8

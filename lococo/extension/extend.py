@@ -137,13 +137,32 @@ def check_method(method: str) -> None:
         raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
 
 
-def extension_config(method: str, num_slots: int, block_size: int, positions: str = "absolute") -> LoCoCoConfig | None:
-    """The compressed cache of a method: ours with low-rank heads whose gates start a little open; None for others."""
+def extension_config(
+    method: str, num_slots: int, block_size: int, positions: str | None = None
+) -> LoCoCoConfig | None:
+    """The compressed cache of a method: ours with low-rank heads whose gates start a little open; None for others.
+
+    Raises
+    ------
+    ValueError
+        If the method has no such positions.
+    """
     check_method(method)
+    positions = positions or ("slot" if method == "streaming" else "absolute")
     if method == "lococo":
         return LoCoCoConfig(num_slots, block_size, head_rank=16, gate_init=0.05, positions=positions)  # type: ignore
+    if method in FULL_CACHE and positions != "absolute":
+        raise ValueError(f"positions are of a compressed cache, method={method!r} has none: got {positions!r}")
     presets = {"h2o": LoCoCoConfig.h2o, "streaming": LoCoCoConfig.streaming_llm}
-    return presets[method](num_slots, block_size=block_size) if method in presets else None
+    return presets[method](num_slots, block_size=block_size, positions=positions) if method in presets else None
+
+
+def heads_config(heads: str | os.PathLike, positions: str | None = None) -> LoCoCoConfig:
+    """The config of saved heads; in other positions than theirs, and then with as many slots for all KV heads."""
+    config = read_heads_config(heads)
+    if positions in (None, config.positions):
+        return config
+    return dataclasses.replace(config, positions=positions, slots_per_head=None)  # type: ignore[arg-type]
 
 
 def extend_context(
@@ -179,9 +198,10 @@ def extend_context(
 
         - ``method="lococo"``: or ``"h2o"``, ``"streaming"``, ``"full"``; ``rope_type="linear"``, or ``"yarn"``,
           ``"dynamic"``.
-        - ``num_slots=512``, ``block_size=None`` (as many, at most 512), ``positions="absolute"``: the compressed
-          cache. ``heads=None``: folder or Hub id of heads to start from, which say all three. ``config=None``: a
-          ``LoCoCoConfig`` in place of these.
+        - ``num_slots=512``, ``block_size=None`` (as many, at most 512), ``positions=None``: the compressed cache, by
+          default in absolute positions, streaming in those of slots. ``heads=None``: folder or Hub id of heads to
+          start from, which say slots and block, and positions if they are not given; in positions of slots all KV
+          heads get as many. ``config=None``: a ``LoCoCoConfig`` in place of these.
         - ``steps``, ``windows_per_step``, ``learning_rate``, ``heads_learning_rate``, ``scalar_lr_factor``, ``rank``,
           ``alpha``, ``depth``, ``save_every``: as in ``ExtensionRecipe``.
         - ``length=None``: tokens per window; as many as the new length. ``num_windows=None``: as many as the steps
@@ -228,7 +248,7 @@ def plan_extension(
     method: str = "lococo",
     num_slots: int = 512,
     block_size: int | None = None,
-    positions: str = "absolute",
+    positions: str | None = None,
     heads: str | os.PathLike | None = None,
     config: LoCoCoConfig | None = None,
     length: int | None = None,
@@ -247,7 +267,7 @@ def plan_extension(
     if heads is not None and method != "lococo":
         raise ValueError(f'heads are for method="lococo", got method={method!r}')
     if config is None and heads is not None:
-        config = read_heads_config(heads)
+        config = heads_config(heads, positions)
     elif config is None:
         block_size = min(num_slots, 512) if block_size is None else block_size
         config = extension_config(method, num_slots, block_size, positions)

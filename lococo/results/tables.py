@@ -19,6 +19,7 @@ from lococo.files import write_whole
 from lococo.version import __version__
 
 PACKAGE = Path(__file__).parent.parent
+RESULTS = "docs/results"
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -141,7 +142,10 @@ def own_commit(package: Path) -> str | None:
     is_tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
     if not is_tracked or f'name = "{package.name}"' not in project.read_text(encoding="utf-8").splitlines():
         return None
-    return _git(package, "describe", "--always", "--dirty")
+    commit = _git(package, "describe", "--always")
+    # Results that were just written change nothing of what is measured.
+    asked = ("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){RESULTS}")
+    return f"{commit}-dirty" if commit and _git(package, *asked) else commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -13,13 +13,15 @@ from extended import command
 from extension_worker import CONFIGS, SCALING, recipe
 from families import build
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import tiny_ids, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
+from lococo import LoCoCoConfig
 from lococo.data.windows import DataConfig
 from lococo.extension.adapters import adapted, adapter_config
-from lococo.extension.extend import ExtensionRun
+from lococo.extension.extend import ExtensionRun, extension_config, heads_config
 from lococo.extension.folder import Extension, read_extension, save_parts
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.extension.trainer import load_parts
@@ -366,6 +368,36 @@ def test_the_function_makes_what_the_command_makes(method, checkpoint, text, tok
     folders = (tmp_path / "command" / "out", made.folder)
     assert torch.equal(*(logits(lococo.load_extended(checkpoint, folder)) for folder in folders))
     assert not lococo.is_patched(model) and not hasattr(model, "peft_config")
+
+
+def test_positions_are_chosen_for_every_compressed_cache():
+    for method, default in (("lococo", "absolute"), ("h2o", "absolute"), ("streaming", "slot")):
+        assert extension_config(method, 16, 8).positions == default
+        for positions in ("absolute", "slot"):
+            assert extension_config(method, 16, 8, positions).positions == positions
+    assert extension_config("full", 16, 8) is None
+    with pytest.raises(ValueError, match="method='full' has none: got 'slot'"):
+        extension_config("full", 16, 8, "slot")
+
+
+def test_calibrated_heads_go_on_in_the_positions_of_slots(tokenizer, text, tmp_path):
+    config = LoCoCoConfig(16, 8, kernel_size=5, gate_init=0.0, slots_per_head=((8, 24), (20, 12)))
+    model = lococo.patch_model(tiny_llama(), config)
+    with torch.no_grad():
+        for head in patch_of(model).heads.values():
+            head.conv.bias.normal_()
+    heads = lococo.save_heads(model, tmp_path / "heads")
+    folder = tmp_path / "out"
+    options = dict(heads=heads, positions="slot", factor=4, steps=1, windows_per_step=1, cache_dir=tmp_path / "cache")
+    lococo.extend_context(tiny_llama(), tokenizer, text, output=folder, original_length=16, **options)
+    extension, _ = read_extension(folder)
+    assert extension.config == dataclasses.replace(config, positions="slot", slots_per_head=None)
+    assert extension.rope_scaling is None
+    before, after = (load_file(path / "lococo_heads.safetensors") for path in (heads, folder / "heads"))
+    assert before.keys() == after.keys()
+    weights = [name for name in before if name.endswith("conv.bias")]
+    assert weights and all(torch.allclose(before[name], after[name].to(before[name]), atol=0.1) for name in weights)
+    assert heads_config(heads) == heads_config(heads, "absolute") == config
 
 
 def test_heads_of_the_function_are_for_one_method(tokenizer, text, tmp_path):

@@ -42,9 +42,12 @@ FOREIGN = {"pyproject.toml": '[project]\nname = "thesis"\n', "run.py": ""}
 
 
 def test_a_checkout_names_its_commit_and_that_it_was_changed(tmp_path):
-    commit = repository(tmp_path, OWN)
+    commit = repository(tmp_path, {**OWN, "docs/results/a.json": "{}"})
     named = own_commit(tmp_path / "lococo")
     assert len(named) >= 4 and commit.startswith(named)
+    (tmp_path / "docs" / "results" / "a.json").write_text("{ }")
+    (tmp_path / "untracked.json").write_text("{ }")
+    assert own_commit(tmp_path / "lococo") == named, "results that were just written"
     (tmp_path / "lococo" / "config.py").write_text("changed = True\n")
     assert own_commit(tmp_path / "lococo") == f"{named}-dirty"
     git(tmp_path, "worktree", "add", "-q", str(tmp_path / "second"))
