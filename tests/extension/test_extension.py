@@ -18,7 +18,6 @@ from tiny import tiny_ids, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
-from lococo import LoCoCoConfig
 from lococo.data.windows import DataConfig
 from lococo.extension.adapters import adapted, adapter_config
 from lococo.extension.extend import ExtensionRun, extension_config, heads_config
@@ -27,6 +26,7 @@ from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.extension.trainer import load_parts
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.state import patch_of
+from lococo.training.recipes import default_recipe
 
 IDS = tiny_ids(2, 64, seed=1)
 
@@ -381,11 +381,11 @@ def test_positions_are_chosen_for_every_compressed_cache():
 
 
 def test_calibrated_heads_go_on_in_the_positions_of_slots(tokenizer, text, tmp_path):
-    config = LoCoCoConfig(16, 8, kernel_size=5, gate_init=0.0, slots_per_head=((8, 24), (20, 12)))
+    config = dataclasses.replace(default_recipe(16, 8)[0], slots_per_head=((8, 24), (20, 12)))
     model = lococo.patch_model(tiny_llama(), config)
     with torch.no_grad():
-        for head in patch_of(model).heads.values():
-            head.conv.bias.normal_()
+        for network in patch_of(model).networks.values():
+            network.output.weight.normal_()
     heads = lococo.save_heads(model, tmp_path / "heads")
     folder = tmp_path / "out"
     options = dict(heads=heads, positions="slot", factor=4, steps=1, windows_per_step=1, cache_dir=tmp_path / "cache")
@@ -395,7 +395,7 @@ def test_calibrated_heads_go_on_in_the_positions_of_slots(tokenizer, text, tmp_p
     assert extension.rope_scaling is None
     before, after = (load_file(path / "lococo_heads.safetensors") for path in (heads, folder / "heads"))
     assert before.keys() == after.keys()
-    weights = [name for name in before if name.endswith("conv.bias")]
+    weights = [name for name in before if name.endswith("output.weight")]
     assert weights and all(torch.allclose(before[name], after[name].to(before[name]), atol=0.1) for name in weights)
     assert heads_config(heads) == heads_config(heads, "absolute") == config
 
