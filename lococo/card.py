@@ -14,6 +14,8 @@ def model_card(content: dict[str, Any], source: str) -> str:
     base = name or content["base_model"]["model_type"]
     slots = content["config"]["num_slots"]
     average = " on average" if content["config"].get("slots_per_head") else ""
+    if content["config"].get("compress_windows") is False:
+        average += " (layers with a sliding window keep what it sees)"
     # The Hub takes nothing but an id here.
     base_model = f'base_model: "{name}"\n' if HUB_ID.fullmatch(name) else ""
     card = f"""---

@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +70,8 @@ class LoCoCoConfig:
         Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
     slots_per_head : tuple of tuples of int, optional
         Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
-        of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head.
+        of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head. None
+        in the place of a layer: it keeps its sliding window.
     compressor : {"conv", "centroids"} or str
         What blends entries into fused slots, of these or of a name given to ``lococo.register_compressor``. "conv":
         the convolution; "centroids": a fused slot is the mean of all evicted tokens whose keys are closest to it.
@@ -80,6 +82,10 @@ class LoCoCoConfig:
         Of the numbers that keys and values are held in, or of keys and of values. 16: the model's own type. 8 and 4:
         codes between the least and the largest of 64 and of 32 numbers of a key or value, of which each is coded once,
         when it is read, or blended.
+    compress_windows : bool, optional
+        What a layer with a sliding window keeps: ``num_slots`` entries of what its window sees, or, if False, all of
+        it; ``num_slots`` and ``slots_per_head`` are then for the other layers alone. None: False in a model that has
+        other layers, which ``patch_model`` puts in its place, else True. With ``positions="slot"`` it cannot be False.
     """
 
     num_slots: int = 512
@@ -97,10 +103,11 @@ class LoCoCoConfig:
     positions: Literal["absolute", "slot"] = "absolute"
     score: str = "distant"
     decode_block_size: int | None = None
-    slots_per_head: tuple[tuple[int, ...], ...] | None = None
+    slots_per_head: tuple[tuple[int, ...] | None, ...] | None = None
     compressor: str = "conv"
     scaling: Literal["share", "count"] = "share"
     slot_bits: int | tuple[int, int] = 16
+    compress_windows: bool | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoCoCoConfig:
         """Name the place of what is no field any more."""
@@ -143,6 +150,12 @@ class LoCoCoConfig:
         if self.slots_per_head is not None:
             self._check_slots_per_head()
         self._check_slot_bits()
+        if not isinstance(self.compress_windows, bool | None):
+            raise ValueError(f"compress_windows must be True, False or None, got {self.compress_windows!r}")
+        if self.compress_windows is False and self.positions == "slot":
+            raise ValueError(
+                "compress_windows=False needs positions='absolute': places in the cache differ from layer to layer"
+            )
 
     def _check_slot_bits(self) -> None:
         bits = tuple(self.slot_bits) if isinstance(self.slot_bits, list) else self.slot_bits  # JSON has lists only
@@ -155,14 +168,14 @@ class LoCoCoConfig:
         if self.positions == "slot":
             raise ValueError("slots_per_head needs positions='absolute': places in the cache differ from head to head")
         try:
-            layers = tuple(tuple(layer) for layer in self.slots_per_head or ())
+            layers = tuple(None if layer is None else tuple(layer) for layer in self.slots_per_head or ())
         except TypeError:
             raise ValueError(
                 f"slots_per_head must give the slots of every KV head, layer by layer, got {self.slots_per_head!r}"
             ) from None
         object.__setattr__(self, "slots_per_head", layers)  # JSON has lists only
-        counts = [slots for layer in layers for slots in layer]
-        if not counts or not all(layers):
+        counts = [slots for layer in layers for slots in layer or ()]
+        if not counts or () in layers:
             raise ValueError(
                 "slots_per_head must give at least one KV head in every layer, got an empty layer or none"
             )
@@ -242,7 +255,31 @@ class LoCoCoConfig:
         """One config per KV head of a layer, or a single one for all of its heads."""
         if self.slots_per_head is None:
             return (self,)
-        return tuple(self.with_slots(slots) for slots in self.slots_per_head[layer_idx])
+        slots_of_heads = self.slots_per_head[layer_idx]
+        if slots_of_heads is None:  # nothing that is saved depends on the size of the window
+            return (self.with_slots(self.num_slots),)
+        return tuple(self.with_slots(slots) for slots in slots_of_heads)
+
+    def with_windows(self, windows: Sequence[int | None]) -> LoCoCoConfig:
+        """With ``compress_windows`` as it is in force in a model.
+
+        Parameters
+        ----------
+        windows : sequence of int or None
+            Tokens a query sees, layer by layer; None: all.
+        """
+        is_hybrid = len({window is None for window in windows}) == 2
+        if self.compress_windows is not None or self.positions == "slot" or not is_hybrid:
+            return self
+        return dataclasses.replace(self, compress_windows=False)
+
+    def keeps(self, window: int | None) -> bool:
+        """Whether a layer whose queries see so many tokens (None: all) holds all that they see."""
+        return window is not None and self.compress_windows is False
+
+    def for_window(self, window: int | None) -> LoCoCoConfig:
+        """What is in force in a layer whose queries see so many tokens (None: all)."""
+        return _for_window(self, window) if window is not None and self.keeps(window) else self
 
     @property
     def has_mass(self) -> bool:
@@ -359,6 +396,14 @@ def _with_slots(config: LoCoCoConfig, num_slots: int) -> LoCoCoConfig:
         recent, heavy = recent + (heavy if config.num_recent else 0), 0
     return dataclasses.replace(
         config, num_slots=num_slots, num_sinks=sinks, num_recent=recent, num_heavy=heavy, slots_per_head=None
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _for_window(config: LoCoCoConfig, window: int) -> LoCoCoConfig:
+    slots = max(window - 1, 1)  # a query sees itself, too
+    return dataclasses.replace(
+        config, num_slots=slots, num_sinks=0, num_heavy=0, num_recent=slots, slots_per_head=None
     )
 
 

@@ -35,7 +35,7 @@ class ForwardContext:
     plans : dict
         Plans by number of slots and device, for models spread over several.
     is_recorded : bool
-        Whoever made the context replays the forward, and keeps the books.
+        Whoever made the context replays the forward, and keeps the books: no layer asks the plan for places.
     hands_out : bool
         Whoever called the model wants the cache.
     ends_text : bool
@@ -62,7 +62,7 @@ class ForwardContext:
         """The plan for heads with a config, on a device."""
         key = (config.num_slots, device)
         if key not in self.plans:
-            if config.num_slots == self.config.num_slots:
+            if config.num_slots == self.config.num_slots or self.is_recorded:
                 self.plans[key] = self.plan.to(device)
             else:
                 self.plans[key] = plan_call(self.rows, self.plan.positions.shape[1], config, self.real, device)
@@ -76,7 +76,7 @@ class ForwardContext:
         else:
             self.cache.is_reading = not self.is_recorded
             layer = self.cache.layers[layer_idx]
-        layer.window = window
+        layer.set_window(window)
         return layer
 
 

@@ -19,7 +19,7 @@ from lococo.forward import after_forward, ask_for_last_states, before_forward
 from lococo.generate_hooks import add_generate_hooks
 from lococo.heads import load_heads, read_heads_config
 from lococo.models import find_family
-from lococo.models.family import execution_device, models_around
+from lococo.models.family import Family, execution_device, models_around
 from lococo.models.rotary import rotary_tables
 from lococo.registry import ATTENTIONS, COMPRESSORS, SCORES
 from lococo.state import HEAD, NETWORK, PATCH, Patch, is_ours, is_patched, patch_of
@@ -34,6 +34,8 @@ def patch_model(
     prefill_chunk_size: int | None = None,
 ) -> nn.Module:
     """Make every attention layer of a model keep M key-value slots, however long the text.
+
+    Where only some of the layers have a sliding window, these keep all that it sees, see ``compress_windows``.
 
     Parameters
     ----------
@@ -82,7 +84,8 @@ def patch_model(
     warn_if_untested()
     family = find_family(model)
     _refuse_distributed(model)
-    _check_slots_per_head(config, family.shape)
+    config = config.with_windows(family.windows)
+    _check_slots_per_head(config, family)
     tables = rotary_tables(family, config)
     patch = Patch(config, family, attention, prefill_chunk_size, tables)
     setattr(family.decoder, PATCH, patch)
@@ -103,15 +106,28 @@ def _check_config(config: Any) -> None:
     raise TypeError(f"config must be a LoCoCoConfig, got {config!r}{remedy}")
 
 
-def _check_slots_per_head(config: LoCoCoConfig, shape: dict[str, int]) -> None:
-    if config.slots_per_head is None:
+def _check_slots_per_head(config: LoCoCoConfig, family: Family) -> None:
+    layers, shape = config.slots_per_head, family.shape
+    if layers is None:
         return
-    heads = [len(layer) for layer in config.slots_per_head]
-    if heads != [shape["num_kv_heads"]] * shape["num_layers"]:
+    heads = {len(layer) for layer in layers if layer is not None}
+    if len(layers) != shape["num_layers"] or heads != {shape["num_kv_heads"]}:
         raise ValueError(
-            f"slots_per_head is for {len(heads)} layers with {', '.join(map(str, sorted(set(heads))))} KV heads, the "
+            f"slots_per_head is for {len(layers)} layers with {', '.join(map(str, sorted(heads)))} KV heads, the "
             f"model has {shape['num_layers']} layers with {shape['num_kv_heads']}"
         )
+    for index, (layer, window) in enumerate(zip(layers, family.windows, strict=True)):
+        if layer is not None and config.keeps(window):
+            raise ValueError(
+                f"slots_per_head gives slots to layer {index}, {layer}, which keeps its sliding window of {window} "
+                "tokens: give None in their place, or compress_windows=True"
+            )
+        if layer is None and not config.keeps(window):
+            has = "no sliding window" if window is None else "a sliding window that is compressed"
+            raise ValueError(
+                f"slots_per_head gives None for layer {index}, which has {has}: give the slots of its "
+                f"{shape['num_kv_heads']} KV heads"
+            )
 
 
 def _refuse_distributed(model: nn.Module) -> None:

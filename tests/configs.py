@@ -73,6 +73,8 @@ CONFIGS = {
     "block-larger-than-slots": opened(num_slots=6, block_size=11, num_sinks=1, num_recent=2, num_heavy=1),
     "one-token-blocks": opened(block_size=1),
     "decode-block-1": opened(decode_block_size=1),
+    "windows-kept": opened(compress_windows=False),
+    "windows-compressed": opened(compress_windows=True),
 }
 # Slots that are codes: laws hold in float64, where no rounding of what is coded decides between two of them.
 CODED = {

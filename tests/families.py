@@ -11,7 +11,8 @@ import lococo
 from lococo.config import LoCoCoConfig
 
 LENGTH = 41
-WINDOW = 9
+WINDOW = 20
+NARROW = 9  # than all the slots
 SMALL = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5)
 LARGE = LoCoCoConfig(num_slots=48, block_size=16, kernel_size=5, gate_init=0.5)
 SPLITS = {
@@ -27,6 +28,7 @@ FAMILIES = {
     "Mistral-window": ("Mistral", dict(sliding_window=WINDOW)),
     "Qwen2": ("Qwen2", {}),
     "Qwen2-half-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)),
+    "Qwen2-half-narrow": ("Qwen2", dict(use_sliding_window=True, sliding_window=NARROW, max_window_layers=1)),
     "Qwen3": ("Qwen3", dict(head_dim=8)),
     "Gemma2": (
         "Gemma2",
@@ -75,6 +77,20 @@ LENGTH_DEPENDENT_ROPES = {
         "original_max_position_embeddings": 64,
     },
 }
+
+
+# In hybrid models, which of the two layers keeps its window.
+KEPT = {"Qwen2-half-window": 1, "Qwen2-half-narrow": 1, "Gemma2": 0, "Gemma3": 0}
+
+
+def fitting(family, config):
+    """A config with slots for every KV head, without those of a layer that keeps its window."""
+    if config.slots_per_head is None or config.compress_windows or family not in KEPT:
+        return config
+    rows = list(config.slots_per_head)
+    rows[KEPT[family]] = None
+    average = max(config.num_slots, *(sum(row) / len(row) for row in rows if row))
+    return dataclasses.replace(config, num_slots=round(average), slots_per_head=tuple(rows))
 
 
 def build(family, **overrides):

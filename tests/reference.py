@@ -205,7 +205,8 @@ def naive_lococo(
         Lengths of the blocks that end in a compression, default all full blocks of ``config.block_size``. Tokens
         after them are read without one.
     window : int, optional
-        Tokens a query sees. Nothing is fused then, and no sink is kept: what the window will see comes first.
+        Tokens a query sees. Nothing is fused then, and no sink is kept: what the window will see comes first. With
+        ``compress_windows=False`` a block's end evicts what no later query sees, and nothing else.
     cuts : collection of int
         Tokens before which back-propagation ends: what is held when one comes is cut from its graph. A block that
         ends there is compressed after the cut.
@@ -293,7 +294,9 @@ def _read(
         now += block
         if now in cuts:
             entries = [_cut(entry) for entry in entries]
-        if number < len(blocks) and len(entries) > config.num_slots:
+        if number < len(blocks) and window is not None and config.compress_windows is False:
+            entries = [entry for entry in entries if now - entry.born < window]
+        elif number < len(blocks) and len(entries) > config.num_slots:
             entries = _compress(entries, config, head, now, window)
             for place, entry in enumerate(entries):
                 if entry.seen is not None:

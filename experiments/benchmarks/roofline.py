@@ -226,7 +226,7 @@ def _over_kv_heads(sizes: Sizes, config: LoCoCoConfig | None, function: Callable
     every = sizes.num_layers * sizes.num_kv_heads
     heads: Counter[int | None] = Counter({None if config is None else config.num_slots: every})
     if config is not None and config.slots_per_head is not None:
-        heads = Counter(slots for layer in config.slots_per_head for slots in layer)
+        heads = Counter(slots for layer in config.slots_per_head for slots in layer or ())
     return sum(count * function(slots) for slots, count in heads.items())
 
 

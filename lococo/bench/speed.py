@@ -18,6 +18,7 @@ from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes, random_full_cache
 from lococo.methods import Run
 from lococo.models import base_shape
+from lococo.state import patch_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,12 +200,18 @@ def compressed_cache(model: PreTrainedModel, config: LoCoCoConfig, batch: int, l
     length : int, optional
         Tokens of the text, a block or more, where they may be too few to fill the slots.
     """
-    most = max([config.num_slots, *(slots for layer in config.slots_per_head or () for slots in layer)])
-    blocks = -(-most // config.block_size) + 1
+    blocks = -(-most_slots(model) // config.block_size) + 1
     if length is not None:
         blocks = min(blocks, length // config.block_size)
     ids = random_ids(model, batch, blocks * config.block_size)
     return cache_of(model(ids, use_cache=True, logits_to_keep=1))
+
+
+def most_slots(model: PreTrainedModel) -> int:
+    """Slots of the KV head of a patched model that has most of them."""
+    patch = patch_of(model)
+    layers = [patch.config.for_window(window) for window in patch.family.windows]
+    return max(head.num_slots for index, layer in enumerate(layers) for head in layer.layer_configs(index))
 
 
 def compare_speed(

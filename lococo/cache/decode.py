@@ -68,7 +68,8 @@ class DecodeBuffers:
         # Written, never replaced: a recorded step reads them where they are.
         self._position_ahead = self._at.new_zeros(rows, 1)
         self._scored_until: torch.Tensor | None = None
-        if delay := max(group.config.score_delay for group in groups):
+        delay = max(group.config.score_delay for group in groups)
+        if delay and entries.scores is not None:
             small = torch.int16 if 2 * num_entries + delay < 2**15 else torch.int32
             self._scored_until = torch.zeros(rows, num_entries, dtype=small, device=device)
 

@@ -82,6 +82,7 @@ def _cache(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LoCoCoC
     cache = LoCoCoCache(config, len(content["layers"]))
     for index, (layer, saved) in enumerate(zip(cache.layers, content["layers"], strict=True)):
         prefix = f"layers.{index}"
+        layer.set_window(saved["window"])
         held = {field: tensors.pop(f"{prefix}.{field}", None) for field in ENTRY_FIELDS}
         state = {name: saved[name] for name in LAYER_FIELDS}
         if config.bits != (16, 16):

@@ -45,8 +45,10 @@ class LayerCache(CacheLayerMixin):
 
     Attributes
     ----------
+    config : LoCoCoConfig
+        What is in force in this layer.
     window : int, optional
-        Tokens a query of this layer sees, where the model limits them; the layer says so when it reads.
+        Tokens a query of this layer sees, where the model limits them; see ``set_window``.
     entries : Entries, optional
         (batch, entries of all KV heads, ...); None before the first write.
     groups : tuple of HeadGroup
@@ -116,6 +118,23 @@ class LayerCache(CacheLayerMixin):
 
     def __copy__(self) -> LayerCache:
         return copy.deepcopy(self)  # a cache that shares buffers with another is none
+
+    def set_window(self, window: int | None) -> None:
+        """Learn how many tokens a query sees, from the layer that is about to read.
+
+        Raises
+        ------
+        ValueError
+            If what is held was read with another window.
+        """
+        if window == self.window:
+            return
+        if self.window is not None or self.entries is not None:
+            raise ValueError(
+                f"layer {self.layer_idx} of this LoCoCoCache was read with a sliding window of {self.window} tokens, "
+                f"this model's has {window}: start without it"
+            )
+        self.window, self.config = window, self.config.for_window(window)
 
     @property
     def is_split(self) -> bool:

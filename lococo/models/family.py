@@ -130,6 +130,11 @@ class Family(abc.ABC):
             Name under which the function is registered in Transformers' ``AttentionInterface``.
         """
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Tokens that a query of each layer sees, in order; None: all that came before it."""
+        return (None,) * len(self.layers)
+
     @functools.cached_property
     def shape(self) -> dict[str, int]:
         """Sizes of the decoder, as in ``base_shape``."""

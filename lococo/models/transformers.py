@@ -21,7 +21,9 @@ from lococo.models.family import ApplyRotary, Family, models_around, register_fa
 
 # These rotate by the longest text seen so far, so that a key's angle does not follow from its position alone.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+WINDOW_LAYER = "sliding_attention"
+LAYER_TYPES = {"full_attention", WINDOW_LAYER, "attention"}
+WINDOW_MASK = "create_sliding_window_causal_mask"
 ROTATE = "apply_rotary_pos_emb"
 # Bytecode that ends a function, or goes on elsewhere alone.
 RETURNS = {"RETURN_VALUE", "RETURN_CONST"}
@@ -131,6 +133,15 @@ class TransformersFamily(Family):
         """The part of the decoder's config that is about text."""
         return self.decoder.config.get_text_config()
 
+    @functools.cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """By the masks that the decoder makes: what counts is not what its layers ask for (OLMoE, PhiMoE)."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is None or WINDOW_MASK not in _names_in_forward(self.decoder):
+            return super().windows
+        types = getattr(self.config, "layer_types", None)
+        return tuple(window if types is None or types[index] == WINDOW_LAYER else None for index in self.layers)
+
     def head_dim(self, layer: Any) -> int:
         """Size of a key in an attention layer."""
         return layer.head_dim
@@ -211,9 +222,9 @@ def _steps(module: nn.Module) -> list[dis.Instruction]:
     return [] if code is None else list(dis.get_instructions(code))
 
 
-def _names_in_forward(layer: nn.Module) -> set[Any]:
-    """Names, and constants, that the forward of a layer's class looks up."""
-    return {step.argval for step in _steps(layer) if isinstance(step.argval, str)}
+def _names_in_forward(module: nn.Module) -> set[Any]:
+    """Names, and constants, that the forward of a module's class looks up."""
+    return {step.argval for step in _steps(module) if isinstance(step.argval, str)}
 
 
 def _hands_keywords_on(decoder: nn.Module, attention: nn.Module) -> bool:

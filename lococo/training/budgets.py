@@ -23,7 +23,7 @@ def slot_levels(num_slots: int) -> tuple[int, ...]:
 
 def allocate_with_scales(
     errors: torch.Tensor, levels: Sequence[int], num_slots: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+) -> tuple[tuple[tuple[int, ...] | None, ...], tuple[float, ...]]:
     """Slots of every KV head, and how much the centroids of every layer weigh, found in turn until neither changes.
 
     Heads of a layer whose slots are similar get as many: what that costs is far less than the time it saves.
@@ -36,8 +36,18 @@ def allocate_with_scales(
     Returns
     -------
     tuple
-        As of ``allocate``; and one of ``LOG_SCALES`` for every layer.
+        As of ``allocate``, with None for layers whose errors are NaN, which keep their window; and one of
+        ``LOG_SCALES`` for every layer.
     """
+    is_kept = errors.isnan().any(dim=(0, 1, 3)).tolist()
+    found = zip(*_allocate_with_scales(errors[:, :, [not kept for kept in is_kept]], levels, num_slots), strict=True)
+    by_layer = [(None, LOG_SCALES[0]) if kept else next(found) for kept in is_kept]
+    return tuple(slots for slots, _ in by_layer), tuple(scale for _, scale in by_layer)
+
+
+def _allocate_with_scales(
+    errors: torch.Tensor, levels: Sequence[int], num_slots: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
     layers, kv_heads = errors.shape[2:]
     layer, head = torch.arange(layers)[:, None], torch.arange(kv_heads)
     measured = torch.tensor(levels, dtype=torch.float64).log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lococo.results.journal import Journal
 from lococo.results.plots import HeatMap, Lines, Panel, Series, picture
 from lococo.state import patch_of
 from lococo.training.budgets import allocate_with_scales, slot_levels
-from lococo.training.evictions import eviction_errors, has_centroids
+from lococo.training.evictions import compressed_layers, eviction_errors, has_centroids
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
 from lococo.training.recipes import RECIPES, Recipe, adjusted
@@ -285,6 +286,7 @@ class Calibration(TrainingRun):
     def check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a model that the run is not for, and one whose keys cannot be rotated as the config wants it."""
         super().check_model(model, tokenizer)
+        compressed_layers(model, self.config)
         for positions in dict.fromkeys((self.config.positions, "absolute")):  # scores are learned from absolute ones
             rotary_tables(find_family(model), dataclasses.replace(self.config, positions=positions))
         if self.scores_from is not None:
@@ -382,7 +384,7 @@ class Calibration(TrainingRun):
         errors = eviction_errors(model, windows, config, levels, journal.measure, networks)
         slots, scales = allocate_with_scales(errors, levels, config.num_slots)
         for layer, counts in enumerate(slots):
-            for head, count in enumerate(counts):
+            for head, count in enumerate(counts or ()):
                 scale = {"log_scale": scales[layer]} if has_centroids(config) else {}
                 add("budgets", layer=layer, kv_head=head, slots=count, **scale)
         return dataclasses.replace(config, slots_per_head=slots), scales
@@ -450,7 +452,9 @@ def _picture(rows: Sequence[dict[str, Any]], config: LoCoCoConfig) -> bytes:
     """PNG: slots per KV head, what scores lose by layer, loss and gap ratio over the steps; what there is of these."""
     panels: list[Panel] = []
     if config.slots_per_head:
-        by_head = list(zip(*config.slots_per_head, strict=True))
+        num_kv_heads = max(len(slots or ()) for slots in config.slots_per_head)
+        none = (math.nan,) * num_kv_heads  # where a window is kept
+        by_head = list(zip(*(slots or none for slots in config.slots_per_head), strict=True))
         panels.append(HeatMap(by_head, f"slots per head, {config.num_slots} on average", "layer", "KV head", log=True))
     if lost := {row["layer"]: row for row in rows if row["stage"] == "scores" and "layer" in row}:
         names = {"lost_before": "distant score", "lost": "learned score", "lost_oracle": "oracle"}

@@ -14,7 +14,7 @@ from lococo.compression.centroids import CentroidCompressor, closest_centroid
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget, rank
 from lococo.config import LoCoCoConfig
-from lococo.models import base_shape
+from lococo.models import base_shape, find_family
 from lococo.registry import COMPRESSORS, SCORES
 from lococo.training.lookups import fast_products
 from lococo.training.record import LayerRecord, record
@@ -67,33 +67,63 @@ def eviction_errors(
     torch.Tensor
         (scales, levels, layers, kv_heads) in float64, for centroids that weigh by each of ``LOG_SCALES``; one scale
         where there are none. A mean over texts, of which each counts as much: those of a text are relative to their
-        sum over layers and heads at the level closest to ``config.num_slots``.
+        sum over layers and heads at the level closest to ``config.num_slots``. NaN in layers that keep their window.
+
+    Raises
+    ------
+    ValueError
+        If every layer keeps its window.
     """
-    shape = base_shape(model)
+    shape, layers = base_shape(model), compressed_layers(model, config)
     middle = min(range(len(levels)), key=lambda index: abs(levels[index] - config.num_slots))
     configs = [config.with_slots(slots) for slots in levels]
     scales = _log_scales(configs)
-    total = torch.zeros(len(scales), len(levels), shape["num_layers"], shape["num_kv_heads"], dtype=torch.float64)
+    total = torch.zeros(len(scales), len(levels), len(layers), shape["num_kv_heads"], dtype=torch.float64)
     chosen = [{name: getattr(each, name) for name in SELECTION_FIELDS} for each in configs]
     known = None if networks is None else networks.digest()
     for ids in tqdm(windows, desc="slots per head", unit="text", disable=None):
-        key = ("eviction_errors", chosen, scales, ids.tolist(), known)
-        found = measure(key, functools.partial(_text_errors, model, ids, configs, networks))
+        key = ("eviction_errors", chosen, scales, ids.tolist(), known, layers)
+        found = measure(key, functools.partial(_text_errors, model, ids, configs, networks, layers))
         errors = torch.tensor(found, dtype=torch.float64)
         total += errors / errors[0, middle].sum().clamp_min(1e-30)
-    return total / len(windows)
+    every = total.new_full((*total.shape[:2], shape["num_layers"], total.shape[3]), float("nan"))
+    every[:, :, layers] = total / len(windows)
+    return every
+
+
+def compressed_layers(model: PreTrainedModel, config: LoCoCoConfig) -> list[int]:
+    """Layers of a model that keep slots, and not what their window sees.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    windows = find_family(model).windows
+    config = config.with_windows(windows)
+    layers = [index for index, window in enumerate(windows) if not config.keeps(window)]
+    if not layers:
+        raise ValueError(
+            f"every layer of {type(model).__name__} keeps its sliding window (compress_windows=False): there is "
+            "nothing to calibrate; use compress_windows=True, or None"
+        )
+    return layers
 
 
 def _text_errors(
-    model: PreTrainedModel, ids: torch.Tensor, configs: Sequence[LoCoCoConfig], networks: ScoreNetworks | None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    configs: Sequence[LoCoCoConfig],
+    networks: ScoreNetworks | None,
+    layers: Sequence[int],
 ) -> list:
     """(scales, levels, layers, kv_heads) of a text, as lists."""
     smaller = [config for config in configs if config.num_slots < len(ids)]  # with more nothing is evicted
     errors = []
     with fast_products(model):
         records = record(model, ids[None].long(), gradients=True)
-    for layer_idx, entry in records.items():
-        features = None
+    for layer_idx in layers:
+        entry, features = records[layer_idx], None
         if networks is not None and entry.window is None:
             features = networks.features(layer_idx, entry.key, entry.value)
         errors.append(layer_errors(entry, smaller, features).cpu())

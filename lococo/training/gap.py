@@ -51,6 +51,8 @@ def baselines(
     nlls = {}
     for name in BASELINES:
         method = method_config(name, config.num_slots, config.block_size)
+        if method is not None and method.positions == "absolute":
+            method = dataclasses.replace(method, compress_windows=config.compress_windows)
         if method is not None and not _can_be_read(model, method):
             continue
         with as_method(model, method):

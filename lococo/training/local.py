@@ -100,6 +100,7 @@ def train_locally(
     -------
     list of dict
         ``layer``, and ``error``: on texts that were not learned from, relative to token selection (1 is no gain).
+        Of all layers but those that keep their sliding window.
 
     Raises
     ------
@@ -114,7 +115,9 @@ def train_locally(
         )
     rows, patch = [], patch_of(model)
     networks = _networks(patch)
-    with only_heads_learn(model, patch), tqdm(patch.heads.items(), desc="local", unit="layer", disable=None) as bar:
+    windows = patch.family.windows
+    heads = [(index, head) for index, head in patch.heads.items() if not patch.config.keeps(windows[index])]
+    with only_heads_learn(model, patch), tqdm(heads, desc="local", unit="layer", disable=None) as bar:
         for layer_idx, head in bar:
             path = folder / f"layer_{layer_idx:03d}.safetensors"
             if not path.is_file():

@@ -216,7 +216,7 @@ def compressed_output(
         return plan_call((RowState(),), entry.query.shape[2], head_config, device=entry.query.device)
 
     layer = LayerCache(config, layer_idx)
-    layer.window = entry.window
+    layer.set_window(entry.window)
     modules = LayerModules()
     if entry.window is None:
         modules = LayerModules(head, None if features is None else RecordedFeatures(features))

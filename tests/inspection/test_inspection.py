@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from configs import CONFIGS, opened
+from configs import CONFIGS, FORESEEN, opened
 from families import build
 from reference import naive_head, naive_lococo, naive_network, rope_rotate
 from tiny import tiny_ids, tiny_llama
@@ -82,8 +82,13 @@ NAIVE = {
     "windows": ("Mistral-window", {}, OPEN),
     "windows wider than the slots": ("Mistral-window", dict(sliding_window=30), OPEN),
     "windows and slots per head": ("Mistral-window", dict(sliding_window=20), CONFIGS["slots-per-head"]),
+    "windows that are kept": ("Mistral-window", {}, CONFIGS["windows-kept"]),
     "a window in every other layer": ("Qwen2-half-window", {}, OPEN),
+    "a narrow window in every other layer": ("Qwen2-half-window", dict(sliding_window=7), OPEN),
+    "a compressed window in every other layer": ("Qwen2-half-window", {}, CONFIGS["windows-compressed"]),
+    "slots per head in every other layer": ("Qwen2-half-window", {}, opened(slots_per_head=((24, 8), None))),
     "features in every other layer": ("Qwen2-half-window", {}, CONFIGS["learned"]),
+    "features beside a compressed window": ("Qwen2-half-window", {}, opened(score=FORESEEN, compress_windows=True)),
 }
 
 
@@ -93,12 +98,13 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
     family, features, config = NAIVE[name]
     model, ids = build(family, **features).double(), tiny_ids(1, 61)
     with patched(model, config):
-        traces, heads, networks = trace(model, ids), patch_of(model).heads, patch_of(model).networks
+        traces, patch = trace(model, ids), patch_of(model)
+        config, heads, networks = patch.config, patch.heads, patch.networks
     places = plan_call([RowState()], ids.shape[1], config).cache_positions[0]
     for index, query, key, value, scale, window in layers:
         if config.positions == "slot":
             query, key = (rope_rotate(8)(states, -places) for states in (query, key))
-        own = config.slots_per_head and (config.slots_per_head[index],)
+        own = config.slots_per_head and config.slots_per_head[index] and (config.slots_per_head[index],)
         _, held = naive_lococo(
             *(query, key, value, dataclasses.replace(config, slots_per_head=own)),
             head=None if window else naive_head(heads.get(index)),
@@ -116,7 +122,8 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
             torch.testing.assert_close(each.weights, expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(each.weights.sum(-1), torch.ones(len(entries)), rtol=0, atol=1e-5)
             if window:
-                assert set(each.kinds) == {"heavy", "recent", "open"} and (each.weights.count_nonzero(-1) == 1).all()
+                kinds = {"recent", "open"} if config.compress_windows is False else {"heavy", "recent", "open"}
+                assert set(each.kinds) == kinds and (each.weights.count_nonzero(-1) == 1).all()
 
 
 def test_kinds_follow_the_budget():

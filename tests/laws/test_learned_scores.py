@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from configs import CONFIGS, FORESEEN, LEARNED
-from families import build, patch
+from families import NARROW, build, patch
 from naive_llama import naive_gradients, naive_logits
 from peft import LoraConfig, get_peft_model
 from tiny import patched_llama, tiny_ids, tiny_llama
@@ -82,7 +82,10 @@ def test_logits_and_gradients_equal_the_naive_reference(name):
 @torch.no_grad()
 def test_layers_with_a_sliding_window_are_as_without(family, windows, positions):
     config = dataclasses.replace(CONFIGS["learned-selection"], positions=positions)
-    models = [patch(build(family), dataclasses.replace(config, score=score)) for score in (FORESEEN, "distant")]
+    models = [
+        patch(build(family, sliding_window=NARROW), dataclasses.replace(config, score=score))
+        for score in (FORESEEN, "distant")
+    ]
     outputs = [model(IDS, use_cache=True) for model in models]
     layers = outputs[0].past_key_values.layers
     assert [layer.entries.features is None for layer in layers] == [layer.window is not None for layer in layers]

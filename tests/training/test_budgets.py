@@ -1,6 +1,7 @@
 """Slots per KV head: what a layer's output means to the loss, who gets how many slots, and models that have them."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -9,7 +10,20 @@ from unittest import mock
 
 import pytest
 import torch
-from families import UNSUPPORTED, WINDOW, anatomy, assert_close, build, gap, greedy, pad_left, patch, read
+from families import (
+    KEPT,
+    UNSUPPORTED,
+    WINDOW,
+    anatomy,
+    assert_close,
+    build,
+    fitting,
+    gap,
+    greedy,
+    pad_left,
+    patch,
+    read,
+)
 from generating import NEW_TOKENS, ROWS, answer, beam_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +47,7 @@ from lococo import LoCoCoConfig
 from lococo.results.journal import Journal
 from lococo.state import patch_of
 from lococo.training import budgets, evictions
-from lococo.training.budgets import allocate, slot_levels
+from lococo.training.budgets import allocate, allocate_with_scales, slot_levels
 from lococo.training.evictions import eviction_errors
 from lococo.training.record import record
 from lococo.training.scores import ScoreNetworks
@@ -235,10 +249,41 @@ def test_errors_equal_the_naive_ones_on_average(name):
 @every_family
 def test_enough_slots_make_no_error_and_in_a_window_few_are_enough(family):
     model, levels = build(family).double(), (WINDOW - 3, WINDOW - 1, LENGTH, LENGTH + 9)
-    ((few, seen, *enough),) = eviction_errors(model, IDS, CONFIGS["default"], levels, remember_nothing)
+    config = dataclasses.replace(CONFIGS["default"], compress_windows=True)
+    ((few, seen, *enough),) = eviction_errors(model, IDS, config, levels, remember_nothing)
     windows = [entry.window for entry in record(model, IDS).values()]
     assert few.min() > 1e-6 and torch.stack(enough).max() < 1e-12
     assert [error.max() < 1e-12 for error in seen] == [window is not None for window in windows]
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_layers_that_keep_their_window_are_not_measured_and_get_no_slots(family, monkeypatch):
+    model, levels, measured = build(family).double(), (4, 8, 16, 32), []
+    kept, other = KEPT[family], 1 - KEPT[family]
+    both = dataclasses.replace(CONFIGS["default"], compress_windows=True)
+    every = eviction_errors(model, IDS, both, levels, remember_nothing)
+    layer_errors = evictions.layer_errors
+
+    def noted(entry, *arguments):
+        measured.append(entry.window)
+        return layer_errors(entry, *arguments)
+
+    monkeypatch.setattr(evictions, "layer_errors", noted)
+    errors = eviction_errors(model, IDS, CONFIGS["default"], levels, remember_nothing)
+    assert measured == [None] * len(IDS)
+    assert errors.shape == every.shape and errors[:, :, kept].isnan().all()
+    ratio = every[:, :-1, other] / errors[:, :-1, other]  # errors of a text are relative to their sum
+    assert errors[:, :, other].isfinite().all() and ratio.min() > 0 and ratio.max() <= 1
+    slots, scales = allocate_with_scales(errors, levels, 12)
+    alone, _ = allocate_with_scales(errors[:, :, [other]], levels, 12)
+    assert slots[kept] is None and (slots[other],) == alone and len(scales) == 2
+    lococo.patch_model(model, LoCoCoConfig(12, slots_per_head=slots))
+
+
+def test_where_every_layer_keeps_its_window_there_is_nothing_to_measure():
+    model, config = build("Mistral-window"), dataclasses.replace(CONFIGS["default"], compress_windows=False)
+    with pytest.raises(ValueError, match=r"every layer of MistralForCausalLM keeps its sliding window .*nothing to"):
+        eviction_errors(model, IDS, config, (4, 8), remember_nothing)
 
 
 def test_a_killed_run_goes_on_at_the_text_where_it_stopped(tmp_path, monkeypatch):
@@ -474,10 +519,10 @@ def test_padded_rows_are_answered_as_if_alone_also_by_beams():
 def test_every_family_can_be_split_and_with_enough_slots_is_full(family):
     model = build(family)
     full = read(model, IDS)
-    slots = ((5, 19), (5, 19)) if family == "Mistral-window" else SLOTS
-    with lococo.patched(model, LoCoCoConfig(70, block_size=6, slots_per_head=((LENGTH, 70), (50, LENGTH)))):
+    config = LoCoCoConfig(70, block_size=6, slots_per_head=((LENGTH, 70), (50, LENGTH)))
+    with lococo.patched(model, fitting(family, config)):
         assert_close(read(model, IDS), full)
-    patch(model, CONFIG, slots_per_head=slots)
+    patch(model, fitting(family, CONFIG))
     whole = read(model, IDS)
     assert gap(whole, full) > 1e-2
     for split in ([1] * LENGTH, [7] * 5 + [6], [1, 7, 8, 25]):
