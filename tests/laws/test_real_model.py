@@ -125,7 +125,7 @@ def test_shipped_heads_hold_their_budget(smollm2, manual, num_slots, kind):
 @pytest.mark.parametrize(("num_slots", "kind"), SHIPPED)
 def test_shipped_heads_reproduce_their_recorded_figure(smollm2, tmp_path, num_slots, kind):
     model, tokenizer = smollm2
-    results = ROOT / f"docs/results/calibration{kind.replace('-', '_')}.json"
+    results = ROOT / f"docs/results/notes/measured/calibration{kind.replace('-', '_')}.json"
     recorded = json.loads(results.read_text(encoding="utf-8"))["rows"]
     rows = {
         row["method"]: row["nll"]
