@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -126,15 +126,46 @@ def gap_interval(
     tuple or None
         None where there is one document, or H2O loses nothing in a resample: the interval has no end then.
     """
-    documents = len(tokens)
-    if documents < 2:
+    if len(tokens) < 2:
         return None
-    draws = np.random.default_rng(SEED).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+    draws = _resampled(len(tokens), resamples)
     measured = draws @ np.vstack([nll, full, baselines]).T / (draws @ tokens)[:, None]  # (resamples, 2 + variants)
     ratios = _gap_ratios(measured)
-    if ratios is None:
+    return None if ratios is None else _percentiles(ratios)
+
+
+def mean_interval(
+    values: Sequence[float], documents: Sequence[Hashable], resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """Confidence interval of a mean by the percentile bootstrap over documents, which stay whole.
+
+    Parameters
+    ----------
+    values : sequence of float
+        One per item.
+    documents : sequence
+        The document of each item.
+
+    Returns
+    -------
+    tuple or None
+        None where there is one document.
+    """
+    numbers: dict[Hashable, int] = {}
+    cluster = [numbers.setdefault(document, len(numbers)) for document in documents]
+    if len(numbers) < 2:
         return None
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    draws = _resampled(len(numbers), resamples)
+    return _percentiles((draws @ np.bincount(cluster, weights=values)) / (draws @ np.bincount(cluster)))
+
+
+def _resampled(documents: int, resamples: int) -> np.ndarray:
+    """(resamples, documents) how often each document is drawn."""
+    return np.random.default_rng(SEED).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+
+
+def _percentiles(figures: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(figures, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
