@@ -18,7 +18,7 @@ from tiny import tiny_llama
 from words import WORDS, word_tokenizer
 
 import lococo
-from experiments.task_files import write_tasks
+from experiments.task_files.few_shot import write_task
 from lococo.cli.main import main
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
 from lococo.evaluation.prefixes import PrefixReader
@@ -39,7 +39,9 @@ def data(tmp_path_factory):
         write_rows(folder / name / scored, [line(index) for index in range(6 if examples else 10)])
         if examples:
             write_rows(folder / name / examples, [line(index) for index in range(20, 26)])
-    write_tasks(folder, folder / "tasks", shots=4)
+    (folder / "tasks").mkdir()
+    for name in LINES:
+        write_task(name, folder, folder / "tasks", shots=4)
     return folder / "tasks"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from task_lines import LINES, arc, write_rows
 
-from experiments.task_files import FILES, local_splits
+from experiments.task_files.few_shot import FILES, local_splits
 
 SHARED = Path(__file__).parents[3] / "shared/data/eval"
 
