@@ -710,6 +710,20 @@ def test_registered_model_takes_heads_and_refuses_unknown_methods(tokenizer, tmp
         LoCoCoLM("nowhere", method="h20")
 
 
+@pytest.mark.slow
+def test_lm_evals_own_command_scores_as_ours(data, checkpoint, tokenizer, tmp_path):
+    given = ["run", "--model", "lococo", "--tasks", "hellaswag", "--limit", "4", "--include_path", str(data)]
+    given += ["--model_args", f"pretrained={checkpoint},method=h2o,num_slots=12,block_size=8", "--device", "cpu"]
+    command = [sys.executable, "-m", "lococo.evaluation.harness", *given, "--output_path", str(tmp_path / "theirs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "theirs").glob("**/results_*.json")
+    theirs = json.loads(file.read_text())["results"]["hellaswag"]
+    ours = run(data, tokenizer, tmp_path / "ours", ["hellaswag"], ["h2o"])
+    assert [theirs[f"{row['metric']},none"] for row in ours] == [row["score"] for row in ours]
+    assert len(ours) == 2
+
+
 BLOCKED = """
 import sys
 import lococo, lococo.cli.main, lococo.evaluation.tasks
