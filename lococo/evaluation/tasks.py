@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -363,12 +364,12 @@ class Outcome:
 
     Attributes
     ----------
-    tokens_read : int
-        Tokens of prompts that went through the model.
+    tokens_read : sequence of int
+        Tokens that went through the model to read each item's prompts; what several share counts for one of them.
     """
 
     figures: Figures
-    tokens_read: int
+    tokens_read: Sequence[int]
 
 
 def evaluate_tasks(
@@ -439,19 +440,33 @@ def _outcome(
         asked = hashlib.sha256(json.dumps(list(arguments), sort_keys=True).encode()).hexdigest()[:32]
         return [*how, task.name, task.revision, task.chat, kind, asked]
 
-    requests = [request for prompt in prompts for request in prompt.requests]
-    keys = [key(request.request_type, request.args) for request in requests]
     lm.set_cache_hook(_Remembered(lm, journal, key))
     unasked = defaultdict(list)
-    for request, name in zip(requests, keys, strict=True):
-        if journal.recall(name) is None:
-            unasked[request.request_type].append(request)
-    for kind, missing in unasked.items():
-        getattr(lm, kind)(missing, disable_tqdm=not sys.stderr.isatty())
-    found: dict[str, dict[str, Any]] = {json.dumps(name): journal.recall(name) or {} for name in keys}
-    answers = [found[json.dumps(name)]["answer"] for name in keys]
-    figures = task.figures(prompts, [tuple(each) if isinstance(each, list) else each for each in answers])
-    return Outcome(figures, sum(each["tokens_read"] for each in found.values()))
+    keys = [[key(request.request_type, request.args) for request in prompt.requests] for prompt in prompts]
+    for prompt, names in zip(prompts, keys, strict=True):
+        for request, name in zip(prompt.requests, names, strict=True):
+            if journal.recall(name) is None:
+                unasked[request.request_type].append(request)
+    for kind, requests in unasked.items():
+        getattr(lm, kind)(requests, disable_tqdm=not sys.stderr.isatty())
+    answers, tokens_read = [], []
+    counted: set[str] = set()
+    for names in keys:
+        entries = {json.dumps(name): _recalled(journal, name) for name in names}
+        answers += [_as_lm_eval_has_it(entries[json.dumps(name)]["answer"]) for name in names]
+        tokens_read.append(sum(entry["tokens_read"] for name, entry in entries.items() if name not in counted))
+        counted |= entries.keys()
+    return Outcome(task.figures(prompts, answers), tokens_read)
+
+
+def _recalled(journal: Journal, key: Sequence[Any]) -> dict[str, Any]:
+    entry = journal.recall(key)
+    assert entry is not None  # lm-eval tells of every answer
+    return entry
+
+
+def _as_lm_eval_has_it(answer: Any) -> Any:
+    return tuple(answer) if isinstance(answer, list) else answer  # JSON knows no tuples
 
 
 def _full(runs: Sequence[Run], outcomes: Mapping[tuple[int, int], Outcome], line: int) -> Figures | None:
@@ -462,18 +477,15 @@ def _full(runs: Sequence[Run], outcomes: Mapping[tuple[int, int], Outcome], line
 def _rows(
     model: Any, task: FewShotTask, prompts: Sequence[Prompt], run: Run, outcome: Outcome, full: Figures | None
 ) -> list[dict[str, Any]]:
-    """A row for every metric and filter."""
-    tokens = statistics.fmean(prompt.tokens for prompt in prompts)
-    read = {
-        "shots_that_fit": statistics.fmean(prompt.shots for prompt in prompts),
-        "prompt_tokens": tokens,
-        "read_tokens": outcome.tokens_read / sum(prompt.texts for prompt in prompts),
-        "bytes_per_head": bytes_per_head(model, run, round(tokens)),
-    }
+    """A row for every metric and filter, over the items that have it."""
+    size = functools.cache(functools.partial(bytes_per_head, model, run))
     rows = []
     for (metric, name), figures in outcome.figures.items():
-        documents = [document_of(prompts[number].question, number) for number in figures]
-        reference = None if full is None or run.config is None else full[metric, name]
+        measured = [prompts[number] for number in figures]
+        read = sum(outcome.tokens_read[number] for number in figures)
+        tokens = statistics.fmean(prompt.tokens for prompt in measured)
+        documents = {number: document_of(prompts[number].question, number) for number in figures}
+        reference = {} if full is None or run.config is None else full.get((metric, name), {})
         score, error = task.score(metric, list(figures.values()))
         rows.append(
             {
@@ -486,21 +498,26 @@ def _rows(
                 "stderr": error,
                 **_difference(figures, reference, documents),
                 "items": len(figures),
-                "documents": len(set(documents)),
-                **read,
+                "documents": len(set(documents.values())),
+                "shots_that_fit": statistics.fmean(prompt.shots for prompt in measured),
+                "prompt_tokens": tokens,
+                "read_tokens": read / sum(prompt.texts for prompt in measured),
+                "bytes_per_head": size(round(tokens)),
             }
         )
     return rows
 
 
 def _difference(
-    figures: Mapping[int, Any], full: Mapping[int, Any] | None, documents: Sequence[Hashable]
+    figures: Mapping[int, Any], full: Mapping[int, Any], documents: Mapping[int, Hashable]
 ) -> dict[str, float | None]:
-    """Mean difference to the full cache, item by item, and its 95 % interval by the bootstrap over documents."""
+    """Mean difference to the full cache's figures, item by item, and its 95 % interval by bootstrap over documents."""
     difference, interval = None, None
-    if full is not None and _are_numbers([*figures.values(), *full.values()]):
-        differences = [float(figure) - float(full[number]) for number, figure in figures.items()]
-        difference, interval = statistics.fmean(differences), mean_interval(differences, documents)
+    both = [number for number in figures if number in full]
+    if both and _are_numbers([*figures.values(), *full.values()]):
+        differences = [float(figures[number]) - float(full[number]) for number in both]
+        difference = statistics.fmean(differences)
+        interval = mean_interval(differences, [documents[number] for number in both])
     low, high = interval or (None, None)
     return {"difference": difference, "difference_low": low, "difference_high": high}
 
@@ -515,10 +532,10 @@ def picture_of(rows: Sequence[dict[str, Any]]) -> bytes:
         ends = [_ends(found.get((name, method)), bool(compared)) for name in names]
         low, value, high = (list(each) for each in zip(*ends, strict=True))
         series.append(Series(method, value, low=low, high=high))
-    label = (
+    shown = (
         "score minus that of the full cache, with its 95 % interval" if compared else "score, with its standard error"
     )
-    panel = Bars(names, series, xlabel=label)
+    panel = Bars(names, series, xlabel=shown)
     return picture([[panel]], (8, panel.height))
 
 
@@ -532,7 +549,7 @@ def _ends(row: dict[str, Any] | None, is_difference: bool) -> tuple[float, float
     if row is None:
         return GAP, GAP, GAP
     if is_difference:
-        value = row["difference"]
-        return tuple(value if end is None else end for end in (row["difference_low"], value, row["difference_high"]))
+        low, value, high = row["difference_low"], row["difference"], row["difference_high"]
+        return (value, value, value) if low is None else (low, value, high)
     error = row["stderr"] or 0
     return row["score"] - error, row["score"], row["score"] + error

@@ -337,6 +337,37 @@ def test_lm_eval_itself_is_told_of_prompts_that_are_too_long(data, tokenizer):
 # Results
 
 
+GENERATOR = """
+import random
+import datasets
+from transformers import AutoTokenizer
+
+def generate(tokenizer, max_seq_lengths, **others):
+    ids = AutoTokenizer.from_pretrained(tokenizer)("w1 w2 w3").input_ids
+    rows = [
+        {"input": length * "w1 ", "ids": ids, "drawn": random.random(), "max_length": length, "context": "one"}
+        for length in max_seq_lengths
+    ]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+def process_results(question, answers):
+    lengths = {"4096": -1.0}
+    return {**lengths, str(question["max_length"]): float(len(answers[0]) % 2)}
+"""
+GENERATED = """
+task: made
+test_split: test
+output_type: generate_until
+generation_kwargs: {max_gen_toks: 5, until: []}
+doc_to_text: "{{input.strip()}}"
+doc_to_target: "{{input}}"
+gen_prefix: w5
+custom_dataset: !function generator.generate
+process_results: !function generator.process_results
+metadata: {version: 3}
+"""
+
+
 def run(data, tokenizer, output, names=("arc_easy:2", "winogrande:3", "triviaqa:1"), methods=("full", "h2o"), **more):
     tasks = read_tasks(names, data)
     return evaluate_tasks(
@@ -376,6 +407,20 @@ def test_tokens_read_are_told_against_those_of_the_prompts(data, tokenizer, tmp_
     prompts = [lm.tok_encode(each.requests[0].args[0]) for each in prompts_of(few_shot("arc_easy", 6, data), lm, 4)]
     assert row["prompt_tokens"] == sum(map(len, prompts)) / 4
     assert naive_reading(prompts) <= 4 * row["read_tokens"] < naive_reading(prompts) + 10 < 4 * row["prompt_tokens"]
+
+
+def test_rows_of_lengths_are_over_their_own_items(tmp_path, tokenizer):
+    (tmp_path / "generator.py").write_text(GENERATOR)
+    (tmp_path / "made.yaml").write_text(GENERATED)
+    lengths = {"max_seq_lengths": [40, 40, 90]}
+    tasks = read_tasks(["made"], tmp_path, metadata=lengths, load_tokenizer=lambda: tokenizer)
+    runs = plan_runs(["full", "h2o"], [12], 8)
+    rows = evaluate_tasks(tiny_llama(), tokenizer, tasks, runs, tmp_path / "x", "x")
+    assert [(row["metric"], row["items"], row["prompt_tokens"]) for row in rows] == 2 * [("40", 2, 41), ("90", 1, 91)]
+    assert {row["difference"] for row in rows[2:]} <= {-1, -0.5, 0, 0.5, 1}
+    assert [row["difference_low"] is None for row in rows] == [True, True, True, True]
+    assert rows[0]["bytes_per_head"] < rows[1]["bytes_per_head"]
+    assert rows[2]["bytes_per_head"] == rows[3]["bytes_per_head"]
 
 
 @pytest.mark.slow
@@ -651,28 +696,9 @@ def test_examples_that_a_task_names_stay_in_its_order(tmp_path):
     assert prompt == f"{words(9)} {words(9)}\n\n{words(4)} {words(4)}\n\n{words(0)}"
 
 
-GENERATOR = """
-import random
-import datasets
-from transformers import AutoTokenizer
-
-def generate(tokenizer, max_seq_lengths, **others):
-    ids = AutoTokenizer.from_pretrained(tokenizer)("w1 w2 w3").input_ids
-    rows = [
-        {"input": "w1", "ids": ids, "drawn": random.random(), "max_length": length, "gen_prefix": "w5"}
-        for length in max_seq_lengths
-    ]
-    return {"test": datasets.Dataset.from_list(rows)}
-"""
-
-
 def test_tasks_that_generate_their_data_are_told_lengths_and_tokenizer(tmp_path, tokenizer):
     (tmp_path / "generator.py").write_text(GENERATOR)
-    (tmp_path / "made.yaml").write_text(
-        "task: made\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{input}}'\n"
-        "doc_to_target: '{{input}}'\ngen_prefix: '{{gen_prefix}}'\n"
-        "custom_dataset: !function generator.generate\nmetadata:\n  version: 3\n"
-    )
+    (tmp_path / "made.yaml").write_text(GENERATED)
 
     def questions(seed, lengths):
         (task,) = read_tasks(
@@ -687,7 +713,7 @@ def test_tasks_that_generate_their_data_are_told_lengths_and_tokenizer(tmp_path,
     assert first == questions(0, [5, 6])[1]
     assert first[0]["drawn"] != questions(1, [5, 6])[1][0]["drawn"]
     prompt = prompts_of(task, PrefixLM(tiny_llama(), tokenizer=tokenizer), 1)[0]
-    assert prompt.requests[0].args[0] == "w1 w5"
+    assert prompt.requests[0].args[0] == "w1 w1 w1 w1 w1 w5"
 
 
 # lm-eval's own command
