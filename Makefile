@@ -42,11 +42,9 @@ TASK_FILES := .demo/tasks
 TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
 GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
 KINDS := fused sinks+fused heavy+fused recent+fused sinks+recent+fused sinks+heavy+recent
-# The sets that EVAL_DATA has.
-LONG_TASKS ?= $(addprefix scrolls-,quality qasper summ_screen_fd gov_report qmsum) squality \
-	$(addprefix longbench-,narrativeqa qasper multifieldqa_en 2wikimqa gov_report qmsum multi_news triviaqa samsum \
-	passage_count repobench-p) \
-	ruler babilong
+# The sets in English that EVAL_DATA has in lm-eval's form, and what is generated.
+LONG_TASKS ?= $(addprefix longbench_,2wikimqa multifieldqa_en gov_report qmsum multi_news samsum triviaqa)
+NEEDLE_TASKS ?= niah_single_1 niah_single_2 niah_multikey_1 niah_questions ruler_vt $(addprefix babilong_qa,1 2 3 4 5)
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 GPU_EXTENDED = $(EXTENDED:%=$(RESULTS)/extended/%)
 EXTENSION_FACTOR ?= 16
@@ -196,16 +194,16 @@ perplexity-gemma: $(GEMMA)/$(GEMMA_GGUF) ## the same for Gemma 3 270M -> docs/re
 		--num-slots $(GEMMA_BUDGETS) --block-size 128 --heads $(GEMMA_BUDGETS:%=$(GEMMA_HEADS)-%) \
 		--output $(RESULTS)/perplexity_gemma
 
-tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
-tasks: ## accuracy by few-shot task and method on the files in EVAL_DATA -> docs/results/tasks
+tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
+tasks: ## few-shot tasks by method on the files in EVAL_DATA -> docs/results/tasks
 	$(LOCOCO) eval tasks $(ON_MODEL) --include-path $(TASK_FILES) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
 		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
 
 # Of the files in EVAL_DATA, task files of lm-eval.
-$(TASK_FILES)/arc_easy.yaml: | $(VENV)/.installed
-	$(EXPERIMENT).task_files --data-dir $(EVAL_DATA) --output $(@D)
+$(TASK_FILES)/niah_questions.yaml: | $(VENV)/.installed
+	$(EXPERIMENT).task_files --data-dir $(EVAL_DATA) --haystack $(DATA)/books/heldout.jsonl --output $(@D)
 
-agreement: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
+agreement: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
 agreement: ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
 	$(EXPERIMENT).lm_eval_agreement $(ON_MODEL) --include-path $(TASK_FILES)
 
@@ -271,13 +269,15 @@ side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo a
 	$(@D)/bin/pip install "kvpress==0.5.5" -e ".[gguf]" matplotlib
 	touch $@
 
-# Two items of each set, their middle cut to 1.5K tokens: half an hour on one CPU thread. A killed run goes on when it is
-# made again. The sets in Chinese are for other models.
-long: $(MODEL)/$(GGUF) ## long documents and needles by method on the sets in EVAL_DATA -> docs/results/long
-	$(EXPERIMENT).long $(ON_MODEL) --data-dir $(EVAL_DATA) --methods full,h2o --num-slots 128 --block-size 128 \
-		--heads $(HEADS)-128 --tasks $(filter-out ruler babilong,$(LONG_TASKS)) ruler-niah_single babilong-qa1 \
-		--limit 2 --max-new-tokens 48 --max-length 1536 --truncate middle --lengths 1024 1536 --items 5 \
-		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long
+# Two items of each set, their middle cut to 1.5K tokens. A killed run goes on when it is made again.
+long: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
+long: ## LongBench, RULER and BABILong by method on the files in EVAL_DATA -> docs/results/long, long_needles
+	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(LONG_TASKS) --limit 2 \
+		--max-length 1536 --truncate middle --methods full,h2o --num-slots 128 --block-size 128 \
+		--heads $(HEADS)-128 --output $(RESULTS)/long
+	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(NEEDLE_TASKS) \
+		--metadata '{"max_seq_lengths": [1024, 1536], "num_samples": 6}' --methods full,h2o --num-slots 128 \
+		--block-size 128 --heads $(HEADS)-128 --output $(RESULTS)/long_needles
 
 # A window of 2K tokens becomes one of 8K by a few steps of each method, in bfloat16 on one CPU thread. A killed run goes
 # on when it is made again.
@@ -353,18 +353,22 @@ gpu-extend: $(GPU_EXTENDED)
 cuda-extend-%: | $(VENV)/.installed
 	$(call bench_cuda,extend) --lengths $(TRAIN_LENGTHS)
 
-gpu-tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/arc_easy.yaml
+gpu-tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
 	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
 	timeout $$left $(LOCOCO) eval tasks $(ON_MODEL) --device $(DEVICE) --include-path $(TASK_FILES) --tasks $(GPU_TASKS) \
 		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) $${heads:+--heads $$heads} \
 		--output $(RESULTS)/tasks_$(DEVICE) || test $$? -eq 124
 
-gpu-documents: $(MODEL)/$(GGUF)
-	$(within_time); heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
-	timeout $$left $(EXPERIMENT).long $(ON_MODEL) --device $(DEVICE) --dtype bfloat16 --data-dir $(EVAL_DATA) \
-		--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 \
-		$${heads:+--heads $$heads} --tasks $(LONG_TASKS) --truncate middle --lengths 2048 4096 8192 \
-		--filler $(DATA)/books/heldout.jsonl --chat --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
+gpu_documents = heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_config.json || echo $$each; done); \
+	timeout $$left $(LOCOCO) eval tasks $(ON_MODEL) --device $(DEVICE) --dtype bfloat16 --include-path $(TASK_FILES) \
+	--methods full,streaming,h2o,lococo-uncalibrated --num-slots $(BUDGETS) --block-size 128 $${heads:+--heads $$heads} \
+	--truncate middle
+
+gpu-documents: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
+	$(within_time); $(gpu_documents) --tasks $(LONG_TASKS) --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
+	$(within_time); $(gpu_documents) --tasks $(NEEDLE_TASKS) \
+		--metadata '{"max_seq_lengths": [2048, 4096, 8192], "num_samples": 20}' \
+		--output $(RESULTS)/long_needles_$(DEVICE) || test $$? -eq 124
 
 gpu-ablate: $(MODEL)/$(GGUF)
 	if test -f $(RESULTS)/ablation_$(DEVICE).json && ! test -d $(RESULTS)/ablation_$(DEVICE).work; then exit 0; fi; \

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -128,39 +128,61 @@ def gap_interval(
     """
     if len(tokens) < 2:
         return None
-    draws = _draws(len(tokens), resamples)
+    draws = _resampled(len(tokens), resamples)
     measured = draws @ np.vstack([nll, full, baselines]).T / (draws @ tokens)[:, None]  # (resamples, 2 + variants)
     ratios = _gap_ratios(measured)
-    return None if ratios is None else _interval(ratios)
+    return None if ratios is None else _percentiles(ratios)
 
 
 def mean_interval(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """Confidence interval of ``sums.sum() / counts.sum()`` by the percentile bootstrap over groups.
+    """Confidence interval of ``sums.sum() / counts.sum()`` by the percentile bootstrap over documents.
 
     Parameters
     ----------
     sums, counts : np.ndarray
-        (groups,) summed values of a document's tokens or questions, and how many they are.
+        (documents,) summed values of a document's tokens or questions, and how many they are.
 
     Returns
     -------
     tuple or None
-        None where there is one group, or a resample holds nothing to count.
+        None where there is one document, or a resample holds nothing to count.
     """
     if len(counts) < 2:
         return None
-    draws = _draws(len(counts), resamples)
+    draws = _resampled(len(counts), resamples)
     drawn = draws @ counts
-    return _interval(draws @ sums / drawn) if drawn.all() else None
+    return _percentiles(draws @ sums / drawn) if drawn.all() else None
 
 
-def _draws(groups: int, resamples: int) -> np.ndarray:
-    """(resamples, groups): how often each group is drawn."""
-    return np.random.default_rng(SEED).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
+def mean_of_items_interval(
+    values: Sequence[float], documents: Sequence[Hashable], resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """Confidence interval of a mean over items by the percentile bootstrap over documents, which stay whole.
+
+    Parameters
+    ----------
+    values : sequence of float
+        One per item.
+    documents : sequence
+        The document of each item.
+
+    Returns
+    -------
+    tuple or None
+        None where there is one document.
+    """
+    numbers: dict[Hashable, int] = {}
+    of_items = [numbers.setdefault(document, len(numbers)) for document in documents]
+    return mean_interval(np.bincount(of_items, weights=values), np.bincount(of_items), resamples)
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def _resampled(documents: int, resamples: int) -> np.ndarray:
+    """(resamples, documents) how often each document is drawn."""
+    return np.random.default_rng(SEED).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+
+
+def _percentiles(figures: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(figures, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

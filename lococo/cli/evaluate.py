@@ -125,10 +125,24 @@ def tasks(
     source: options.ModelOptions,
     *,
     tasks: Annotated[
-        list[str], option(TEXT, "Tasks of lm-eval, each with its number of examples.", metavar="NAME:SHOTS")
+        list[str],
+        option(
+            TEXT,
+            "Tasks, groups or tags of lm-eval, each with its number of examples or with as many as it says itself.",
+            metavar="NAME[:SHOTS]",
+        ),
     ] = TASKS,
     include_path: Annotated[
         Path | None, option(TEXT, "Folder of task files in lm-eval's format, of local data.", metavar="FOLDER")
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        option(
+            TEXT,
+            """What tasks are told, such as '{"max_seq_lengths": [4096]}' for RULER; the tokenizer they are given.""",
+            metavar="JSON",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[int | None, option(TEXT, "Questions per task.", show_default="all", min=1)] = None,
     max_length: Annotated[
@@ -140,6 +154,12 @@ def tasks(
     truncate: Annotated[
         Literal["middle"] | None, option(TEXT, "Leave out the middle of questions that are too long by themselves.")
     ] = None,
+    batch_size: Annotated[
+        int,
+        option(
+            TEXT, "Prompts answered together where text is generated; with 1, what they share is read once.", min=1
+        ),
+    ] = 1,
     chat: options.Chat = False,
     seed: options.Seed = 0,
     methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
@@ -149,15 +169,15 @@ def tasks(
     slot_bits: options.SlotBits = [],
     output: options.Output = Path("tasks"),
 ) -> None:
-    """Scores by task of lm-eval and method.
+    """Scores by task of lm-eval and method, and differences to the full cache.
 
     Example: lococo eval tasks --model MODEL --tasks arc_easy:40 race:2 --num-slots 256 --heads heads/
     """
-    from lococo.evaluation.tasks import evaluate_tasks, read_tasks
+    from lococo.evaluation.tasks import evaluate_tasks, parse_metadata, read_tasks
     from lococo.methods import plan_runs
 
     runs = plan_runs(names_of(methods), num_slots, block_size, heads, slot_bits=slot_bits)
-    read = read_tasks(tasks, include_path, seed, chat)
+    read = read_tasks(tasks, include_path, seed, chat, parse_metadata(metadata), source.load_tokenizer)
     model, tokenizer = source.load()
     rows = evaluate_tasks(
         model,
@@ -169,7 +189,9 @@ def tasks(
         limit=limit,
         max_length=max_length,
         truncate=truncate,
+        batch_size=batch_size,
         checkpoint=source.model,
+        gguf_file=source.gguf_file,
         seed=seed,
     )
     print_table(rows)

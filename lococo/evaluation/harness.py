@@ -2,12 +2,14 @@
 
 ``python -m lococo.evaluation.harness run --model lococo --model_args pretrained=MODEL,method=h2o,num_slots=256 ...``
 is lm-eval's own command with them; ``accelerate launch -m lococo.evaluation.harness run ...`` shares the items out.
+The plain ``lm_eval`` does not know them: its registry (0.4.13) holds the names of its own list, reads no entry points
+and imports nothing else before the model is made.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,11 +30,15 @@ try:
 except ImportError as error:
     raise ImportError(f"tasks are measured with lm-eval ({error}): pip install lococo[eval]") from error
 
+# Continuations of one prompt that are scored together, each on a copy of its cache.
+ROWS = 32
+
 
 class PrefixLM(HFLM):
-    """lm-eval's model of Transformers, without padding, and with no token of a shared beginning read again and again.
+    """lm-eval's model of Transformers, with no token of a shared beginning read again and again.
 
     Prompts longer than ``max_length`` are refused: lm-eval would cut their beginning, in the middle of an example.
+    With a ``batch_size`` of more than one, answers are generated in padded batches, and their prompts are read whole.
 
     Parameters
     ----------
@@ -41,7 +47,7 @@ class PrefixLM(HFLM):
     truncate : "middle", optional
         Leave out the middle of longer prompts, as LongBench does (Bai et al. 2024, Section 4.1).
     **kwargs
-        As lm-eval's ``HFLM`` takes them.
+        As lm-eval's ``HFLM`` takes them: ``batch_size``, ``max_length``, ``gguf_file``, ...
     """
 
     def __init__(self, pretrained: Any, truncate: str | None = None, **kwargs: Any) -> None:
@@ -79,7 +85,15 @@ class PrefixLM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue prompts until a stop string."""
         self._refuse_long(self.tokens_read(request.args)[1] for request in requests)
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        if self.batch_size != 1:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        prompts = [self._generation_ids(*request.args) for request in requests]
+        order = sorted(range(len(requests)), key=prompts.__getitem__)
+        self.reader.expect(prompts[place][:-1] for place in order)
+        answers = [""] * len(requests)
+        for place in tqdm(order, desc="generate_until", disable=disable_tqdm or self.rank != 0):
+            answers[place] = super().generate_until([requests[place]], disable_tqdm=True)[0]
+        return answers
 
     def tok_batch_encode(
         self,
@@ -98,25 +112,42 @@ class PrefixLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **ignored: Any
     ) -> list[tuple[float, bool]]:
-        self._refuse_long(len(context) + len(continuation) - 1 for _, context, continuation in requests)
-        answers = []
+        self._refuse_long(len(tokens) + len(continuation) - 1 for _, tokens, continuation in requests)
+        same = defaultdict(list)
+        for place, (_, tokens, _) in enumerate(requests):
+            same[tuple(tokens)].append(place)
+        asked = []
+        for context, group in same.items():
+            room = self.max_length + 1 - max(len(requests[place][2]) for place in group)
+            prompt = without_middle(context, room)
+            asked += [(prompt, group[start : start + ROWS]) for start in range(0, len(group), ROWS)]
+        asked.sort()
+        self.reader.expect(prompt[:-1] for prompt, _ in asked)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or self.rank != 0) as bar:
-            for context, group in itertools.groupby(requests, key=lambda request: request[1]):
-                asked = list(group)
-                continuations = [continuation for _, _, continuation in asked]
-                room = self.max_length + 1 - max(map(len, continuations))
-                scores = self.reader.score(without_middle(context, room), continuations)
-                for (text, _, _), score in zip(asked, scores, strict=True):
+            for prompt, group in asked:
+                scores = self.reader.score(prompt, [requests[place][2] for place in group])
+                for place, score in zip(group, scores, strict=True):
+                    answers[place] = score
+                    text = requests[place][0]
                     if text is not None:  # a part of a rolling one, which is cached as a whole
                         self.cache_hook.add_partial("loglikelihood", text, score)
-                answers += scores
-                bar.update(len(scores))
+                bar.update(len(group))
         return answers
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> Any:
-        if context.shape[0] == 1 and context.shape[1] > 1:
-            settings |= with_cache(self.model, self.reader.read(context[0, :-1].tolist()))
+        if context.shape[0] > 1:
+            self.reader.tokens_read += int(settings["attention_mask"].sum())
+        else:
+            cache = self.reader.read(context[0, :-1].tolist())
+            self.reader.tokens_read += 1
+            settings |= {} if cache is None else with_cache(self.model, cache)
         return super()._model_generate(context, max_length, stop, **settings)
+
+    def _generation_ids(self, prompt: str, settings: dict[str, Any]) -> list[int]:
+        """Token ids of a prompt, as ``generate`` is given them."""
+        room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+        return self.tok_batch_encode([prompt], left_truncate_len=room)[0][0].tolist()
 
     def _refuse_long(self, lengths: Iterable[int]) -> None:
         longest = max(lengths, default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,43 +14,55 @@ from lococo.generation import read_tokens
 
 # A copy of a cache costs about as much as reading some tokens, and stays in memory.
 WORTH_KEEPING = 32
-KEPT = 2
+KEPT = 3
 
 
 class PrefixReader:
     """Reads one prompt after another with a model, full or patched, and keeps the caches of shared beginnings.
 
-    Where a prompt goes on as the one before it did, past what is kept already, the cache at the place where they part
-    is kept: the examples before a question are read two or three times, however many questions follow.
+    Told beforehand which prompts come in which order (``expect``), it keeps the cache at every place where one of them
+    parts from a later one: examples before all questions, and a document before some, are read once.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         It must stay patched as it is, or not patched, for as long as the reader is used.
+
+    Attributes
+    ----------
+    tokens_read : int
+        Tokens of prompts that went through the model so far.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.kept: dict[tuple[int, ...], Any] = {}  # the last used at the end
-        self.previous: tuple[int, ...] = ()
+        self.tokens_read = 0
+        self.kept: dict[tuple[int, ...], Any] = {}
+        self._partings: dict[tuple[int, ...], list[int]] = {}
+
+    def expect(self, prompts: Iterable[Sequence[int]]) -> None:
+        """Be told of the prompts that will be read, in their order; best if those that begin alike are neighbours."""
+        ordered = [tuple(ids) for ids in prompts]
+        self._partings = {}
+        shared: list[int] = []  # lengths of the beginnings that a prompt has in common with later ones
+        for ids, following in zip(reversed(ordered[:-1]), reversed(ordered[1:]), strict=True):
+            parting = _shared(ids, following)
+            shared = sorted({parting, *(min(parting, length) for length in shared)})
+            self._partings[ids] = shared
 
     def read(self, ids: Sequence[int]) -> Any:
         """A cache, for the caller to go on with, that has read these tokens; None for no tokens."""
         ids = tuple(ids)
+        partings = self._partings.get(ids, [])
         known = max((prefix for prefix in self.kept if ids[: len(prefix)] == prefix), key=len, default=())
-        cache = None
-        if known:
-            self.kept[known] = self.kept.pop(known)
-            cache = copy.deepcopy(self.kept[known])
-        parting = _shared(ids, self.previous)
-        self.previous = ids
-        if parting < len(known) + WORTH_KEEPING:
-            return self._go_on(ids, len(known), cache)
-        cache = self._go_on(ids[:parting], len(known), cache)
-        self.kept[ids[:parting]] = copy.deepcopy(cache)
-        if len(self.kept) > KEPT:
-            del self.kept[next(iter(self.kept))]
-        return self._go_on(ids, parting, cache)
+        cache, start = copy.deepcopy(self.kept.get(known)), len(known)
+        for end in partings:
+            if end >= start + WORTH_KEEPING:
+                cache = self._go_on(ids[:end], start, cache)
+                self._keep(ids[:end], copy.deepcopy(cache))
+                start = end
+        self.kept = {prefix: kept for prefix, kept in self.kept.items() if len(prefix) <= max(partings, default=0)}
+        return self._go_on(ids, start, cache)
 
     @torch.no_grad()
     def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
@@ -65,6 +77,7 @@ class PrefixReader:
         """
         start = len(context) - 1
         cache = self.read(context[:-1])
+        self.tokens_read += 1
         if cache is not None and len(continuations) > 1:
             cache.batch_repeat_interleave(len(continuations))
         longest = max(map(len, continuations))
@@ -75,7 +88,13 @@ class PrefixReader:
         output = self.model(inputs, position_ids=positions, **with_cache(self.model, cache), use_cache=True)
         return [_score(logits[: len(ids)], ids) for logits, ids in zip(output.logits, continuations, strict=True)]
 
+    def _keep(self, ids: tuple[int, ...], cache: Any) -> None:
+        self.kept[ids] = cache
+        if len(self.kept) > KEPT:  # the shortest serves most prompts, the longest the next ones
+            del self.kept[sorted(self.kept, key=len)[1]]
+
     def _go_on(self, ids: Sequence[int], start: int, cache: Any) -> Any:
+        self.tokens_read += len(ids) - start
         unread = torch.tensor([ids[start:]], dtype=torch.long, device=self.model.device)
         return read_tokens(self.model, unread, cache, start)
 

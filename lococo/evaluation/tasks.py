@@ -1,26 +1,32 @@
-"""Tasks of lm-eval by method: its prompts and metrics, with the same examples before every question of a task."""
+"""Tasks of lm-eval by method: its prompts, filters and metrics, the same examples before all questions of a task."""
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
 import logging
-import math
 import random
 import statistics
-from collections.abc import Sequence
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from lococo.evaluation.equal_bytes import bytes_per_head
 from lococo.files import write_whole
 from lococo.methods import Run
+from lococo.metrics import mean_of_items_interval
 from lococo.results.journal import Journal
 from lococo.results.plots import GAP, Bars, Series, picture
 from lococo.results.tables import beside, label_of, write_result
@@ -28,36 +34,66 @@ from lococo.results.tables import beside, label_of, write_result
 if TYPE_CHECKING:
     from lococo.evaluation.harness import PrefixLM
 
-Outcome = dict[str, Any]
+# Where a question says which document it is about, the first that it has.
+DOCUMENT_FIELDS = ("document_id", "context", "article", "passage", "text", "story")
+NUMPY_SEED = 1234  # lm-eval's own, where its seed of random is 0
 
 
-def parse_task(text: str) -> tuple[str, int]:
-    """Name and shots of ``arc_easy:40``.
+def parse_task(text: str) -> tuple[str, int | None]:
+    """Name and shots of ``arc_easy:40``; None where there are no shots.
 
     Raises
     ------
     ValueError
         If shots are no number.
     """
-    name, _, shots = text.partition(":")
-    if not shots.isdecimal():
-        raise ValueError(f"a task is NAME:SHOTS, {name}:4 for instance, got {text!r}")
-    return name, int(shots)
+    name, colon, shots = text.partition(":")
+    if not name or (colon and not shots.isdecimal()):
+        raise ValueError(f"a task is NAME or NAME:SHOTS, {name or 'arc_easy'}:4 for instance, got {text!r}")
+    return name, int(shots) if colon else None
+
+
+def parse_metadata(text: str | None) -> dict[str, Any]:
+    """What is said to tasks, from a JSON object.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    try:
+        metadata = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"""--metadata must be a JSON object, '{{"max_seq_lengths": [4096]}}' for instance, got {text!r}"""
+        )
+    return metadata
 
 
 def read_tasks(
-    names: Sequence[str], include_path: Path | None = None, seed: int = 0, chat: bool = False
+    names: Sequence[str],
+    include_path: Path | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    load_tokenizer: Callable[[], Any] | None = None,
 ) -> list[FewShotTask]:
-    """Tasks of lm-eval, named as ``arc_easy:40``; groups (``longbench:0``) are all of their tasks.
+    """Tasks of lm-eval, named as ``arc_easy`` or ``arc_easy:40``; groups and tags are all of their tasks.
 
     Parameters
     ----------
     include_path : Path, optional
         Folder of task files in lm-eval's format, which come before lm-eval's own.
     seed : int
-        Of the choice of examples.
+        Of the choice of examples, and of tasks that generate their data: those of ``lm_eval`` for 0.
     chat : bool
         Put prompts into the tokenizer's chat template.
+    metadata : mapping, optional
+        Goes to the tasks, as that of ``lm_eval``: RULER's ``max_seq_lengths``, for instance.
+    load_tokenizer : callable, optional
+        Gives the tokenizer of the model, for tasks that generate texts of a length.
 
     Raises
     ------
@@ -67,34 +103,72 @@ def read_tasks(
     parsed = [parse_task(each) for each in names]
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"--include-path {include_path}: no such folder")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what every task here does
-    return [
-        FewShotTask(task, shots, seed, chat) for name, shots in parsed for task in _lm_eval_tasks(name, include_path)
-    ]
+    _check_lm_eval()
+    with _tokenizer_folder(load_tokenizer) as folder:
+        told = {**({"tokenizer": folder, "pretrained": folder} if folder else {}), **(metadata or {})}
+        return [
+            FewShotTask(task, shots, seed, chat)
+            for name, shots in parsed
+            for task in _lm_eval_tasks(name, include_path, told, seed)
+        ]
 
 
-def _lm_eval_tasks(name: str, include_path: Path | None) -> list[Any]:
+def _check_lm_eval() -> None:
     try:
-        import lm_eval.tasks
+        import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise ImportError(f"tasks are measured with lm-eval ({error}): pip install lococo[eval]") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what every task here does
+
+
+@contextlib.contextmanager
+def _tokenizer_folder(load_tokenizer: Callable[[], Any] | None) -> Iterator[str | None]:
+    """A folder that ``AutoTokenizer`` reads, as lm-eval's tasks do, even if the tokenizer came from a GGUF file."""
+    if load_tokenizer is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer().save_pretrained(folder)
+        yield folder
+
+
+def _lm_eval_tasks(name: str, include_path: Path | None, metadata: dict[str, Any], seed: int) -> list[Any]:
+    import lm_eval.tasks
 
     # An index of all of lm-eval's tasks takes many seconds: a folder named like the task is looked into first.
     parts = name.split("_")
     guesses = [Path(lm_eval.tasks.__path__[0], "_".join(parts[:count])) for count in range(len(parts), 0, -1)]
     folders = [each for each in guesses if each.is_dir()][:1] + ([include_path] if include_path else [])
-    manager = lm_eval.tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
+    manager = lm_eval.tasks.TaskManager(
+        include_path=list(map(str, folders)), include_defaults=False, metadata=metadata
+    )
     if name not in manager.all_tasks:
-        manager = lm_eval.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+        manager = lm_eval.tasks.TaskManager(
+            include_path=None if include_path is None else str(include_path), metadata=metadata
+        )
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, 5, cutoff=0.5)
         raise ValueError(f"unknown task {name!r}: lm-eval has {', '.join(near) or 'none like it'}")
     try:
-        return list(manager.load(name)["tasks"].values())
+        with _seeded(seed):
+            return list(manager.load(name)["tasks"].values())
     except OSError as error:
         raise OSError(
             f"{name} cannot be had from the Hub; task files of local data: --include-path ({error})"
         ) from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers of tasks that generate their data."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(NUMPY_SEED + seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class FixedExamples:
@@ -130,6 +204,8 @@ class Prompt:
 
     Attributes
     ----------
+    question : dict
+        The item as the task has it.
     requests : list
         lm-eval's instances: one per choice, or one to continue.
     shots : int
@@ -137,9 +213,18 @@ class Prompt:
     tokens : int
     """
 
+    question: dict[str, Any]
     requests: list[Any]
     shots: int
     tokens: int
+
+    @property
+    def texts(self) -> int:
+        """Different prompts among the requests."""
+        return len({request.args[0] for request in self.requests})
+
+
+Figures = dict[tuple[str, str], dict[int, Any]]  # by metric and filter: what each item gets, by its number
 
 
 class FewShotTask:
@@ -148,42 +233,45 @@ class FewShotTask:
     Parameters
     ----------
     task : lm_eval.api.task.Task
-    shots : int
+    shots : int, optional
+        None: as many as the task says itself.
     seed : int
-        Of the choice of examples.
+        Of the choice of examples, where the task has not chosen them itself.
     chat : bool
         Put prompts into the tokenizer's chat template.
 
     Raises
     ------
     ValueError
-        If there are too few examples, or nothing is asked.
+        If there are too few examples, or it asks for what a language model alone cannot do.
     """
 
-    def __init__(self, task: Any, shots: int, seed: int = 0, chat: bool = False) -> None:
+    def __init__(self, task: Any, shots: int | None = None, seed: int = 0, chat: bool = False) -> None:
         self.name: str = task.task_name
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             raise ValueError(f"{self.name} measures the perplexity of texts: lococo eval ppl does")
-        self.task, self.shots, self.chat = task, shots, chat
-        examples = list(self.task.fewshot_docs()) if shots else []
-        if len(examples) < shots:
-            raise ValueError(f"{self.name}: {shots} shots need as many examples, there are {len(examples)}")
-        self.task.sampler = FixedExamples(examples, seed)
+        if getattr(task, "MULTIMODAL", False):
+            raise ValueError(f"{self.name} asks about pictures or sounds: only texts are read")
+        if getattr(task, "UNSAFE_CODE", False):
+            raise ValueError(f"{self.name} runs code that the model writes: this command does not")
+        self.task, self.chat = task, chat
+        self.shots: int = (task.get_config("num_fewshot") or 0) if shots is None else shots
+        self.task.set_fewshot_seed(seed)
+        examples = list(self.task.fewshot_docs()) if self.shots else []
+        if len(examples) < self.shots:
+            raise ValueError(f"{self.name}: {self.shots} shots need as many examples, there are {len(examples)}")
+        self._sampler = FixedExamples(examples, seed)
+        if not _has_first_examples(task):
+            self.task.sampler = self._sampler
 
     @property
-    def metric(self) -> str:
-        """The metric's name in lm-eval; accuracy, or else the first, where it has several."""
-        names = list(self.task.aggregation())
-        return "acc" if "acc" in names else names[0]
+    def revision(self) -> str:
+        """Version of the task's definition."""
+        return str(self.task.VERSION)
 
     def questions(self, limit: int | None = None) -> list[dict[str, Any]]:
         """The first ``limit`` questions."""
         return [doc for _, doc in self.task.doc_iterator(limit=limit)]
-
-    def digest(self, question: dict[str, Any]) -> str:
-        """The question with its right answer and all examples, in short."""
-        asked = json.dumps([question, self.task.sampler.examples[: self.shots]], sort_keys=True, default=str)
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
     def prompt(self, lm: PrefixLM, question: dict[str, Any]) -> Prompt:
         """What is asked, with as many of the examples as fit into the model's length.
@@ -205,34 +293,85 @@ class FewShotTask:
                 f"{lm.max_length} of the model; choose a larger --max-length, or --truncate middle"
             )
         requests = self._requests(lm, question, max(shots, 0))
-        return Prompt(requests, max(shots, 0), min(lm.tokens_read(requests[0].args)[0], lm.max_length))
+        return Prompt(question, requests, max(shots, 0), min(lm.tokens_read(requests[0].args)[0], lm.max_length))
 
-    def answer(self, lm: PrefixLM, question: dict[str, Any], prompt: Prompt) -> Any:
-        """The figure that the task's metric gives the model's answer."""
-        answers = getattr(lm, prompt.requests[0].request_type)(prompt.requests, disable_tqdm=True)
-        for request, answer in zip(prompt.requests, answers, strict=True):
-            request.resps = [answer]
-        self.task._instances = prompt.requests
+    def figures(self, prompts: Sequence[Prompt], answers: Sequence[Any]) -> Figures:
+        """What the task's filters and metrics make of the answers to all requests of these prompts.
+
+        RULER's metrics are lengths, and an item has -1 for all but its own: those are left out.
+        """
+        requests = [request for prompt in prompts for request in prompt.requests]
+        for request, answer in zip(requests, answers, strict=True):
+            request.resps, request.filtered_resps = [answer], {}
+        self.task._instances = requests
         self.task.apply_filters()
-        filtered = [next(iter(request.filtered_resps.values())) for request in prompt.requests]
-        return self.task.process_results(question, filtered)[self.metric]
+        found: Figures = defaultdict(dict)
+        for name in requests[0].filtered_resps:
+            for number, prompt in enumerate(prompts):
+                filtered = [request.filtered_resps[name] for request in prompt.requests]
+                for metric, figure in self.task.process_results(prompt.question, filtered).items():
+                    if not (metric.isdecimal() and figure == -1):
+                        found[metric, name][number] = figure
+        return dict(found)
 
-    def score(self, figures: Sequence[Any]) -> tuple[float, float | None]:
-        """Score over all answers by the task's own aggregation, and the standard error where figures are numbers."""
-        error = None
-        if all(isinstance(each, int | float) for each in figures):
-            error = math.sqrt(statistics.pvariance(figures) / len(figures))
-        return float(self.task.aggregation()[self.metric](figures)), error
+    def score(self, metric: str, figures: Sequence[Any]) -> tuple[float, float | None]:
+        """Score over items by the task's own aggregation, and the standard error of the mean of numbers."""
+        from lm_eval.api.metrics import mean, mean_stderr
+
+        error = mean_stderr(figures) if len(figures) > 1 and _are_numbers(figures) else None
+        return float(self.task.aggregation().get(metric, mean)(figures)), error
 
     def _requests(self, lm: PrefixLM, doc: dict[str, Any], shots: int) -> list[Any]:
-        self.task.sampler.asked = doc
+        self._sampler.asked = doc
         chat = dict(apply_chat_template=self.chat, chat_template=lm.apply_chat_template if self.chat else None)
-        prompt = self.task.fewshot_context(doc, shots, **chat)
+        prompt = self.task.fewshot_context(doc, shots, gen_prefix=self.task.doc_to_prefix(doc), **chat)
         requests = self.task.construct_requests(doc, prompt, metadata=(self.name, None, 1), **chat)
         return requests if isinstance(requests, list) else [requests]
 
     def _tokens_read(self, lm: PrefixLM, doc: dict[str, Any], shots: int) -> int:
         return max(lm.tokens_read(request.args)[1] for request in self._requests(lm, doc, shots))
+
+
+def _has_first_examples(task: Any) -> bool:
+    """Whether a task names its examples and their order."""
+    config = getattr(task, "fewshot_cfg", None)
+    return getattr(config, "sampler", None) == "first_n"
+
+
+def document_of(question: dict[str, Any], number: int) -> Hashable:
+    """The document that an item is about; items without one are documents of their own."""
+    name = next((name for name in DOCUMENT_FIELDS if name in question), None)
+    return number if name is None else json.dumps(question[name], sort_keys=True, default=str)
+
+
+def _are_numbers(figures: Sequence[Any]) -> bool:
+    return all(isinstance(each, int | float | np.number | np.bool_) for each in figures)
+
+
+class _Remembered:
+    """What lm-eval calls at every answer: it goes into the journal, with the tokens of prompts read for it."""
+
+    def __init__(self, lm: PrefixLM, journal: Journal, key: Callable[[str, Any], list[Any]]) -> None:
+        self.lm, self.journal, self.key, self.since = lm, journal, key, time.monotonic()
+
+    def add_partial(self, kind: str, arguments: Any, answer: Any) -> None:
+        tokens, self.lm.reader.tokens_read = self.lm.reader.tokens_read, 0
+        before, self.since = self.since, time.monotonic()
+        self.journal.add(self.key(kind, arguments), {"answer": answer, "tokens_read": tokens}, self.since - before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a method makes of a task.
+
+    Attributes
+    ----------
+    tokens_read : sequence of int
+        Tokens that went through the model to read each item's prompts; what several share counts for one of them.
+    """
+
+    figures: Figures
+    tokens_read: Sequence[int]
 
 
 def evaluate_tasks(
@@ -246,6 +385,7 @@ def evaluate_tasks(
     limit: int | None = None,
     max_length: int | None = None,
     truncate: str | None = None,
+    batch_size: int = 1,
     **facts: Any,
 ) -> list[dict[str, Any]]:
     """Measure, write ``<output>.json``, ``.md`` and ``.png``, and return the rows. A killed run resumes.
@@ -260,6 +400,8 @@ def evaluate_tasks(
         Tokens of a prompt with its answer. None: as many as the model was made for.
     truncate : "middle", optional
         Leave out the middle of a question that is too long even without examples. None: refuse it.
+    batch_size : int
+        Prompts that are answered together, padded. With 1, what prompts share is read once.
     **facts
         What else the result says of all rows; a journal of other facts is not gone on with.
 
@@ -270,57 +412,146 @@ def evaluate_tasks(
     """
     from lococo.evaluation.harness import PrefixLM
 
-    lm = PrefixLM(model, tokenizer=tokenizer, max_length=max_length, truncate=truncate)
-    questions = [task.questions(limit) for task in tasks]
+    lm = PrefixLM(model, tokenizer=tokenizer, max_length=max_length, truncate=truncate, batch_size=batch_size)
+    facts = {"dtype": str(model.dtype).removeprefix("torch."), "batch_size": batch_size, **facts}
+    prompts = [[task.prompt(lm, question) for question in task.questions(limit)] for task in tasks]
     journal = Journal(beside(output, ".partial.jsonl"))
-    outcomes: dict[tuple[int, int], list[Outcome]] = {}
+    outcomes: dict[tuple[int, int], Outcome] = {}
     for column, run in enumerate(tqdm(runs, desc="methods", disable=None)):
         with run.applied(model):
             lm.forget()
+            how = (model.name_or_path, *facts.values(), lm.max_length, truncate, run.identity())
             for line, task in enumerate(tasks):
-                how = (lm.max_length, truncate, task.chat, task.name, task.shots)
-                same = (*facts.values(), *how, run.name, run.identity())
-                outcomes[line, column] = [
-                    journal.measure((*same, task.digest(question)), functools.partial(_ask, lm, task, question))
-                    for question in tqdm(questions[line], desc=f"{run.name} {task.name}", leave=False, disable=None)
-                ]
-    rows = [_row(model, tasks[line], runs[column], outcomes[line, column]) for line, column in sorted(outcomes)]
-    write_result(output, command, model.device, rows, **facts, max_length=lm.max_length)
-    write_whole(beside(output, ".png"), picture_of(rows, ("task", "shots")))
+                outcomes[line, column] = _outcome(lm, task, prompts[line], journal, how)
+    rows = [
+        row
+        for line, task in enumerate(tasks)
+        for column, run in enumerate(runs)
+        for row in _rows(model, task, prompts[line], run, outcomes[line, column], _full(runs, outcomes, line))
+    ]
+    write_result(output, command, model.device, rows, seconds=journal.seconds, **facts, max_length=lm.max_length)
+    write_whole(beside(output, ".png"), picture_of(rows))
     journal.finish()
     return rows
 
 
-def _ask(lm: PrefixLM, task: FewShotTask, question: dict[str, Any]) -> Outcome:
-    prompt = task.prompt(lm, question)
-    return {"figure": task.answer(lm, question, prompt), "shots": prompt.shots, "tokens": prompt.tokens}
+def _outcome(
+    lm: PrefixLM, task: FewShotTask, prompts: Sequence[Prompt], journal: Journal, how: Sequence[Any]
+) -> Outcome:
+    def key(kind: str, arguments: Any) -> list[Any]:
+        asked = hashlib.sha256(json.dumps(list(arguments), sort_keys=True).encode()).hexdigest()[:32]
+        return [*how, task.name, task.revision, task.chat, kind, asked]
+
+    lm.set_cache_hook(_Remembered(lm, journal, key))
+    unasked = defaultdict(list)
+    keys = [[key(request.request_type, request.args) for request in prompt.requests] for prompt in prompts]
+    for prompt, names in zip(prompts, keys, strict=True):
+        for request, name in zip(prompt.requests, names, strict=True):
+            if journal.recall(name) is None:
+                unasked[request.request_type].append(request)
+    for kind, requests in unasked.items():
+        getattr(lm, kind)(requests, disable_tqdm=not sys.stderr.isatty())
+    answers, tokens_read = [], []
+    counted: set[str] = set()
+    for names in keys:
+        entries = {json.dumps(name): _recalled(journal, name) for name in names}
+        answers += [_as_lm_eval_has_it(entries[json.dumps(name)]["answer"]) for name in names]
+        tokens_read.append(sum(entry["tokens_read"] for name, entry in entries.items() if name not in counted))
+        counted |= entries.keys()
+    return Outcome(task.figures(prompts, answers), tokens_read)
 
 
-def _row(model: Any, task: FewShotTask, run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    tokens = statistics.fmean(outcome["tokens"] for outcome in outcomes)
-    score, error = task.score([outcome["figure"] for outcome in outcomes])
-    return {
-        "task": task.name,
-        "shots": task.shots,
-        **run.columns,
-        "items": len(outcomes),
-        "metric": task.metric,
-        "score": score,
-        "stderr": error,
-        "shots_that_fit": statistics.fmean(outcome["shots"] for outcome in outcomes),
-        "prompt_tokens": tokens,
-        "bytes_per_head": bytes_per_head(model, run, round(tokens)),
-    }
+def _recalled(journal: Journal, key: Sequence[Any]) -> dict[str, Any]:
+    entry = journal.recall(key)
+    assert entry is not None  # lm-eval tells of every answer
+    return entry
 
 
-def picture_of(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
-    """Scores by task, named by some columns, and method, with a standard error to both sides."""
-    found = {(" ".join(str(row[name]) for name in names), label_of(row)): row for row in rows}
-    tasks, methods = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
+def _as_lm_eval_has_it(answer: Any) -> Any:
+    return tuple(answer) if isinstance(answer, list) else answer  # JSON knows no tuples
+
+
+def _full(runs: Sequence[Run], outcomes: Mapping[tuple[int, int], Outcome], line: int) -> Figures | None:
+    """Figures of the full cache, if it was measured."""
+    return next((outcomes[line, column].figures for column, run in enumerate(runs) if run.config is None), None)
+
+
+def _rows(
+    model: Any, task: FewShotTask, prompts: Sequence[Prompt], run: Run, outcome: Outcome, full: Figures | None
+) -> list[dict[str, Any]]:
+    """A row for every metric and filter, over the items that have it."""
+    size = functools.cache(functools.partial(bytes_per_head, model, run))
+    rows = []
+    for (metric, name), figures in outcome.figures.items():
+        measured = [prompts[number] for number in figures]
+        read = sum(outcome.tokens_read[number] for number in figures)
+        tokens = statistics.fmean(prompt.tokens for prompt in measured)
+        documents = {number: document_of(prompts[number].question, number) for number in figures}
+        reference = {} if full is None or run.config is None else full.get((metric, name), {})
+        score, error = task.score(metric, list(figures.values()))
+        rows.append(
+            {
+                "task": task.name,
+                "shots": task.shots,
+                **run.columns,
+                "metric": metric,
+                "filter": name,
+                "score": score,
+                "stderr": error,
+                **_difference(figures, reference, documents),
+                "items": len(figures),
+                "documents": len(set(documents.values())),
+                "shots_that_fit": statistics.fmean(prompt.shots for prompt in measured),
+                "prompt_tokens": tokens,
+                "read_tokens": read / sum(prompt.texts for prompt in measured),
+                "bytes_per_head": size(round(tokens)),
+            }
+        )
+    return rows
+
+
+def _difference(
+    figures: Mapping[int, Any], full: Mapping[int, Any], documents: Mapping[int, Hashable]
+) -> dict[str, float | None]:
+    """Mean difference to the full cache's figures, item by item, and its 95 % interval by bootstrap over documents."""
+    difference, interval = None, None
+    both = [number for number in figures if number in full]
+    if both and _are_numbers([*figures.values(), *full.values()]):
+        differences = [float(figures[number]) - float(full[number]) for number in both]
+        difference = statistics.fmean(differences)
+        interval = mean_of_items_interval(differences, [documents[number] for number in both])
+    low, high = interval or (None, None)
+    return {"difference": difference, "difference_low": low, "difference_high": high}
+
+
+def picture_of(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Differences to the full cache by task, metric and method, with their intervals; without it scores."""
+    compared = [row for row in rows if row["difference"] is not None]
+    found = {(_name_of(row), label_of(row)): row for row in compared or rows}
+    names, methods = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
     series = []
     for method in methods:
-        shown = [found.get((task, method), {"score": GAP, "stderr": None}) for task in tasks]
-        low, high = ([row["score"] + sign * (row["stderr"] or 0) for row in shown] for sign in (-1, 1))
-        series.append(Series(method, [row["score"] for row in shown], low=low, high=high))
-    panel = Bars(tasks, series, xlabel="score, with its standard error")
+        ends = [_ends(found.get((name, method)), bool(compared)) for name in names]
+        low, value, high = (list(each) for each in zip(*ends, strict=True))
+        series.append(Series(method, value, low=low, high=high))
+    shown = (
+        "score minus that of the full cache, with its 95 % interval" if compared else "score, with its standard error"
+    )
+    panel = Bars(names, series, xlabel=shown)
     return picture([[panel]], (8, panel.height))
+
+
+def _name_of(row: dict[str, Any]) -> str:
+    parts = (row["task"], row["shots"], row["metric"], "" if row["filter"] == "none" else row["filter"])
+    return " ".join(str(part) for part in parts if part != "")
+
+
+def _ends(row: dict[str, Any] | None, is_difference: bool) -> tuple[float, float, float]:
+    """A bar's value between the ends of its error bar."""
+    if row is None:
+        return GAP, GAP, GAP
+    if is_difference:
+        low, value, high = row["difference_low"], row["difference"], row["difference_high"]
+        return (value, value, value) if low is None else (low, value, high)
+    error = row["stderr"] or 0
+    return row["score"] - error, row["score"], row["score"] + error

@@ -44,17 +44,23 @@ class Journal:
 
     def measure(self, key: Iterable[Any], function: Callable[[], Any]) -> Any:
         """The value under a key, measured now if no earlier run has."""
-        name = json.dumps(list(key))
+        key = list(key)
+        name = json.dumps(key)
         if name not in self.rows:
             self.deadline.check()
             started = time.monotonic()
-            self.rows[name] = function()
-            seconds = round(time.monotonic() - started, 3)
-            self.seconds += seconds
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": name, "value": self.rows[name], "seconds": seconds}) + "\n")
+            value = function()
+            self.add(key, value, time.monotonic() - started)
         return self.rows[name]
+
+    def add(self, key: Iterable[Any], value: Any, seconds: float) -> None:
+        """Keep a value under a key, and how long it was measured."""
+        name = json.dumps(list(key))
+        self.rows[name] = value
+        self.seconds += seconds
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": name, "value": value, "seconds": round(seconds, 3)}) + "\n")
 
     def recall(self, key: Iterable[Any]) -> Any | None:
         """The value under a key, None if it has not been measured."""

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -15,12 +18,14 @@ from tiny import tiny_llama
 from words import WORDS, word_tokenizer
 
 import lococo
-from experiments.task_files import write_tasks
+from experiments.task_files.few_shot import write_task
 from lococo.cli.main import main
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
 from lococo.evaluation.prefixes import PrefixReader
-from lococo.evaluation.tasks import FewShotTask, evaluate_tasks, parse_task, read_tasks
+from lococo.evaluation.tasks import FewShotTask, Prompt, document_of, evaluate_tasks, parse_task, read_tasks
 from lococo.methods import plan_runs
+from lococo.metrics import mean_of_items_interval
+from lococo.results.journal import Journal
 
 CONFIG = lococo.LoCoCoConfig(12, block_size=8, kernel_size=5, gate_init=0.3)
 
@@ -34,7 +39,9 @@ def data(tmp_path_factory):
         write_rows(folder / name / scored, [line(index) for index in range(6 if examples else 10)])
         if examples:
             write_rows(folder / name / examples, [line(index) for index in range(20, 26)])
-    write_tasks(folder, folder / "tasks", shots=4)
+    (folder / "tasks").mkdir()
+    for name in LINES:
+        write_task(name, folder, folder / "tasks", shots=4)
     return folder / "tasks"
 
 
@@ -94,7 +101,12 @@ def test_scores_with_shared_beginnings_are_those_of_lm_eval(data, tokenizer, nam
     requests = requests_of(data, name, 6, ours)
     assert min(len(ours.tok_encode(request.args[0])) for request in requests) > CONFIG.capacity
     assert_same(ours.loglikelihood(copies(requests)), theirs.loglikelihood(copies(requests)))
-    assert ours.reader.kept
+    assert ours.reader.tokens_read < tokens_of(requests, ours) / 2
+
+
+def tokens_of(requests, lm):
+    """Tokens of the different prompts."""
+    return sum(len(lm.tok_encode(prompt)) for prompt in {request.args[0] for request in requests})
 
 
 def test_enough_slots_score_as_the_model_without_any(data, tokenizer):
@@ -122,7 +134,33 @@ def test_answers_with_shared_beginnings_are_those_of_lm_eval(data, tokenizer, mo
     answers = ours.generate_until(copies(requests))
     assert answers == theirs.generate_until(copies(requests))
     assert len(set(answers)) > 1
-    assert ours.reader.kept
+    assert ours.reader.tokens_read < tokens_of(requests, ours) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model", [tiny_llama, open_model], ids=["full", "patched"])
+def test_answers_in_padded_batches_are_those_of_one_prompt_at_a_time(tokenizer, model, dtype):
+    prompts = [words(*range(start, start * 7 + length)) for start, length in ((1, 20), (3, 55), (2, 33), (5, 4))]
+    settings = {"until": [WORDS[5], "\n"], "max_gen_toks": 20, "do_sample": False}
+    asked = [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
+    alone = PrefixLM(model().to(dtype), tokenizer=tokenizer).generate_until(copies(asked))
+    together = PrefixLM(model().to(dtype), tokenizer=tokenizer, batch_size=3)
+    assert together.generate_until(copies(asked)) == alone
+    assert len(set(alone)) > 1
+    assert together.reader.tokens_read == tokens_of(asked, together)
+
+
+def test_answers_end_at_the_stop_strings_of_the_task(tokenizer):
+    model = tiny_llama()
+    lm, prompt = PrefixLM(model, tokenizer=tokenizer), words(*range(9))
+    settings = {"until": ["\n"], "max_gen_toks": 30, "do_sample": False}
+    (whole,) = lm.generate_until([Instance("generate_until", {}, (prompt, settings), 0)])
+    stop = whole.split()[4]
+    first = whole.split().index(stop)
+    read = lengths_read(model)
+    (cut,) = lm.generate_until([Instance("generate_until", {}, (prompt, settings | {"until": [stop]}), 0)])
+    assert cut.split() == whole.split()[:first]
+    assert read.count(1) <= first + 2
 
 
 def test_rolling_likelihoods_are_those_of_lm_eval(tokenizer):
@@ -131,26 +169,61 @@ def test_rolling_likelihoods_are_those_of_lm_eval(tokenizer):
     assert ours.loglikelihood_rolling(asked) == pytest.approx(theirs.loglikelihood_rolling(asked), abs=1e-3)
 
 
-def test_examples_before_every_question_are_read_twice_and_no_more():
-    model = tiny_llama()
+def lengths_read(model):
+    """Tokens of each call of the model from now on."""
     read = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append((args or [kwargs.get("input_ids")])[0].shape[1]), with_kwargs=True
     )
+    return read
+
+
+def test_examples_before_every_question_are_read_once():
+    model = tiny_llama()
+    read, reader = lengths_read(model), PrefixReader(model)
     examples = [1 + index * index % 60 for index in range(50)]
-    reader = PrefixReader(model)
-    for question in range(4):
-        reader.score([*examples, 10 + question, 5, 6], [[7, 8], [9]])
-    assert read == [52, 2, *[50, 2, 2], *[2, 2], *[2, 2]]
-    assert list(map(len, reader.kept)) == [50]
+    prompts = [[*examples, 10 + question, 5, 6] for question in range(4)]
+    reader.expect(prompt[:-1] for prompt in prompts)
+    for prompt in prompts:
+        reader.score(prompt, [[7, 8], [9]])
+        assert list(map(len, reader.kept)) == ([50] if prompt is not prompts[-1] else [])
+    assert read == [50, *4 * [2, 2]]
+    assert reader.tokens_read == 50 + 4 * 3
 
 
-def test_only_the_last_used_beginnings_are_kept():
-    reader = PrefixReader(tiny_llama())
-    for start in (1, 2, 3):
-        for end in (4, 5, 6):
-            reader.score([start] * 40 + [end, 7], [[8]])
-    assert [prefix[0] for prefix in reader.kept] == [2, 3]
+def naive_reading(prompts):
+    """Tokens that must be read if whatever begins a prompt and was read before is known."""
+    known = set()
+    for prompt in prompts:
+        known |= {tuple(prompt[:end]) for end in range(1, len(prompt) + 1)}
+    return len(known)
+
+
+def test_examples_documents_and_questions_are_each_read_once():
+    """Documents after common examples, questions about each of them, and prompts of other examples."""
+    number = iter(range(10**6))
+
+    def text(length):
+        return [1 + next(number) ** 2 % 61 for _ in range(length)]
+
+    examples, prompts = text(40), []
+    for _ in range(3):
+        document = examples + text(40)
+        prompts += [document + [question] + text(5) for question in (1, 2, 3)]
+    prompts += [text(40) for _ in range(2)]
+    prompts.sort()
+    model = tiny_llama()
+    plain, reader = PrefixReader(model), PrefixReader(model)
+    reader.expect(prompts)
+    for prompt in prompts:
+        expected, cache = plain.read(prompt), reader.read(prompt)
+        for one, other in zip(cache.layers, expected.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys)
+            torch.testing.assert_close(one.values, other.values)
+    assert plain.tokens_read == sum(map(len, prompts))
+    assert naive_reading(prompts) <= reader.tokens_read <= naive_reading(prompts) + 32 * len(prompts)
+    assert reader.tokens_read < plain.tokens_read / 2
+    assert not reader.kept
 
 
 # Prompts
@@ -169,7 +242,6 @@ def test_prompts_are_those_of_lm_eval_with_the_same_examples_before_every_questi
     assert [request.args[1] for request in items[2].requests] == [f" {choice}" for choice in arc(2)["choices"]]
     others = few_shot("arc_easy", 2, data, seed=0)
     assert prompts_of(others, lm, limit=1)[0].requests[0].args[0] != prompts[0]
-    assert others.digest(others.questions(1)[0]) != task.digest(task.questions(1)[0])
 
 
 def test_more_shots_begin_with_the_examples_of_fewer(data, tokenizer):
@@ -265,6 +337,37 @@ def test_lm_eval_itself_is_told_of_prompts_that_are_too_long(data, tokenizer):
 # Results
 
 
+GENERATOR = """
+import random
+import datasets
+from transformers import AutoTokenizer
+
+def generate(tokenizer, max_seq_lengths, **others):
+    ids = AutoTokenizer.from_pretrained(tokenizer)("w1 w2 w3").input_ids
+    rows = [
+        {"input": length * "w1 ", "ids": ids, "drawn": random.random(), "max_length": length, "context": "one"}
+        for length in max_seq_lengths
+    ]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+def process_results(question, answers):
+    lengths = {"4096": -1.0}
+    return {**lengths, str(question["max_length"]): float(len(answers[0]) % 2)}
+"""
+GENERATED = """
+task: made
+test_split: test
+output_type: generate_until
+generation_kwargs: {max_gen_toks: 5, until: []}
+doc_to_text: "{{input.strip()}}"
+doc_to_target: "{{input}}"
+gen_prefix: w5
+custom_dataset: !function generator.generate
+process_results: !function generator.process_results
+metadata: {version: 3}
+"""
+
+
 def run(data, tokenizer, output, names=("arc_easy:2", "winogrande:3", "triviaqa:1"), methods=("full", "h2o"), **more):
     tasks = read_tasks(names, data)
     return evaluate_tasks(
@@ -277,10 +380,11 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
     content = json.loads((tmp_path / "out" / "tasks.json").read_text())
     assert content["rows"] == rows and content["command"] == "lococo x"
     assert (content["seed"], content["max_length"]) == (0, 2048)
-    assert [(row["task"], row["method"]) for row in rows] == [
-        (task, method) for task in ("arc_easy", "winogrande", "triviaqa") for method in ("full", "h2o")
+    metrics = {"arc_easy": ["acc", "acc_norm"], "winogrande": ["acc"], "triviaqa": ["exact_match"]}
+    assert [(row["task"], row["method"], row["metric"]) for row in rows] == [
+        (task, method, metric) for task in metrics for method in ("full", "h2o") for metric in metrics[task]
     ]
-    assert [row["metric"] for row in rows[::2]] == ["acc", "acc", "exact_match"]
+    assert rows[1].keys() == rows[0].keys()
     lm = HFLM(tiny_llama(), tokenizer=tokenizer)
     right, tokens = 0, 0
     prompts = prompts_of(few_shot("arc_easy", 2, data), PrefixLM(tiny_llama(), tokenizer=tokenizer), limit=4)
@@ -290,54 +394,178 @@ def test_table_holds_what_it_says(data, tokenizer, tmp_path):
         tokens += len(tokenizer(item.requests[0].args[0]).input_ids)
     full = rows[0]
     assert (full["score"], full["prompt_tokens"], full["items"]) == (right / 4, tokens / 4, 4)
-    assert full["stderr"] == pytest.approx((right / 4 * (1 - right / 4) / 4) ** 0.5)
-    assert (rows[1]["num_slots"], rows[1]["block_size"], rows[1]["shots_that_fit"]) == (12, 8, 2)
+    assert full["stderr"] == pytest.approx((right / 4 * (1 - right / 4) / 3) ** 0.5)
+    assert (rows[2]["num_slots"], rows[2]["block_size"], rows[2]["shots_that_fit"]) == (12, 8, 2)
+    assert (full["filter"], full["documents"]) == ("none", 4)
     assert (tmp_path / "out" / "tasks.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "tasks.md").read_text().count("\n") == len(rows) + 4
 
 
+def test_tokens_read_are_told_against_those_of_the_prompts(data, tokenizer, tmp_path):
+    row, *_ = run(data, tokenizer, tmp_path / "tasks", ["arc_easy:6"])
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    prompts = [lm.tok_encode(each.requests[0].args[0]) for each in prompts_of(few_shot("arc_easy", 6, data), lm, 4)]
+    assert row["prompt_tokens"] == sum(map(len, prompts)) / 4
+    assert naive_reading(prompts) <= 4 * row["read_tokens"] < naive_reading(prompts) + 10 < 4 * row["prompt_tokens"]
+
+
+def test_rows_of_lengths_are_over_their_own_items(tmp_path, tokenizer):
+    (tmp_path / "generator.py").write_text(GENERATOR)
+    (tmp_path / "made.yaml").write_text(GENERATED)
+    lengths = {"max_seq_lengths": [40, 40, 90]}
+    tasks = read_tasks(["made"], tmp_path, metadata=lengths, load_tokenizer=lambda: tokenizer)
+    runs = plan_runs(["full", "h2o"], [12], 8)
+    rows = evaluate_tasks(tiny_llama(), tokenizer, tasks, runs, tmp_path / "x", "x")
+    assert [(row["metric"], row["items"], row["prompt_tokens"]) for row in rows] == 2 * [("40", 2, 41), ("90", 1, 91)]
+    assert {row["difference"] for row in rows[2:]} <= {-1, -0.5, 0, 0.5, 1}
+    assert [row["difference_low"] is None for row in rows] == [True, True, True, True]
+    assert rows[0]["bytes_per_head"] < rows[1]["bytes_per_head"]
+    assert rows[2]["bytes_per_head"] == rows[3]["bytes_per_head"]
+
+
 @pytest.mark.slow
-def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_after", [1, 9, 40])
+def test_killed_run_goes_on_where_it_stopped(data, tokenizer, tmp_path, monkeypatch, stop_after):
     expected = run(data, tokenizer, tmp_path / "whole", seed=0)
-    answer, calls = FewShotTask.answer, []
+    add, calls = Journal.add, []
 
-    def counted(*args):
-        if len(calls) == 9:
+    def counted(journal, key, *measured):
+        if len(calls) == stop_after:
             raise KeyboardInterrupt
-        calls.append(args)
-        return answer(*args)
+        calls.append(key)
+        add(journal, key, *measured)
 
-    monkeypatch.setattr(FewShotTask, "answer", counted)
+    monkeypatch.setattr(Journal, "add", counted)
     with pytest.raises(KeyboardInterrupt):
         run(data, tokenizer, tmp_path / "cut", seed=0)
     assert not (tmp_path / "cut.json").exists()
     again = []
-    monkeypatch.setattr(FewShotTask, "answer", lambda *args: again.append(args) or answer(*args))
-    assert run(data, tokenizer, tmp_path / "cut", seed=0) == expected
-    assert len(calls) + len(again) == 2 * 3 * 4
+    monkeypatch.setattr(Journal, "add", lambda *args: again.append(args[1]) or add(*args))
+    found = run(data, tokenizer, tmp_path / "cut", seed=0)
+    varying = {"read_tokens"}  # what was shared is read again
+    assert [{key: row[key] for key in row if key not in varying} for row in found] == [
+        {key: row[key] for key in row if key not in varying} for row in expected
+    ]
+    assert len(calls) + len(again) == 2 * 4 * (4 + 2 + 1)
+    assert len({json.dumps(key) for key in (*calls, *again)}) == len(calls) + len(again)
     assert not (tmp_path / "cut.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", ["name", "dtype", "revision", "slots", "nothing"])
+def test_answers_of_another_model_or_task_are_not_gone_on_with(data, tokenizer, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(Journal, "finish", lambda journal: None)
+    model, tasks, slots = tiny_llama(), read_tasks(["arc_easy:1"], data), 12
+    for attempt in range(2):
+        if attempt:
+            model.config._name_or_path = "other" if change == "name" else model.config._name_or_path
+            model.name_or_path = model.config._name_or_path
+            model = model.double() if change == "dtype" else model
+            tasks[0].task.VERSION = "other" if change == "revision" else tasks[0].task.VERSION
+            slots = 13 if change == "slots" else 12
+        read = lengths_read(model)
+        evaluate_tasks(model, tokenizer, tasks, plan_runs(["h2o"], [slots], 8), tmp_path / "x", "x", limit=2)
+    assert (len(read) > 2) is (change != "nothing")  # a token for the size of the cache
 
 
 def test_right_answers_score_one(data, tokenizer):
     lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
     for name in LINES:
         task = few_shot(name, 2, data)
-        for index, question in enumerate(task.questions()):
-            item = task.prompt(lm, question)
-            gold = {"race": 3, "triviaqa": 0, "winogrande": index % 2}.get(name, index % 4)
-            for wrong in (0, 1):
-                chosen = (gold + wrong) % len(item.requests)
-                scores = [(-float(place != chosen), False) for place in range(len(item.requests))]
-                texts = [words(5, 6) if wrong else f" {words(3 * index).upper()}"]
+        prompts = prompts_of(task, lm)
+        for wrong in (0, 1):
+            answers = []
+            for index, prompt in enumerate(prompts):
+                gold = {"race": 3, "triviaqa": 0, "winogrande": index % 2}.get(name, index % 4)
+                chosen = (gold + wrong) % len(prompt.requests)
+                scores = [(-float(20 * (place != chosen)), False) for place in range(len(prompt.requests))]
+                text = words(5, 6) if wrong else f" {words(3 * index).upper()}"
+                answers += [text] if name == "triviaqa" else scores
+            for (metric, filtered), figures in task.figures(prompts, answers).items():
+                assert list(figures) == list(range(len(prompts)))
+                assert task.score(metric, list(figures.values()))[0] == 1 - wrong, (name, metric, filtered)
 
-                class Oracle:
-                    def loglikelihood(self, requests, disable_tqdm, scores=scores):
-                        return scores
 
-                    def generate_until(self, requests, disable_tqdm, texts=texts):
-                        return texts
+def test_metrics_and_errors_are_those_of_lm_eval(data, tokenizer):
+    """All metrics of tasks with as many examples as their definitions say, against lm-eval's own evaluation."""
+    import lm_eval
 
-                assert bool(task.answer(Oracle(), question, item)) is not bool(wrong)
+    names = ["arc_easy", "hellaswag", "winogrande"]
+    manager = lm_eval.tasks.TaskManager(include_path=str(data), include_defaults=False)
+    theirs = lm_eval.evaluate(
+        lm=HFLM(tiny_llama(), tokenizer=tokenizer, backend="causal"), task_dict=manager.load(names), bootstrap_iters=2
+    )
+    tasks = read_tasks(names, data)
+    assert [task.shots for task in tasks] == [0, 0, 0]
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    for task in tasks:
+        prompts = prompts_of(task, lm)
+        answers = lm.loglikelihood([request for prompt in prompts for request in prompt.requests])
+        found = task.figures(prompts, answers)
+        assert {metric for metric, _ in found} == set(task.task.aggregation())
+        for (metric, filtered), figures in found.items():
+            score, error = task.score(metric, list(figures.values()))
+            expected = theirs["results"][task.name]
+            assert score == pytest.approx(expected[f"{metric},{filtered}"])
+            assert error == pytest.approx(expected[f"{metric}_stderr,{filtered}"])
+
+
+# Differences to the full cache
+
+
+def naive_interval(values, documents):
+    """Every resample drawn, put together from whole documents and averaged on its own."""
+    names = list(dict.fromkeys(documents))
+    rng, means = np.random.default_rng(0), []
+    for counts in rng.multinomial(len(names), [1 / len(names)] * len(names), size=2000):
+        drawn = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        items = [value for name in drawn for value, own in zip(values, documents, strict=True) if own == name]
+        means.append(sum(items) / len(items))
+    return [np.percentile(means, 2.5), np.percentile(means, 97.5)]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 5)), min_size=1, max_size=12))
+def test_intervals_are_those_of_a_naive_bootstrap_over_documents(items):
+    values, documents = zip(*items, strict=True)
+    found = mean_of_items_interval(values, documents)
+    if len(set(documents)) == 1:
+        assert found is None
+    else:
+        assert found == pytest.approx(naive_interval(values, documents), abs=1e-9)
+
+
+def test_questions_about_one_document_make_wider_intervals_than_about_many():
+    values = [1.0] * 8 + [-1.0] * 8
+    (low, high), (one, other) = (
+        mean_of_items_interval(values, documents) for documents in (range(16), [0] * 8 + [1] * 8)
+    )
+    assert one < low < high < other
+
+
+def test_differences_are_those_of_the_same_items(data, tokenizer, tmp_path):
+    rows = run(data, tokenizer, tmp_path / "x", ["arc_easy:1", "race:1"], ["full", "h2o", "streaming"])
+    (task,) = read_tasks(["arc_easy:1"], data)
+    figures = {}
+    for one in plan_runs(["full", "h2o"], [12], 8):
+        model = tiny_llama()
+        with one.applied(model):
+            lm = PrefixLM(model, tokenizer=tokenizer)
+            prompts = prompts_of(task, lm, 4)
+            answers = lm.loglikelihood([request for prompt in prompts for request in prompt.requests])
+            figures[one.name] = task.figures(prompts, answers)["acc_norm", "none"]
+    expected = [figures["h2o"][number] - figures["full"][number] for number in range(4)]
+    full, h2o = (row for row in rows if row["metric"] == "acc_norm" and row["method"] in ("full", "h2o"))
+    assert h2o["difference"] == pytest.approx(sum(expected) / 4) == pytest.approx(h2o["score"] - full["score"])
+    assert [h2o["difference_low"], h2o["difference_high"]] == pytest.approx(naive_interval(expected, range(4)))
+    assert full["difference"] is full["difference_low"] is full["difference_high"] is None
+    alone = run(data, tokenizer, tmp_path / "y", ["arc_easy:1"], ["h2o"])
+    assert {row["difference"] for row in alone} == {None}
+
+
+def test_documents_are_told_apart_by_what_a_question_is_about(data):
+    questions = [{"context": "a", "question": "1"}, {"context": "a", "question": "2"}, {"document_id": 7}, {}, {}]
+    found = [document_of(question, number) for number, question in enumerate(questions)]
+    assert found[0] == found[1] and len(set(found)) == 4
 
 
 def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
@@ -350,7 +578,8 @@ def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
     assert status == 0
     content = json.loads((tmp_path / "tasks.json").read_text())
     assert content["command"].startswith("lococo eval tasks --model ")
-    assert [(row["method"], row["items"]) for row in content["rows"]] == 2 * [("full", 3), ("lococo", 3)]
+    found = dict.fromkeys((row["task"], row["method"], row["items"]) for row in content["rows"])
+    assert list(found) == [(task, method, 3) for task in ("hellaswag", "race") for method in ("full", "lococo")]
     assert capsys.readouterr().out.count("\n") >= 6
 
 
@@ -361,7 +590,11 @@ def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--tasks", "arc_eazy:3"], "unknown task 'arc_eazy': lm-eval has arc_easy"),
-        (["--tasks", "arc_easy"], "a task is NAME:SHOTS, arc_easy:4 for instance, got 'arc_easy'"),
+        (["--tasks", "arc_easy:"], "a task is NAME or NAME:SHOTS, arc_easy:4 for instance, got 'arc_easy:'"),
+        (["--tasks", ":4"], "got ':4'"),
+        (["--tasks", "arc_easy", "--metadata", "{4096"], "--metadata must be a JSON object"),
+        (["--tasks", "arc_easy", "--metadata", "[4096]"], "got '[4096]'"),
+        (["--tasks", "arc_easy", "--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["--tasks", "arc_easy:-1"], "got 'arc_easy:-1'"),
         (["--tasks", "arc_easy:7"], "arc_easy: 7 shots need as many examples, there are 6"),
         (["--tasks", "arc_easy:2", "--include-path", "nowhere"], "--include-path nowhere: no such folder"),
@@ -370,9 +603,9 @@ def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
         (["--tasks", "arc_easy:2", "--heads", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_arguments_are_one_line(data, capsys, monkeypatch, arguments, message):
+def test_bad_arguments_are_one_line(data, checkpoint, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
-    assert main(["eval", "tasks", "--model", "x", "--include-path", str(data), *arguments]) == 2
+    assert main(["eval", "tasks", "--model", str(checkpoint), "--include-path", str(data), *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: ")]
     assert len(errors) == 1 and message in errors[0]
 
@@ -387,7 +620,8 @@ def test_without_files_and_hub_the_way_out_is_named(monkeypatch):
 
 
 def test_names_and_shots():
-    assert [parse_task(each) for each in ("race:2", "triviaqa:0")] == [("race", 2), ("triviaqa", 0)]
+    names = ("race:2", "triviaqa:0", "niah_single_1")
+    assert [parse_task(each) for each in names] == [("race", 2), ("triviaqa", 0), ("niah_single_1", None)]
 
 
 def test_groups_are_all_of_their_tasks(data, tmp_path):
@@ -401,21 +635,87 @@ def test_groups_are_all_of_their_tasks(data, tmp_path):
     ]
 
 
-def test_figures_that_are_no_numbers_are_scored_by_the_task(data):
-    class Pairs:
-        OUTPUT_TYPE, task_name = "generate_until", "pairs"
+class Pairs:
+    """A task whose figures are pairs, which its aggregation makes a score of, and RULER's lengths."""
 
-        def aggregation(self):
-            return {"rouge": lambda pairs: sum(one == other for one, other in pairs) / len(pairs), "other": None}
+    OUTPUT_TYPE, task_name, VERSION = "generate_until", "pairs", 1
 
-        def fewshot_docs(self):
-            return []
+    def set_fewshot_seed(self, seed):
+        pass
 
-    task = FewShotTask(Pairs(), 0)
-    assert task.metric == "rouge" and task.score([("a", "a"), ("a", "b")]) == (0.5, None)
-    Pairs.OUTPUT_TYPE = "loglikelihood_rolling"
-    with pytest.raises(ValueError, match="pairs measures the perplexity of texts"):
-        FewShotTask(Pairs(), 0)
+    def get_config(self, name):
+        return None
+
+    def apply_filters(self):
+        for request in self._instances:
+            request.filtered_resps = {"first": request.resps[0]}
+
+    def process_results(self, question, answers):
+        return {"rouge": (answers[0], question["right"]), "4096": -1.0, "1024": 0.5, "acc": -1}
+
+    def aggregation(self):
+        return {"rouge": lambda pairs: sum(one == other for one, other in pairs) / len(pairs)}
+
+
+def test_figures_that_are_no_numbers_are_scored_by_the_task():
+    task = FewShotTask(Pairs())
+    prompts = [Prompt({"right": "a"}, [Instance("generate_until", {}, ("x", {}), 0)], 0, 1) for _ in range(2)]
+    figures = task.figures(prompts, ["a", "b"])
+    assert figures == {
+        ("rouge", "first"): {0: ("a", "a"), 1: ("b", "a")},
+        ("1024", "first"): {0: 0.5, 1: 0.5},
+        ("acc", "first"): {0: -1, 1: -1},
+    }
+    assert task.score("rouge", list(figures["rouge", "first"].values())) == (0.5, None)
+    assert task.score("1024", [0.5, 0.5]) == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("OUTPUT_TYPE", "loglikelihood_rolling", "pairs measures the perplexity of texts"),
+        ("MULTIMODAL", True, "pairs asks about pictures or sounds"),
+        ("UNSAFE_CODE", True, "pairs runs code that the model writes"),
+    ],
+)
+def test_tasks_that_ask_for_more_than_a_language_model_are_refused(monkeypatch, attribute, value, message):
+    monkeypatch.setattr(Pairs, attribute, value, raising=False)
+    with pytest.raises(ValueError, match=message):
+        FewShotTask(Pairs())
+
+
+def test_examples_that_a_task_names_stay_in_its_order(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, [{"input": words(index), "target": words(index + 1)} for index in range(3)])
+    samples = [{"input": words(place), "target": words(place)} for place in (9, 4, 7)]
+    content = {"task": "named", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
+    content |= {"test_split": "test", "output_type": "generate_until", "num_fewshot": 2, "doc_to_text": "{{input}}"}
+    content |= {"doc_to_target": "{{target}}", "fewshot_config": {"sampler": "first_n", "samples": samples}}
+    (tmp_path / "named.yaml").write_text(json.dumps(content))
+    (task,) = read_tasks(["named"], tmp_path, seed=5)
+    assert task.shots == 2
+    prompt = prompts_of(task, PrefixLM(tiny_llama(), tokenizer=word_tokenizer()), 1)[0].requests[0].args[0]
+    assert prompt == f"{words(9)} {words(9)}\n\n{words(4)} {words(4)}\n\n{words(0)}"
+
+
+def test_tasks_that_generate_their_data_are_told_lengths_and_tokenizer(tmp_path, tokenizer):
+    (tmp_path / "generator.py").write_text(GENERATOR)
+    (tmp_path / "made.yaml").write_text(GENERATED)
+
+    def questions(seed, lengths):
+        (task,) = read_tasks(
+            ["made"], tmp_path, seed, metadata={"max_seq_lengths": lengths}, load_tokenizer=lambda: tokenizer
+        )
+        assert task.revision == "3"
+        return task, task.questions()
+
+    task, first = questions(0, [5, 6])
+    assert [question["max_length"] for question in first] == [5, 6]
+    assert first[0]["ids"] == tokenizer("w1 w2 w3").input_ids
+    assert first == questions(0, [5, 6])[1]
+    assert first[0]["drawn"] != questions(1, [5, 6])[1][0]["drawn"]
+    prompt = prompts_of(task, PrefixLM(tiny_llama(), tokenizer=tokenizer), 1)[0]
+    assert prompt.requests[0].args[0] == "w1 w1 w1 w1 w1 w5"
 
 
 # lm-eval's own command
@@ -436,6 +736,20 @@ def test_registered_model_takes_heads_and_refuses_unknown_methods(tokenizer, tmp
     assert not lococo.is_patched(LoCoCoLM(tiny_llama(), tokenizer=tokenizer, method="full").model)
     with pytest.raises(ValueError, match="unknown method 'h20'"):
         LoCoCoLM("nowhere", method="h20")
+
+
+@pytest.mark.slow
+def test_lm_evals_own_command_scores_as_ours(data, checkpoint, tokenizer, tmp_path):
+    given = ["run", "--model", "lococo", "--tasks", "hellaswag", "--limit", "4", "--include_path", str(data)]
+    given += ["--model_args", f"pretrained={checkpoint},method=h2o,num_slots=12,block_size=8", "--device", "cpu"]
+    command = [sys.executable, "-m", "lococo.evaluation.harness", *given, "--output_path", str(tmp_path / "theirs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "theirs").glob("**/results_*.json")
+    theirs = json.loads(file.read_text())["results"]["hellaswag"]
+    ours = run(data, tokenizer, tmp_path / "ours", ["hellaswag"], ["h2o"])
+    assert [theirs[f"{row['metric']},none"] for row in ours] == [row["score"] for row in ours]
+    assert len(ours) == 2
 
 
 BLOCKED = """

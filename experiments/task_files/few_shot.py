@@ -1,23 +1,15 @@
-"""Local files of few-shot tasks as task files of lm-eval: what ``lococo eval tasks --include-path FOLDER`` reads.
-
-python -m experiments.task_files --data-dir folder --output FOLDER
-
-``--data-dir`` holds a folder of files per task, as ``FILES`` names them. Their lines are checked, brought into the
-form that lm-eval's tasks have from the Hub, and written beside a task file that says where they are.
-"""
+"""Few-shot tasks, from files of their items and of their examples."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
+from experiments.task_files.common import Row, write_task_file
 
-Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -140,24 +132,21 @@ def local_splits(name: str, shots: int, data_dir: Path) -> dict[str, list[Row]]:
     return {files.split: items, "train": examples}
 
 
-def write_tasks(data_dir: Path, output: Path, names: Sequence[str] = tuple(FILES), shots: int = 50) -> None:
-    """Write the task files, and their data beside them.
+def write_task(name: str, data_dir: Path, output: Path, shots: int = 50) -> None:
+    """Write a task file, and its data beside it.
 
     Parameters
     ----------
     shots : int
         Examples of a task that has no file with them.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As ``local_splits``.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        paths = {}
-        for split, rows in local_splits(name, shots, data_dir).items():
-            paths[split] = str((output / f"{name}-{split}.jsonl").absolute())
-            Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        own = Path(lm_eval.tasks.__path__[0], FILES[name].own)
-        content = {"include": str(own), "task": name, "dataset_path": "json", "dataset_name": None}
-        content |= {"dataset_kwargs": {"data_files": paths}, "training_split": "train", "fewshot_split": "train"}
-        (output / f"{name}.yaml").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+    splits = local_splits(name, shots, data_dir)
+    write_task_file(name, FILES[name].own, splits, output, {"training_split": "train", "fewshot_split": "train"})
 
 
 def _only_file(folder: Path, pattern: str) -> Path:
@@ -186,17 +175,3 @@ def _read_rows(path: Path, convert: Callable[[Row], Row]) -> list[Row]:
     if not rows:
         raise ValueError(f"{path}: there is no row")
     return rows
-
-
-def main() -> None:
-    """Write what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with a folder of files per task")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES), help="(default: all)")
-    options = parser.parse_args()
-    write_tasks(options.data_dir, options.output, options.tasks)
-
-
-if __name__ == "__main__":
-    main()
