@@ -20,9 +20,10 @@ from words import WORDS, word_tokenizer
 import lococo
 from experiments.task_files.few_shot import write_task
 from lococo.cli.main import main
+from lococo.evaluation.few_shot import FewShotTask, Prompt, document_of, parse_task, read_tasks
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
 from lococo.evaluation.prefixes import PrefixReader
-from lococo.evaluation.tasks import FewShotTask, Prompt, document_of, evaluate_tasks, parse_task, read_tasks
+from lococo.evaluation.tasks import evaluate_tasks
 from lococo.methods import plan_runs
 from lococo.metrics import mean_interval
 from lococo.results.journal import Journal
