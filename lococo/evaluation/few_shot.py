@@ -247,7 +247,7 @@ class FewShotTask:
         if len(examples) < self.shots:
             raise ValueError(f"{self.name}: {self.shots} shots need as many examples, there are {len(examples)}")
         self._sampler = FixedExamples(examples, seed)
-        if not _has_first_examples(task):
+        if _draws_examples(task):
             self.task.sampler = self._sampler
 
     @property
@@ -318,10 +318,9 @@ class FewShotTask:
         return max(lm.tokens_read(request.args)[1] for request in self._requests(lm, doc, shots))
 
 
-def _has_first_examples(task: Any) -> bool:
-    """Whether a task names its examples and their order."""
-    config = getattr(task, "fewshot_cfg", None)
-    return getattr(config, "sampler", None) == "first_n"
+def _draws_examples(task: Any) -> bool:
+    """Whether lm-eval would draw examples by chance, others for each question; some tasks choose them themselves."""
+    return getattr(getattr(task, "fewshot_cfg", None), "sampler", "default") == "default"
 
 
 def document_of(question: dict[str, Any], number: int) -> Hashable:
