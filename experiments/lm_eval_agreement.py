@@ -14,8 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from experiments.common import add_model_options, command_of, load
+from lococo.evaluation.few_shot import FewShotTask, read_tasks
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
-from lococo.evaluation.tasks import FewShotTask, read_tasks
 from lococo.results.tables import write_result
 
 HOW = (

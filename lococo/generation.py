@@ -67,7 +67,6 @@ def read_and_answer(
     chunk: int = 512,
     progress: bool = True,
     streamer=None,
-    cache: Any = None,
     **generate_kwargs,
 ) -> Generated:
     """Read a prompt piece by piece, then generate; for patched models and others alike.
@@ -82,8 +81,6 @@ def read_and_answer(
         Tokens between two movements of the progress bar.
     streamer : transformers streamer, optional
         Gets the answer token by token.
-    cache : optional
-        What ``read_tokens`` gave for the first tokens of the prompt; it is written on.
 
     Raises
     ------
@@ -96,8 +93,7 @@ def read_and_answer(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     started = time.perf_counter()
-    start = 0 if cache is None else cache.get_seq_length()
-    cache = read_tokens(model, input_ids[:, start:-1], cache, start, chunk, progress, length=tokens)
+    cache = read_tokens(model, input_ids[:, :-1], chunk=chunk, progress=progress, length=tokens)
     if input_ids.is_cuda:
         torch.cuda.synchronize(input_ids.device)
     prefill_ended = time.perf_counter()

@@ -173,7 +173,8 @@ def tasks(
 
     Example: lococo eval tasks --model MODEL --tasks arc_easy:40 race:2 --num-slots 256 --heads heads/
     """
-    from lococo.evaluation.tasks import evaluate_tasks, parse_metadata, read_tasks
+    from lococo.evaluation.few_shot import parse_metadata, read_tasks
+    from lococo.evaluation.tasks import evaluate_tasks
     from lococo.methods import plan_runs
 
     runs = plan_runs(names_of(methods), num_slots, block_size, heads, slot_bits=slot_bits)

@@ -1,6 +1,7 @@
 """Needles: where they stand, that they are asked for, and what is written of the answers."""
 
 import json
+import random
 import re
 
 import pytest
@@ -115,3 +116,10 @@ def test_command(checkpoint, tmp_path, capsys):
     assert (tmp_path / "needles.png").read_bytes().startswith(b"\x89PNG")
     assert "h2o" in capsys.readouterr().out
     assert "| h2o | 16 | 8 | 1744 | 200 | 2 |" in (tmp_path / "needles.md").read_text()
+
+
+def test_filler_comes_from_texts_and_begins_again():
+    filler = Filler(["One two three. Four five."])
+    assert filler.take(7, 3) == ["Four", "five.", "One", "two", "three.", "Four", "five."]
+    text = filler.hide([(0.5, "Here."), (0.5, "There.")], 5, random.Random(0))
+    assert sorted(text.replace("Here. There. ", "").split()) == sorted(filler.words)

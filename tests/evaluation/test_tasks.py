@@ -1,6 +1,7 @@
 """Few-shot tasks: what is asked, what is read once, and that the scores are those of lm-eval."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,10 @@ from words import WORDS, word_tokenizer
 import lococo
 from experiments.task_files.few_shot import write_task
 from lococo.cli.main import main
+from lococo.evaluation.few_shot import FewShotTask, Prompt, document_of, parse_task, read_tasks
 from lococo.evaluation.harness import LoCoCoLM, PrefixLM
-from lococo.evaluation.prefixes import PrefixReader
-from lococo.evaluation.tasks import FewShotTask, Prompt, document_of, evaluate_tasks, parse_task, read_tasks
+from lococo.evaluation.prefixes import KEPT, PrefixReader
+from lococo.evaluation.tasks import evaluate_tasks
 from lococo.methods import plan_runs
 from lococo.metrics import mean_of_items_interval
 from lococo.results.journal import Journal
@@ -224,6 +226,28 @@ def test_examples_documents_and_questions_are_each_read_once():
     assert naive_reading(prompts) <= reader.tokens_read <= naive_reading(prompts) + 32 * len(prompts)
     assert reader.tokens_read < plain.tokens_read / 2
     assert not reader.kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beginnings_within_beginnings_are_read_as_whole_prompts(seed):
+    chosen = random.Random(seed)
+    prompts = [[]]
+    for _ in range(6):  # each goes on in one or two ways, some of them short
+        prompts = [
+            prompt + [1 + chosen.randrange(61) for _ in range(chosen.choice((3, 35, 50)))]
+            for prompt in prompts
+            for _ in range(chosen.choice((1, 2)))
+        ]
+    prompts.sort()
+    model = open_model()
+    plain, reader = PrefixReader(model), PrefixReader(model)
+    reader.expect(prompts)
+    continuations = [[5, 6], [7]]
+    for prompt in prompts:
+        assert_same(reader.score([*prompt, 4], continuations), plain.score([*prompt, 4], continuations), atol=1e-4)
+        assert len(reader.kept) <= KEPT
+    assert reader.tokens_read <= plain.tokens_read
+    assert len(prompts) == 1 or reader.tokens_read < plain.tokens_read
 
 
 # Prompts
@@ -624,15 +648,19 @@ def test_names_and_shots():
     assert [parse_task(each) for each in names] == [("race", 2), ("triviaqa", 0), ("niah_single_1", None)]
 
 
-def test_groups_are_all_of_their_tasks(data, tmp_path):
-    group = {"group": "both", "task": ["arc_easy", "winogrande"]}
+@pytest.mark.parametrize("kind", ["group", "tag"])
+def test_groups_and_tags_are_all_of_their_tasks(data, tmp_path, kind):
+    names = ["arc_easy", "winogrande"]
     for file in data.iterdir():
         (tmp_path / file.name).write_text(file.read_text())
-    (tmp_path / "both.yaml").write_text(json.dumps(group))
-    assert [(task.name, task.shots) for task in read_tasks(["both:3"], tmp_path)] == [
-        ("arc_easy", 3),
-        ("winogrande", 3),
-    ]
+    if kind == "group":
+        (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": names}))
+    else:
+        for name in names:
+            content = {**json.loads((data / f"{name}.yaml").read_text()), "tag": ["both"]}
+            (tmp_path / f"{name}.yaml").write_text(json.dumps(content))
+    found = [(task.name, task.shots) for task in read_tasks(["both:3"], tmp_path)]
+    assert sorted(found) == [("arc_easy", 3), ("winogrande", 3)]
 
 
 class Pairs:

@@ -15,8 +15,8 @@ from words import word_tokenizer
 from experiments.task_files import generated, longbench, makers
 from experiments.task_files.__main__ import main
 from experiments.task_files.few_shot import FILES, local_splits
+from lococo.evaluation.few_shot import read_tasks
 from lococo.evaluation.harness import PrefixLM
-from lococo.evaluation.tasks import read_tasks
 
 SHARED = Path(__file__).parents[3] / "shared/data/eval"
 
