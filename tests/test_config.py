@@ -82,6 +82,14 @@ def test_presets_take_overrides(preset):
         ({"slots_per_head": ((8, 8), (8, 9)), "num_slots": 8}, "must not exceed num_slots=8 on average, got 8.25"),
         ({"slots_per_head": ((8, 0),)}, "every number in slots_per_head must be an integer of at least 1, got 0"),
         ({"slots_per_head": ((8,), ())}, "at least one KV head in every layer"),
+        ({"slots_per_head": (None, None)}, "at least one KV head in every layer, got an empty layer or none"),
+        ({"slots_per_head": ((8, 9), None), "num_slots": 8}, "=8 on average, got 8.50 over 2 KV heads"),
+        ({"compress_windows": 1}, "compress_windows must be True, False or None, got 1"),
+        ({"compress_windows": "no"}, "compress_windows must be True, False or None, got 'no'"),
+        (
+            {"compress_windows": False, "positions": "slot"},
+            "compress_windows=False needs positions='absolute': places in the cache differ from layer to layer",
+        ),
         ({"slots_per_head": ((8,),), "positions": "slot"}, "slots_per_head needs positions='absolute'"),
     ],
 )
@@ -119,11 +127,20 @@ def test_other_slots_are_shared_out_in_the_same_proportions(preset, num_slots):
     assert config.with_slots(128) == config
 
 
-def test_slots_per_head_come_back_from_json(tmp_path):
-    config = LoCoCoConfig(8, slots_per_head=[[4, 12], [8, 7]])
+@pytest.mark.parametrize("others", [[], [None, None]], ids=["every layer", "some keep their window"])
+def test_slots_per_head_come_back_from_json(others, tmp_path):
+    config = LoCoCoConfig(8, slots_per_head=[[4, 12], [8, 7], *others])
     config.save_pretrained(tmp_path)
     assert LoCoCoConfig.from_pretrained(tmp_path) == config
+    assert config.slots_per_head == ((4, 12), (8, 7), *others)
     assert [head.num_slots for head in config.layer_configs(1)] == [8, 7]
+
+
+def test_configs_of_earlier_versions_leave_windows_to_the_model():
+    values = LoCoCoConfig(8, compress_windows=True).to_dict()
+    assert LoCoCoConfig.from_dict(values).compress_windows is True
+    del values["compress_windows"]
+    assert LoCoCoConfig.from_dict(values) == LoCoCoConfig(8)
 
 
 @pytest.mark.parametrize("option", [{"attention": "eager"}, {"prefill_chunk_size": 512}], ids=str)

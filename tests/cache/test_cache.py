@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from configs import CONFIGS, FEW
-from families import build, gap, pad_left, patch, read
+from families import build, fitting, gap, pad_left, patch, read
 from tiny import tiny_ids, tiny_llama
 
 import lococo
@@ -49,7 +49,7 @@ def test_bytes_do_not_grow_with_the_text():
 @pytest.mark.parametrize("name", [*FEW, "decode-block-1", "reference", "streaming"])
 @torch.no_grad()
 def test_decoding_makes_no_buffer_anew(name, family, rows):
-    model = patch(build(family), CONFIGS[name])
+    model = patch(build(family), fitting(family, CONFIGS[name]))
     ids, mask = pad_left(rows)
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     before = [(buffer.data_ptr(), buffer.shape) for layer in cache.layers for buffer in layer.buffers()]

@@ -10,7 +10,7 @@ from lococo import LoCoCoConfig
 from lococo.state import patch_of
 from lococo.vllm.settings import Settings, skeleton
 
-WINDOWED = ("Mistral-window", "Qwen2-half-window", "Gemma2", "Gemma3")
+WINDOWED = ("Mistral-window", "Qwen2-half-window", "Qwen2-half-narrow", "Gemma2", "Gemma3")
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WINDOWED])

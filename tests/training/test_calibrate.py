@@ -33,6 +33,7 @@ from calibrated import (
     result,
     rows,
 )
+from families import KEPT, build
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from words import WORDS, word_tokenizer
@@ -332,6 +333,42 @@ def test_heads_may_be_saved_as_they_were_trained(texts, cache, tmp_path):
     assert made.folder == tmp_path / "heads" and made.rows[-1]["stage"] == "end-to-end"
     assert made.rows == rows(made.folder) and made.gap_ratio == content(made.folder)["metrics"]["gap_ratio"]
     assert {tensor.dtype for tensor in load_file(tmp_path / "heads" / HEADS_NAME).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("compress", [None, True])
+@pytest.mark.parametrize("family", ["Gemma2", "Qwen2-half-window"])
+def test_layers_that_keep_their_window_get_no_slots_and_nothing_is_learned_for_them(
+    family, compress, texts, cache, tmp_path
+):
+    config = dataclasses.replace(LEARNED, num_heavy=6, compress_windows=compress)  # 4 slots are fused
+    given = dict(recipe=Recipe(), config=config, score_texts=2, local_steps=2, steps=1, windows_per_step=1, dtype=None)
+    kept = [KEPT[family]] if compress is None else []
+    others = [layer for layer in (0, 1) if layer not in kept]
+    made = calibrate_in_python(build(family), texts, tmp_path / "heads", cache, **given)
+    found, metrics = LoCoCoConfig.from_pretrained(made.folder), content(made.folder)["metrics"]
+    assert found.compress_windows is bool(compress)
+    assert [layer for layer, slots in enumerate(found.slots_per_head) if slots is None] == kept
+    slots = [count for layer in others for count in found.slots_per_head[layer]]
+    assert 0.9 * SLOTS < sum(slots) / len(slots) <= SLOTS
+    assert [row["slots"] for row in rows(made.folder, "budgets")] == slots
+    fusing = [layer for layer in others if any(head.num_fused for head in found.layer_configs(layer))]
+    assert fusing and [row["layer"] for row in rows(made.folder, "local") if "error" in row] == fusing
+    model, windows = build(family), heldout_windows(texts, cache)
+    with lococo.patched(model, heads=made.folder):
+        assert metrics["heldout_nll"] == pytest.approx(nll(model, windows), rel=1e-6)
+    measured = []
+    for name in ("h2o", "h2o-slot"):
+        changes = dict(compress_windows=compress) if name == "h2o" else {}
+        with as_method(model, dataclasses.replace(method_config(name, SLOTS, BLOCK), **changes)):
+            measured.append(nll(model, windows))
+    assert metrics["heldout_nll_h2o"] == pytest.approx(min(measured), rel=1e-6)
+
+
+def test_where_every_layer_keeps_its_window_there_is_nothing_to_calibrate(texts, cache, tmp_path):
+    config = dataclasses.replace(LEARNED, num_heavy=6, compress_windows=False)
+    with pytest.raises(ValueError, match="every layer of MistralForCausalLM keeps its sliding window"):
+        calibrate_in_python(build("Mistral-window"), texts, tmp_path / "heads", cache, recipe=Recipe(), config=config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_running_again_replaces_the_folder(run, tmp_path, capsys):

@@ -321,11 +321,13 @@ def test_heads_learn_in_float32_or_wider(dtype, tmp_path):
 def test_layers_with_a_sliding_window_have_nothing_to_learn(tmp_path):
     recordings = recorded(tmp_path / "texts", build("Gemma2"))
     assert [recordings.layer(index, 0, torch.device("cpu")).window for index in (0, 1)] == [WINDOW, None]
-    model = patch(build("Gemma2"))
-    before = heads(model)
-    rows = train_locally(model, recordings, SHORT, tmp_path / "local")
-    assert rows[0]["error"] == pytest.approx(1) and rows[1]["error"] != pytest.approx(1)
-    assert changed(before, heads(model)) == {name for name in before if name.startswith("1.")}
+    for compress in (True, None):
+        model = patch(build("Gemma2"), dataclasses.replace(CONFIG, compress_windows=compress))
+        before = heads(model)
+        *compressed, other = train_locally(model, recordings, SHORT, tmp_path / f"local-{compress}")
+        assert other["layer"] == 1 and other["error"] != pytest.approx(1)
+        assert [(row["layer"], row["error"]) for row in compressed] == ([(0, pytest.approx(1))] if compress else [])
+        assert changed(before, heads(model)) == {name for name in before if name.startswith("1.")}
 
 
 def test_layers_with_slots_of_their_own(tmp_path):
