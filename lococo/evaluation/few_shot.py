@@ -73,7 +73,7 @@ def read_tasks(
     include_path : Path, optional
         Folder of task files in lm-eval's format, which come before lm-eval's own.
     seed : int
-        Of the choice of examples, and of tasks that generate their data: those of ``lm_eval`` for 0.
+        Of the choice of examples, and of tasks that generate their data, which get the seeds of ``lm_eval`` for 0.
     chat : bool
         Put prompts into the tokenizer's chat template.
     metadata : mapping, optional
