@@ -39,17 +39,19 @@ BLOCK_SIZE = $(if $(filter $(EQUAL_BYTES),$*),64,128)
 BITS_352 := 8
 BITS_448 := 8-4
 TASK_FILES := .demo/tasks
-TASKS := arc_easy:40 hellaswag:10 winogrande:70 race:2 triviaqa:50
-GPU_TASKS := $(TASKS) arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
+TASKS := arc_easy:40 hellaswag:10 winogrande:70 race_questions:2
+GPU_TASKS := $(TASKS) triviaqa:50 arc_challenge:40 hellaswag:20 hellaswag:40 race:4 race:6
 KINDS := fused sinks+fused heavy+fused recent+fused sinks+recent+fused sinks+heavy+recent
 # The sets in English that EVAL_DATA has in lm-eval's form, and what is generated.
 LONG_TASKS ?= $(addprefix longbench_,2wikimqa multifieldqa_en gov_report qmsum multi_news samsum triviaqa)
-NEEDLE_TASKS ?= niah_single_1 niah_single_2 niah_multikey_1 niah_questions ruler_vt $(addprefix babilong_qa,1 2 3 4 5)
+RULER ?= niah_single_1 niah_single_2 niah_multikey_1 ruler_vt niah_questions
+BABILONG ?= $(addprefix babilong_qa,1 2 3)
 GPU_HEADS = $(BUDGETS:%=$(RESULTS)/heads/smollm2-135m-%)
 GPU_EXTENDED = $(EXTENDED:%=$(RESULTS)/extended/%)
 EXTENSION_FACTOR ?= 16
 EXTENSION_LENGTHS ?= 2048 4096 8192 16384 32768
-EXTENDED := lococo lococo-slot h2o streaming full longlora
+EXTENDED_HERE := lococo-slot h2o-slot streaming full
+EXTENDED := $(EXTENDED_HERE) lococo h2o longlora
 EXTENSION_TEXTS := books math_latex code
 # A visit to a GPU: the choice of stages, and the seconds each may take where they are not those of tests/gpu/gpu_visit.py
 # (SECONDS_decode=100). With VENV empty it runs in PYTHON as it is: torch, Transformers, Triton, typer and pytest are enough.
@@ -83,12 +85,12 @@ TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
 test test-all test-versions test-chatglm test-cuda-build: export HF_HUB_OFFLINE = 1
 test test-all test-versions test-chatglm test-cuda-build bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
-perplexity perplexity-gemma equal-bytes tasks agreement long ablate extend bench-extend side-by-side calibrate \
+perplexity perplexity-gemma equal-bytes tasks ruler agreement long ablate extend bench-extend side-by-side calibrate \
 	calibrate-gemma parts: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all lint demo results bench bench-prefill bench-decode bench-score bench-cuda targets memory \
-	memory-stream perplexity perplexity-gemma tasks agreement long ablate extend bench-extend side-by-side inspect \
+	memory-stream perplexity perplexity-gemma tasks ruler agreement long ablate extend bench-extend side-by-side inspect \
 	calibrate calibrate-gemma bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
 	$(GPU_EXTENDED) test-versions test-chatglm test-vllm bench-vllm \
 	test-cuda-build clean
@@ -196,8 +198,16 @@ perplexity-gemma: $(GEMMA)/$(GEMMA_GGUF) ## the same for Gemma 3 270M -> docs/re
 
 tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
 tasks: ## few-shot tasks by method on the files in EVAL_DATA -> docs/results/tasks
-	$(LOCOCO) eval tasks $(ON_MODEL) --include-path $(TASK_FILES) --tasks $(TASKS) --methods full,h2o --num-slots 128 \
-		--block-size 128 --heads $(HEADS)-128 --limit 200 --output $(RESULTS)/tasks
+	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(TASKS) --limit 600 \
+		--methods full,streaming,h2o,lococo-uncalibrated --num-slots 128 --block-size 128 --heads $(HEADS)-128 \
+		--output $(RESULTS)/tasks
+
+# Texts of 1024 tokens; M from a half of them to a 16th.
+ruler: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
+ruler: ## RULER, and several questions about one text, by number of slots -> docs/results/ruler
+	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(RULER) --batch-size 8 \
+		--metadata '{"max_seq_lengths": [1024], "num_samples": 24}' --methods full,h2o,lococo-uncalibrated \
+		--num-slots 64 128 256 512 --block-size 128 --heads $(BUDGETS:%=$(HEADS)-%) --output $(RESULTS)/ruler
 
 # Of the files in EVAL_DATA, task files of lm-eval.
 $(TASK_FILES)/niah_questions.yaml: | $(VENV)/.installed
@@ -269,29 +279,28 @@ side-by-side: $(MODEL)/$(GGUF) .venvs/kvpress/.installed ## kvpress and LoCoCo a
 	$(@D)/bin/pip install "kvpress==0.5.5" -e ".[gguf]" matplotlib
 	touch $@
 
-# Two items of each set, their middle cut to 1.5K tokens. A killed run goes on when it is made again.
+# A few items of each set, the middle of longer texts left out. A killed run goes on when it is made again.
 long: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
-long: ## LongBench, RULER and BABILong by method on the files in EVAL_DATA -> docs/results/long, long_needles
-	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(LONG_TASKS) --limit 2 \
-		--max-length 1536 --truncate middle --methods full,h2o --num-slots 128 --block-size 128 \
-		--heads $(HEADS)-128 --output $(RESULTS)/long
-	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(NEEDLE_TASKS) \
-		--metadata '{"max_seq_lengths": [1024, 1536], "num_samples": 6}' --methods full,h2o --num-slots 128 \
-		--block-size 128 --heads $(HEADS)-128 --output $(RESULTS)/long_needles
+long: ## LongBench and BABILong by method on the files in EVAL_DATA -> docs/results/long
+	$(LOCOCO) eval tasks $(ON_MODEL) --dtype bfloat16 --include-path $(TASK_FILES) --tasks $(LONG_TASKS) $(BABILONG) \
+		--metadata '{"max_seq_lengths": [1024], "num_samples": 12}' --limit 12 --max-length 2048 --truncate middle \
+		--methods full,h2o --num-slots 256 --block-size 128 --heads $(HEADS)-256 --output $(RESULTS)/long
 
-# A window of 2K tokens becomes one of 8K by a few steps of each method, in bfloat16 on one CPU thread. A killed run goes
-# on when it is made again.
-EXTEND = $(if $(filter longlora,$*),$(EXPERIMENT).longlora,$(LOCOCO) extend) $(ON_MODEL) --dtype bfloat16 --original-length 2048 --num-slots 512 --rope-type yarn \
-	--method $(or $(EXTENDED_AS),$*) --dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
-%/extended/lococo-slot %/extended/lococo-slot/extension.json: EXTENDED_AS = lococo --positions slot
-extend: $(EXTENDED:%=.demo/extended/%/extension.json) ## a window of 2K becomes 8K, by method -> docs/results/extension
-	$(LOCOCO) eval extended $(ON_MODEL) --dtype bfloat16 --extensions $(^D) \
-		--methods full,lococo-uncalibrated-slot,streaming --data $(EXTENSION_TEXTS:%=$(DATA)/%/heldout.jsonl) \
-		--lengths 2048 4096 8192 16384 --output $(RESULTS)/extension
+# A window of 2K tokens becomes one of 8K by a few steps of each method, all compressed ones in positions of slots. A
+# killed run goes on when it is made again.
+EXTEND = $(if $(filter longlora,$*),$(EXPERIMENT).longlora,$(LOCOCO) extend) $(ON_MODEL) --dtype bfloat16 \
+	--original-length 2048 --num-slots 512 --block-size 128 --rope-type yarn --method $(or $(EXTENDED_AS),$*) \
+	--dataset $(EXTENSION_TEXTS:%=$(DATA)/%/train.jsonl) --resume
+%/extended/lococo-slot %/extended/lococo-slot/extension.json: EXTENDED_AS = lococo --positions slot --heads $(HEADS)-512
+%/extended/h2o-slot %/extended/h2o-slot/extension.json: EXTENDED_AS = h2o --positions slot
+extend: $(EXTENDED_HERE:%=.demo/extended/%/extension.json) ## a window of 2K becomes 8K, by method -> docs/results/extension
+	$(LOCOCO) eval extended $(ON_MODEL) --dtype bfloat16 --extensions $(^D) --methods full,h2o-slot,streaming \
+		--num-slots 512 --block-size 128 --data $(EXTENSION_TEXTS:%=$(DATA)/%/heldout.jsonl) --documents 3 \
+		--lengths 2048 4096 8192 --output $(RESULTS)/extension
 
 .demo/extended/%/extension.json: | $(MODEL)/$(GGUF)
-	$(EXTEND) --factor 4 --steps 12 --windows-per-step 1 --learning-rate 1e-3 \
-		--heads-learning-rate 3e-3 --save-every 2 --output $(@D)
+	$(EXTEND) --factor 4 --steps 24 --windows-per-step 1 --learning-rate 1e-3 \
+		--heads-learning-rate 3e-3 --save-every 4 --output $(@D)
 
 # One process measures all lengths: twenty minutes on one CPU thread.
 bench-extend: $(MODEL)/$(GGUF) ## memory of an extension's step against the window -> docs/results/bench_extend_cpu
@@ -366,7 +375,7 @@ gpu_documents = heads=$$(for each in $(GPU_HEADS); do ! test -f $$each/lococo_co
 
 gpu-documents: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
 	$(within_time); $(gpu_documents) --tasks $(LONG_TASKS) --output $(RESULTS)/long_$(DEVICE) || test $$? -eq 124
-	$(within_time); $(gpu_documents) --tasks $(NEEDLE_TASKS) \
+	$(within_time); $(gpu_documents) --tasks $(RULER) $(BABILONG) \
 		--metadata '{"max_seq_lengths": [2048, 4096, 8192], "num_samples": 20}' \
 		--output $(RESULTS)/long_needles_$(DEVICE) || test $$? -eq 124
 

@@ -106,7 +106,9 @@ RESULTS = (
         ("ruler",),
         f"RULER and several questions about one document, M from a half of the text to a 16th; {SMOLLM2}",
     ),
-    Result("long", ("long",), f"LongBench and BABILong by lm-eval's definitions; {SMOLLM2}"),
+    Result(
+        "long", ("long",), f"LongBench and BABILong by lm-eval's definitions, a few items each; {SMOLLM2}, M = 256"
+    ),
     Result(
         "parts", ("parts",), f"trained heads without one part each, its time and bytes; {SMOLLM2}, M = 128 and 256"
     ),

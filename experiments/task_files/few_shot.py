@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -67,6 +68,12 @@ def _race(row: Row) -> Row:
     return {"article": row["article"], "problems": repr(problems)}
 
 
+def _every_question(row: Row) -> list[Row]:
+    """Of an article of RACE, whose last question lm-eval asks, one row for each of its questions."""
+    problems = ast.literal_eval(row["problems"])
+    return [{**row, "problems": repr(problems[: count + 1])} for count in range(len(problems))]
+
+
 def _triviaqa(row: Row) -> Row:
     aliases = row["answer"]["aliases"]
     if not aliases or not all(isinstance(alias, str) for alias in aliases):
@@ -90,6 +97,10 @@ class TaskFiles:
         lm-eval's own task file, in its folder of tasks.
     examples : str, optional
         Pattern of the file with examples. None: the last items of the scored one, which are then not scored.
+    items : callable, optional
+        Makes a converted row of the scored file several items.
+    folder : str, optional
+        In the data folder. None: that of the task's name.
     """
 
     scored: str
@@ -97,6 +108,8 @@ class TaskFiles:
     convert: Callable[[Row], Row]
     own: str
     examples: str | None = "train*.json*"
+    items: Callable[[Row], list[Row]] = lambda row: [row]
+    folder: str | None = None
 
 
 FILES = {
@@ -105,6 +118,9 @@ FILES = {
     "hellaswag": TaskFiles("validation*.json*", "validation", _hellaswag, "hellaswag/hellaswag.yaml"),
     "winogrande": TaskFiles("validation*.json*", "validation", _winogrande, "winogrande/default.yaml"),
     "race": TaskFiles("dev_high*.json*", "test", _race, "race/race.yaml", "train_high*.json*"),
+    "race_questions": TaskFiles(
+        "dev_high*.json*", "test", _race, "race/race.yaml", "train_high*.json*", items=_every_question, folder="race"
+    ),
     "triviaqa": TaskFiles("validation*.json*", "validation", _triviaqa, "triviaqa/default.yaml", None),
 }
 
@@ -120,14 +136,14 @@ def local_splits(name: str, shots: int, data_dir: Path) -> dict[str, list[Row]]:
         If a line cannot be scored, or no item is left.
     """
     files = FILES[name]
-    items = _read_rows(_only_file(data_dir / name, files.scored), files.convert)
+    folder = data_dir / (files.folder or name)
+    rows = _read_rows(_only_file(folder, files.scored), files.convert)
+    items = [item for row in rows for item in files.items(row)]
     if files.examples is not None:
-        examples = _read_rows(_only_file(data_dir / name, files.examples), files.convert)
+        examples = _read_rows(_only_file(folder, files.examples), files.convert)
     else:
         if len(items) <= shots:
-            raise ValueError(
-                f"{name}: {shots} shots leave none of the {len(items)} items in {data_dir / name} to score"
-            )
+            raise ValueError(f"{name}: {shots} shots leave none of the {len(items)} items in {folder} to score")
         items, examples = items[: len(items) - shots], items[len(items) - shots :]
     return {files.split: items, "train": examples}
 

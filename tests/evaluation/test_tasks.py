@@ -42,7 +42,7 @@ def data(tmp_path_factory):
         if examples:
             write_rows(folder / name / examples, [line(index) for index in range(20, 26)])
     (folder / "tasks").mkdir()
-    for name in LINES:
+    for name in (*LINES, "race_questions"):
         write_task(name, folder, folder / "tasks", shots=4)
     return folder / "tasks"
 
@@ -279,6 +279,17 @@ def test_race_asks_the_last_question_of_an_article(data, tokenizer):
     question = item.requests[0].args[0].split("Article: ")[-1]
     first, last = race(0)["questions"]
     assert question == f"{race(0)['article']}\n\nQuestion: {first}\nAnswer: {arc(0)['choices'][1]}\n{last}"
+
+
+def test_race_questions_asks_every_question_of_an_article_as_race_asks_its_last(data, tokenizer):
+    lm = PrefixLM(tiny_llama(), tokenizer=tokenizer)
+    last = prompts_of(few_shot("race", 1, data), lm)
+    every = prompts_of(few_shot("race_questions", 1, data), lm)
+    assert len(every) == 2 * len(last)
+    assert [each.requests[0].args for each in every[1::2]] == [each.requests[0].args for each in last]
+    article, _, question = every[0].requests[0].args[0].split("Article: ")[-1].partition("\n\n")
+    assert (article, question) == (race(0)["article"], race(0)["questions"][0])
+    assert document_of(every[0].question, 0) == document_of(every[1].question, 1)
 
 
 def test_winogrande_reads_both_sentences_and_scores_what_follows(data, tokenizer):
