@@ -228,7 +228,7 @@ inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a pictu
 
 calibrate: $(BUDGETS:%=calibrate-%) $(EQUAL_BYTES:%=calibrate-%) ## train the heads in examples/heads on the texts in DATA; goes on where it was stopped
 
-calibrate-gemma: $(GEMMA_BUDGETS:%=calibrate-gemma-%) ## the same for Gemma 3 270M; M counts in its three full layers
+calibrate-gemma: $(GEMMA_BUDGETS:%=calibrate-gemma-%) ## the same for Gemma 3 270M
 
 calibrate-gemma-%: $(GEMMA)/$(GEMMA_GGUF)
 	$(LOCOCO) calibrate $(ON_GEMMA) --dtype bfloat16 --dataset $(TRAIN) --num-slots $* --block-size 128 --heldout 3 \

@@ -9,7 +9,6 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,10 +81,10 @@ class LoCoCoConfig:
         Of the numbers that keys and values are held in, or of keys and of values. 16: the model's own type. 8 and 4:
         codes between the least and the largest of 64 and of 32 numbers of a key or value, of which each is coded once,
         when it is read, or blended.
-    compress_windows : bool, optional
-        What a layer with a sliding window keeps: ``num_slots`` entries of what its window sees, or, if False, all of
-        it; ``num_slots`` and ``slots_per_head`` are then for the other layers alone. None: False in a model that has
-        other layers, which ``patch_model`` puts in its place, else True. With ``positions="slot"`` it cannot be False.
+    compress_windows : bool
+        What a layer with a sliding window keeps: of what its window sees ``num_slots`` entries, which is all of it if
+        they are enough; or, if False, all of it in any case, so that ``num_slots`` and ``slots_per_head`` are for the
+        other layers alone. With ``positions="slot"`` it cannot be False.
     """
 
     num_slots: int = 512
@@ -107,7 +106,7 @@ class LoCoCoConfig:
     compressor: str = "conv"
     scaling: Literal["share", "count"] = "share"
     slot_bits: int | tuple[int, int] = 16
-    compress_windows: bool | None = None
+    compress_windows: bool = True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoCoCoConfig:
         """Name the place of what is no field any more."""
@@ -150,9 +149,9 @@ class LoCoCoConfig:
         if self.slots_per_head is not None:
             self._check_slots_per_head()
         self._check_slot_bits()
-        if not isinstance(self.compress_windows, bool | None):
-            raise ValueError(f"compress_windows must be True, False or None, got {self.compress_windows!r}")
-        if self.compress_windows is False and self.positions == "slot":
+        if not isinstance(self.compress_windows, bool):
+            raise ValueError(f"compress_windows must be True or False, got {self.compress_windows!r}")
+        if not self.compress_windows and self.positions == "slot":
             raise ValueError(
                 "compress_windows=False needs positions='absolute': places in the cache differ from layer to layer"
             )
@@ -260,26 +259,16 @@ class LoCoCoConfig:
             return (self.with_slots(self.num_slots),)
         return tuple(self.with_slots(slots) for slots in slots_of_heads)
 
-    def with_windows(self, windows: Sequence[int | None]) -> LoCoCoConfig:
-        """With ``compress_windows`` as it is in force in a model.
-
-        Parameters
-        ----------
-        windows : sequence of int or None
-            Tokens a query sees, layer by layer; None: all.
-        """
-        is_hybrid = len({window is None for window in windows}) == 2
-        if self.compress_windows is not None or self.positions == "slot" or not is_hybrid:
-            return self
-        return dataclasses.replace(self, compress_windows=False)
-
     def keeps(self, window: int | None) -> bool:
-        """Whether a layer whose queries see so many tokens (None: all) holds all that they see."""
-        return window is not None and self.compress_windows is False
+        """Whether a layer whose queries see so many tokens (None: all) holds all that they see, whatever M."""
+        return window is not None and not self.compress_windows
 
     def for_window(self, window: int | None) -> LoCoCoConfig:
         """What is in force in a layer whose queries see so many tokens (None: all)."""
-        return _for_window(self, window) if window is not None and self.keeps(window) else self
+        if window is None:
+            return self
+        is_enough = self.num_slots >= window - 1 and self.slots_per_head is None and self.positions == "absolute"
+        return _for_window(self, window) if is_enough or self.keeps(window) else self
 
     @property
     def has_mass(self) -> bool:

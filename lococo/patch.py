@@ -35,8 +35,6 @@ def patch_model(
 ) -> nn.Module:
     """Make every attention layer of a model keep M key-value slots, however long the text.
 
-    Where only some of the layers have a sliding window, these keep all that it sees, see ``compress_windows``.
-
     Parameters
     ----------
     model : torch.nn.Module
@@ -84,7 +82,6 @@ def patch_model(
     warn_if_untested()
     family = find_family(model)
     _refuse_distributed(model)
-    config = config.with_windows(family.windows)
     _check_slots_per_head(config, family)
     tables = rotary_tables(family, config)
     patch = Patch(config, family, attention, prefill_chunk_size, tables)

@@ -244,7 +244,10 @@ def naive_lococo(
         head_config = config if config.slots_per_head is None else config.with_slots(config.slots_per_head[0][h])
         if window is not None:
             heavy = head_config.num_slots - head_config.num_recent
-            head_config = dataclasses.replace(head_config, slots_per_head=None, num_sinks=0, num_heavy=heavy)
+            is_enough = config.num_slots >= window - 1 and not config.slots_per_head and config.positions == "absolute"
+            compress = config.compress_windows and not is_enough
+            changes = dict(slots_per_head=None, num_sinks=0, num_heavy=heavy, compress_windows=compress)
+            head_config = dataclasses.replace(head_config, **changes)
         output, entries = _read(
             queries, k[h], v[h], features[h], head_config, head, rotate, scale, blocks, window, cuts
         )
@@ -294,7 +297,7 @@ def _read(
         now += block
         if now in cuts:
             entries = [_cut(entry) for entry in entries]
-        if number < len(blocks) and window is not None and config.compress_windows is False:
+        if number < len(blocks) and window is not None and not config.compress_windows:
             entries = [entry for entry in entries if now - entry.born < window]
         elif number < len(blocks) and len(entries) > config.num_slots:
             entries = _compress(entries, config, head, now, window)

@@ -84,8 +84,8 @@ def test_presets_take_overrides(preset):
         ({"slots_per_head": ((8,), ())}, "at least one KV head in every layer"),
         ({"slots_per_head": (None, None)}, "at least one KV head in every layer, got an empty layer or none"),
         ({"slots_per_head": ((8, 9), None), "num_slots": 8}, "=8 on average, got 8.50 over 2 KV heads"),
-        ({"compress_windows": 1}, "compress_windows must be True, False or None, got 1"),
-        ({"compress_windows": "no"}, "compress_windows must be True, False or None, got 'no'"),
+        ({"compress_windows": 1}, "compress_windows must be True or False, got 1"),
+        ({"compress_windows": "no"}, "compress_windows must be True or False, got 'no'"),
         (
             {"compress_windows": False, "positions": "slot"},
             "compress_windows=False needs positions='absolute': places in the cache differ from layer to layer",
@@ -136,9 +136,9 @@ def test_slots_per_head_come_back_from_json(others, tmp_path):
     assert [head.num_slots for head in config.layer_configs(1)] == [8, 7]
 
 
-def test_configs_of_earlier_versions_leave_windows_to_the_model():
-    values = LoCoCoConfig(8, compress_windows=True).to_dict()
-    assert LoCoCoConfig.from_dict(values).compress_windows is True
+def test_configs_of_earlier_versions_compress_windows():
+    values = LoCoCoConfig(8, compress_windows=False).to_dict()
+    assert LoCoCoConfig.from_dict(values).compress_windows is False
     del values["compress_windows"]
     assert LoCoCoConfig.from_dict(values) == LoCoCoConfig(8)
 

@@ -100,12 +100,11 @@ def compressed_layers(model: PreTrainedModel, config: LoCoCoConfig) -> list[int]
         If there are none.
     """
     windows = find_family(model).windows
-    config = config.with_windows(windows)
     layers = [index for index, window in enumerate(windows) if not config.keeps(window)]
     if not layers:
         raise ValueError(
             f"every layer of {type(model).__name__} keeps its sliding window (compress_windows=False): there is "
-            "nothing to calibrate; use compress_windows=True, or None"
+            "nothing to calibrate; use compress_windows=True"
         )
     return layers
 

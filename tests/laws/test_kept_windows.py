@@ -1,4 +1,4 @@
-"""In hybrid models layers with a sliding window keep what it sees, exactly, whatever ``num_slots``."""
+"""Layers with a sliding window keep what it sees, exactly, if there are slots enough, or if they are to."""
 
 import copy
 import dataclasses
@@ -17,14 +17,19 @@ from lococo.models import find_family
 from lococo.state import patch_of
 
 M, B = 6, 5  # fewer slots than every window sees
-FEW = LoCoCoConfig(M, block_size=B, num_sinks=1, num_heavy=2, num_recent=1, gate_init=0.5)
+FEW = LoCoCoConfig(M, block_size=B, num_sinks=1, num_heavy=2, num_recent=1, gate_init=0.5, compress_windows=False)
 ROUNDED = dict(rtol=0, atol=1e-5)  # the unpatched models' softmax is in float32
 SAME = dict(rtol=0, atol=1e-6)
 SIZES = {"Qwen2-half-narrow": NARROW}
 every_hybrid = pytest.mark.parametrize("family", KEPT)
 every_way = pytest.mark.parametrize(
     "config",
-    [FEW, fitting("Gemma2", CONFIGS["slots-per-head"]), CONFIGS["learned"], CONFIGS["h2o"]],
+    [
+        FEW,
+        fitting("Gemma2", dataclasses.replace(CONFIGS["slots-per-head"], compress_windows=False)),
+        dataclasses.replace(CONFIGS["learned"], compress_windows=False),
+        dataclasses.replace(CONFIGS["h2o"], compress_windows=False),
+    ],
     ids=["few", "slots-per-head", "learned", "h2o"],
 )
 
@@ -41,7 +46,7 @@ def patched(family, config=FEW, **features):
         row = next(row for row in config.slots_per_head if row)
         rows = [row, row]
         rows[KEPT[family]] = None
-        config = dataclasses.replace(config, slots_per_head=tuple(rows))
+        config = dataclasses.replace(config, slots_per_head=tuple(rows), compress_windows=False)
     torch.manual_seed(1)
     return lococo.patch_model(build(family, **features).double(), config)
 
@@ -160,7 +165,7 @@ def test_a_window_takes_no_more_than_it_needs(family):
     """A window's tokens but the one that reads, and a block; nothing for scores, whatever ``num_slots``."""
     entries, window = {}, SIZES.get(family, WINDOW)
     for slots in (M, 4 * WINDOW):
-        config = LoCoCoConfig(slots, block_size=B, gate_init=0.5)
+        config = LoCoCoConfig(slots, block_size=B, gate_init=0.5, compress_windows=False)
         cache = patched(family, config)(tiny_ids(2, LENGTH), use_cache=True).past_key_values
         layer, other = cache.layers[KEPT[family]], cache.layers[1 - KEPT[family]]
         held = layer.entries
@@ -181,15 +186,19 @@ def test_a_window_of_one_token():
 # What is in force
 
 
-@pytest.mark.parametrize("given", [None, True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_handle_says_what_is_in_force(family, given):
-    config = dataclasses.replace(FEW, compress_windows=given)
-    patch = patch_of(lococo.patch_model(build(family), config))
-    in_force = False if given is None and family in KEPT else given
-    assert patch.config == patch.new_cache().config == dataclasses.replace(FEW, compress_windows=in_force)
-    slot = dataclasses.replace(FEW, positions="slot")
-    assert patch_of(lococo.patch_model(build(family), slot)).config == slot
+@every_hybrid
+@pytest.mark.parametrize("short", [0, 1])
+def test_slots_that_are_enough_for_a_window_hold_no_more_than_it_sees(family, short):
+    slots = SIZES.get(family, WINDOW) - 1 - short
+    config = LoCoCoConfig(slots, block_size=B, gate_init=0.5)
+    ids = tiny_ids(2, LENGTH)
+    hidden, full = of_layers(build(family).double(), ids)
+    model = lococo.patch_model(build(family).double(), config)
+    _, ours = of_layers(model, ids, hidden)
+    layer = KEPT[family]
+    assert (gap(ours[layer], full[layer]) < 1e-5) == (not short)
+    entries = model(ids, use_cache=True).past_key_values.layers[layer].entries
+    assert entries.keys.shape[1] == 2 * (slots + B) and (entries.scores is None) == (not short)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -202,7 +211,7 @@ def test_the_family_knows_the_windows_that_masks_have(family):
 def test_windows_of_every_layer_are_kept_if_asked_for():
     model, ids = build("Mistral-window").double(), tiny_ids(2, LENGTH)
     full = model(ids).logits
-    for compress, is_exact in ((None, False), (True, False), (False, True)):
+    for compress, is_exact in ((True, False), (False, True)):
         with lococo.patched(model, dataclasses.replace(FEW, compress_windows=compress)):
             assert (gap(read(model, ids), full) < 1e-5) == is_exact
 
@@ -220,7 +229,7 @@ def test_windows_are_compressed_if_asked_for(family):
 
 
 def test_saved_heads_say_it_and_load_again(tmp_path):
-    ids, config = tiny_ids(2, LENGTH), opened(slots_per_head=((24, 8), None))
+    ids, config = tiny_ids(2, LENGTH), opened(slots_per_head=((24, 8), None), compress_windows=False)
     model = patched("Gemma2", config)
     folder = lococo.save_heads(model, tmp_path / "heads", dtype=torch.float64)
     saved = LoCoCoConfig.from_pretrained(folder)
@@ -238,17 +247,17 @@ def test_saved_heads_say_it_and_load_again(tmp_path):
     [
         (
             "Gemma2",
-            dict(slots_per_head=((16, 16), (16, 16))),
+            dict(slots_per_head=((16, 16), (16, 16)), compress_windows=False),
             r"gives slots to layer 0, \(16, 16\), which keeps its sliding window of 20 tokens: give None in their",
         ),
         (
             "Gemma2",
-            dict(slots_per_head=(None, (16, 16)), compress_windows=True),
+            dict(slots_per_head=(None, (16, 16))),
             "gives None for layer 0, which has a sliding window that is compressed: give the slots of its 2 KV heads",
         ),
         (
             "Gemma2",
-            dict(slots_per_head=((16, 16), None)),
+            dict(slots_per_head=((16, 16), None), compress_windows=False),
             "gives slots to layer 0",
         ),
         (
@@ -261,7 +270,11 @@ def test_saved_heads_say_it_and_load_again(tmp_path):
             dict(slots_per_head=((16, 16), None)),
             "gives None for layer 1, which has no sliding window: give the slots of its 2 KV heads",
         ),
-        ("Gemma2", dict(slots_per_head=(None,) * 2 + ((16, 16),)), "is for 3 layers with 2 KV heads, the model has 2"),
+        (
+            "Gemma2",
+            dict(compress_windows=False, slots_per_head=(None,) * 2 + ((16, 16),)),
+            "is for 3 layers with 2 KV heads, the model has 2",
+        ),
     ],
 )
 def test_slots_per_head_that_do_not_fit_the_windows_are_refused_by_name(family, changes, message):
@@ -285,7 +298,8 @@ def test_a_cache_of_another_window_is_refused():
 
 
 def test_the_budget_of_a_kept_window_is_recents_alone():
-    config = FEW.with_windows((None, WINDOW)).for_window(WINDOW)
+    config = FEW.for_window(WINDOW)
     assert select.Budget.of(config, WINDOW) == (0, 0, WINDOW - 1, 0)
-    assert config.for_window(None) is config and FEW.for_window(WINDOW) is FEW
+    compressed = dataclasses.replace(FEW, compress_windows=True)
+    assert config.for_window(None) is config and compressed.for_window(WINDOW) is compressed
     assert patch_of(lococo.patch_model(tiny_llama(), FEW)).config is FEW

@@ -269,7 +269,8 @@ def test_layers_that_keep_their_window_are_not_measured_and_get_no_slots(family,
         return layer_errors(entry, *arguments)
 
     monkeypatch.setattr(evictions, "layer_errors", noted)
-    errors = eviction_errors(model, IDS, CONFIGS["default"], levels, remember_nothing)
+    keeping = dataclasses.replace(CONFIGS["default"], compress_windows=False)
+    errors = eviction_errors(model, IDS, keeping, levels, remember_nothing)
     assert measured == [None] * len(IDS)
     assert errors.shape == every.shape and errors[:, :, kept].isnan().all()
     ratio = every[:, :-1, other] / errors[:, :-1, other]  # errors of a text are relative to their sum
@@ -277,7 +278,7 @@ def test_layers_that_keep_their_window_are_not_measured_and_get_no_slots(family,
     slots, scales = allocate_with_scales(errors, levels, 12)
     alone, _ = allocate_with_scales(errors[:, :, [other]], levels, 12)
     assert slots[kept] is None and (slots[other],) == alone and len(scales) == 2
-    lococo.patch_model(model, LoCoCoConfig(12, slots_per_head=slots))
+    lococo.patch_model(model, LoCoCoConfig(12, slots_per_head=slots, compress_windows=False))
 
 
 def test_where_every_layer_keeps_its_window_there_is_nothing_to_measure():

@@ -321,7 +321,7 @@ def test_heads_learn_in_float32_or_wider(dtype, tmp_path):
 def test_layers_with_a_sliding_window_have_nothing_to_learn(tmp_path):
     recordings = recorded(tmp_path / "texts", build("Gemma2"))
     assert [recordings.layer(index, 0, torch.device("cpu")).window for index in (0, 1)] == [WINDOW, None]
-    for compress in (True, None):
+    for compress in (True, False):
         model = patch(build("Gemma2"), dataclasses.replace(CONFIG, compress_windows=compress))
         before = heads(model)
         *compressed, other = train_locally(model, recordings, SHORT, tmp_path / f"local-{compress}")
