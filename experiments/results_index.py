@@ -69,7 +69,7 @@ def _is_unchanged_since(commit: str | None) -> bool:
     if commit is None or commit.endswith("-dirty"):
         return False
     others = [f":(top,exclude){name}" for name in ("docs", "tests", "*.md")]
-    asked = ["git", "diff", "--quiet", commit, "--", ":/", *others]
+    asked = ["git", "diff", "--quiet", "--diff-filter=a", commit, "--", ":/", *others]  # what is new changes nothing
     return subprocess.run(asked, cwd=PACKAGE, stderr=subprocess.DEVNULL).returncode == 0
 
 

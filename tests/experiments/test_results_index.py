@@ -51,6 +51,7 @@ def test_what_was_measured_before_a_change_is_stale(tmp_path, monkeypatch):
     commit = git("rev-parse", "--short", "HEAD")
     assert not is_stale(commit) and is_stale(f"{commit}-dirty") and is_stale(None) and is_stale("0123456")
     (tmp_path / "README.md").write_text("more")
+    (tmp_path / "new.py").write_text("new")
     git("add", "-A")
     git("commit", "-qm", "Two")
     assert not is_stale(commit)
