@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lococo.data.texts import Window
-from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
+from lococo.metrics import gap_interval, gap_ratio, mean_interval
 
 FULL, REFERENCE, OURS = "full", "h2o", "lococo"
 MEASURED = ("nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high", "tokens")
@@ -29,15 +29,6 @@ def by_document(windows: Sequence[Window], values: Sequence[float]) -> np.ndarra
     return np.array(list(documents.values()))
 
 
-def difference_interval(mine: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """Confidence interval of a difference in loss per token, by the percentile bootstrap over documents."""
-    count = len(tokens)
-    draws = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    differences = draws @ (mine - other) / (draws @ tokens)
-    low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def columns(
     windows: Sequence[Window], found: Nlls, name: str, part: str, block_size: int
 ) -> dict[str, float | int | None]:
@@ -53,7 +44,7 @@ def columns(
     )
     nll, full_nll, reference_nll = (each.sum() / tokens.sum() for each in (mine, full, reference))
     interval = gap_interval(mine, full, reference[None], tokens) or (None, None)
-    low, high = difference_interval(mine, ours, tokens)
+    low, high = mean_interval(mine - ours, tokens) or (None, None)
     return {
         "nll": float(nll),
         "ppl": math.exp(nll),
