@@ -59,8 +59,13 @@ def _row(
 
 
 def write_recall(losses: Losses, output: Path, command: str, device: torch.device) -> None:
-    """Write ``<output>.json``, ``.md`` of all domains together, and ``.png`` if the full cache is there to compare."""
+    """Write ``<output>.json``, ``.md`` of all domains together, and ``.png`` if the full cache is there to compare.
+
+    Nothing is written where nothing repeats.
+    """
     rows = recall_rows(losses)
+    if not rows:
+        return
     shown = [row for row in rows if row["domain"] == ALL_DOMAINS]
     write_result(output, command, device, rows, table=shown, how=HOW)
     compared = [row for row in shown if row["method"] != "full" and row["lost"] is not None]

@@ -115,6 +115,9 @@ def test_the_command_writes_it_beside_the_perplexity(model, tmp_path):
     assert all(row["lost"] == 0 for row in rows if row["method"] == "full")
     assert (tmp_path / "ppl_recall.png").read_bytes().startswith(b"\x89PNG")
     assert "| all | h2o | 24 |" in (tmp_path / "ppl_recall.md").read_text()
+    different = [Window("a", "b", 0, torch.arange(3, 60)[None], 57)]
+    evaluate_perplexity(model, different, runs, FIRST, tmp_path / "once", "command")
+    assert {path.name for path in tmp_path.glob("once*")} == {"once.json", "once.md", "once.png"}
     alone = [run for run in runs if run.name == "h2o"]
     evaluate_perplexity(model, texts(), alone, FIRST, tmp_path / "alone", "command")
     rows = json.loads((tmp_path / "alone_recall.json").read_text())["rows"]
