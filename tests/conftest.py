@@ -18,6 +18,11 @@ if release >= (4, 50):
     collect_ignore.append("models/test_remote_generate.py")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    hypothesis.settings.register_profile("any-machine", deadline=None)  # no test depends on the clock
+    hypothesis.settings.load_profile("any-machine")
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first
 
 

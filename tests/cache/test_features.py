@@ -98,7 +98,7 @@ DEEDS += ("copy", "file")
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("name", ["learned", "learned-slot", "learned-per-head", "open-slot"])
 @given(deeds=st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(1, 11)), min_size=2, max_size=12))
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @torch.no_grad()
 def test_rows_go_on_as_if_each_had_been_read_alone(name, is_padded, deeds, tmp_path_factory):
     # Divided by their sum, weights that are nearly all zero would make much of rounding.

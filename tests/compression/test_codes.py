@@ -37,7 +37,7 @@ def test_rounded_numbers_are_those_of_the_naive_computation(size, bits):
     numbers=st.lists(st.floats(-1000, 1000, width=16), min_size=6, max_size=6),
     bits=st.sampled_from([8, 4]),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_what_was_decoded_has_the_codes_it_had(dtype, numbers, bits):
     vectors = torch.tensor([numbers]).to(dtype)
     codes, span, found = rounded(vectors, bits)

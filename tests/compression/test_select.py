@@ -21,7 +21,7 @@ def rankings(draw):
 
 
 @given(rankings())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_choice_is_sinks_recents_and_the_best_of_the_others(case):
     budget, ranking = case
     sinks, heavy, recent, fused = budget

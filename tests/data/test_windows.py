@@ -33,7 +33,7 @@ def cut(ids, length, most=None):
 numbers = st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(numbers, min_size=1, max_size=12), st.integers(2, 12), st.integers(1, 4), st.booleans())
 def test_a_window_is_consecutive_tokens_of_one_document(docs, length, most, bos):
     tokenizer = word_tokenizer(bos)
@@ -53,7 +53,7 @@ def test_a_window_is_consecutive_tokens_of_one_document(docs, length, most, bos)
     assert train.ids.dtype == torch.int32 and heldout.ids.shape == (0, length)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(numbers, min_size=1, max_size=12), st.integers(2, 12), st.booleans())
 def test_without_boundaries_the_windows_are_the_joined_documents(docs, length, bos):
     tokenizer = word_tokenizer(bos)
@@ -109,7 +109,7 @@ def test_the_share_is_kept_and_the_seed_changes_who_is_held_out():
     assert len(chosen[0] & chosen[1]) < 100
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.permutations(many_texts(20)))
 def test_the_order_of_the_data_changes_no_side(texts):
     with tempfile.TemporaryDirectory() as folder:

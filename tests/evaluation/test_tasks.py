@@ -558,7 +558,7 @@ def naive_interval(values, documents):
     return [np.percentile(means, 2.5), np.percentile(means, 97.5)]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 5)), min_size=1, max_size=12))
 def test_intervals_are_those_of_a_naive_bootstrap_over_documents(items):
     values, documents = zip(*items, strict=True)

@@ -30,7 +30,7 @@ def naive(query, key, value, scale, group):
     return output
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.integers(1, 30), group=st.integers(2, 12), heads=st.integers(1, 5))
 def test_equals_the_naive_attention(tokens, group, heads):
     generator = torch.Generator().manual_seed(tokens)

@@ -63,7 +63,7 @@ def test_what_is_held_are_codes_in_fewer_bytes(name):
 
 @every_config
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), unique=True, max_size=8).map(sorted))
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 def test_any_split_gives_the_same(name, cuts):
     ids, model = tiny_ids(BATCH, LENGTH), model_of(name)
     (expected, held), (logits, other) = read(model, ids), read(model, ids, cuts)
@@ -82,7 +82,7 @@ def test_tokens_one_by_one_are_those_at_once(name):
 
 @every_config
 @given(padding=st.lists(st.integers(0, 30), min_size=BATCH, max_size=BATCH), cut=st.integers(1, LENGTH - 1))
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 def test_padding_changes_nothing(name, padding, cut):
     model = model_of(name)
     rows = [tiny_ids(1, LENGTH - amount, seed=row) for row, amount in enumerate(padding)]

@@ -62,7 +62,7 @@ def test_enough_slots_give_the_full_model(model, preset, positions, block_size):
 
 @pytest.mark.parametrize("name", ANY_SPLIT)
 @given(cuts=st.lists(st.integers(1, LENGTH - 1), unique=True, max_size=8).map(sorted))
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 def test_any_split_of_the_input_gives_the_same_logits(model, name, cuts):
     ids = tiny_ids(2, LENGTH)
     expected = read(model, ids, CONFIGS[name])
@@ -78,7 +78,7 @@ def test_any_split_of_the_input_gives_the_same_logits(model, name, cuts):
 
 @pytest.mark.parametrize("name", ANY_SPLIT)
 @given(padding=st.lists(st.integers(0, 30), min_size=BATCH, max_size=BATCH), cut=st.integers(1, LENGTH - 1))
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 def test_left_padding_changes_nothing_in_prefill_and_decode(model, name, padding, cut):
     rows = [tiny_ids(1, LENGTH - amount, seed=row) for row, amount in enumerate(padding)]
     ids, mask = torch.zeros(BATCH, LENGTH, dtype=torch.long), torch.zeros(BATCH, LENGTH, dtype=torch.long)

@@ -361,7 +361,7 @@ def corners(curve, levels):
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(curves, rising_levels, st.data())
 def test_allocation_is_at_most_one_step_worse_than_the_best_of_all(by_head, levels, data):
     num_slots = data.draw(st.integers(levels[0], levels[-1] + 2))
@@ -375,7 +375,7 @@ def test_allocation_is_at_most_one_step_worse_than_the_best_of_all(by_head, leve
     assert best <= error <= best + max(steps) + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(curves, rising_levels, st.floats(0.01, 15))
 def test_allocation_is_the_best_of_all_where_the_budget_ends_with_a_step(by_head, levels, price):
     chosen = [

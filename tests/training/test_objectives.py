@@ -124,7 +124,7 @@ def test_divergence_is_zero_where_everything_fits_into_the_slots():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(tokens=st.integers(1, 70), chunk=st.integers(1, 70))
 def test_no_token_is_lost_between_chunks(objective, tokens, chunk):
     whole = WindowLoss(patched_tiny(), objective)(IDS)
