@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lococo.extension.extend import extend_context as extend_context
     from lococo.extension.folder import load_extended as load_extended
     from lococo.extension.folder import merge_extended as merge_extended
+    from lococo.generation import cache_bytes as cache_bytes
     from lococo.heads import load_heads as load_heads
     from lococo.heads import push_heads as push_heads
     from lococo.heads import save_heads as save_heads
@@ -33,6 +34,7 @@ _MODULES = {
     "LoCoCoCache": "lococo.cache.cache",
     "LoCoCoConfig": "lococo.config",
     "Score": "lococo.compression.scores",
+    "cache_bytes": "lococo.generation",
     "calibrate": "lococo.training.calibrate",
     "extend_context": "lococo.extension.extend",
     "is_patched": "lococo.state",

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from tiny import tiny_ids, tiny_llama
-from transformers import AutoModelForCausalLM, BatchEncoding, GenerationMixin, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GenerationMixin, LlamaForCausalLM
 
 import lococo
 
@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_quoted_tables_stand_in_the_result_files():
     tables = re.findall(r"<!-- rows of (\S+); .*-->\n((?:\|.*\n)+)", README)
-    assert len(tables) == 2
+    assert tables
     for file, quoted in tables:
         rows, measured = quoted.splitlines(), (ROOT / file).read_text(encoding="utf-8").splitlines()
         assert len(rows) > 4
@@ -27,15 +27,18 @@ def test_quoted_tables_stand_in_the_result_files():
 
 def test_the_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
     """Block after block, as a reader would, with a tiny model, and its words, in the place of a large one."""
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    pages = [README, (ROOT / "docs/using.md").read_text(encoding="utf-8")]
+    blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
     book = tiny_ids(1, 90)
-    texts = [book, torch.cat([book, tiny_ids(1, 9, seed=1)], dim=1)]  # the book, and with a question
+    texts = [book, book, torch.cat([book, tiny_ids(1, 9, seed=1)], dim=1)]  # the book, twice, and with a question
     tokenizer = mock.Mock(
         side_effect=[BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for ids in texts]
     )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(LlamaForCausalLM, "generate", functools.partialmethod(_answer, book))
     monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("A book.")
     lococo.save_heads(lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8)), "folder-or-hub-id")
     names = {"tokenizer": tokenizer, "book": "", "question": ""}
     ran = [block for block in blocks if "load_extended" not in block]
