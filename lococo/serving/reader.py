@@ -14,6 +14,7 @@ from lococo.compat import with_cache
 from lococo.evaluation.prefixes import WORTH_KEEPING, shared_length
 from lococo.generation import cache_bytes, read_tokens
 from lococo.models import length_dependent_rotaries
+from lococo.state import is_patched, patch_of
 
 KEPT_CACHES = 8
 # A prompt often ends in a question about what comes before it, of unknown length: a cache of everything but so many
@@ -45,7 +46,7 @@ class PromptReader:
     def __init__(self, model: PreTrainedModel, kept_caches: int = KEPT_CACHES) -> None:
         if kept_caches < 0:
             raise ValueError(f"the number of caches to keep must be at least 0, got {kept_caches}")
-        self.model = model
+        self.model: Any = model
         self.kept_caches = kept_caches
         self.kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
@@ -78,6 +79,7 @@ class PromptReader:
         """
         check()
         kwargs["stopping_criteria"] = StoppingCriteriaList([_Check(check)])
+        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         ids = tuple(input_ids[0].tolist())
         if len(ids) < 2 or not self._can_go_on(kwargs["generation_config"]):
             return self.model.generate(input_ids=input_ids, **kwargs)
@@ -88,10 +90,19 @@ class PromptReader:
         return output
 
     def _can_go_on(self, config: GenerationConfig) -> bool:
-        """Whether a generation may begin with a cache of one row that has read another prompt's beginning."""
+        """Whether a generation may begin with a cache of one row that has read a prompt piece by piece."""
         rows = (config.num_beams or 1) * (config.num_return_sequences or 1)
-        # Where rotary tables depend on the length of the whole text, no two texts begin alike.
-        return config.use_cache is not False and rows == 1 and not length_dependent_rotaries(self.model)
+        return config.use_cache is not False and rows == 1 and self._pieces_are_alike
+
+    @property
+    def _pieces_are_alike(self) -> bool:
+        """Whether a text leaves the same behind however it is cut, and whatever comes after it.
+
+        Not where single tokens are compressed in blocks of their own, nor with rotary tables that depend on the length
+        of the whole text.
+        """
+        by_token = is_patched(self.model) and patch_of(self.model).config.decode_block_size is not None
+        return not by_token and not length_dependent_rotaries(self.model)
 
     def _read(self, ids: tuple[int, ...], check: Callable[[], None]) -> tuple[Any, int]:
         """A cache of its own that has read these tokens, at least one, and how many it had read before."""

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -149,7 +148,7 @@ class OneModel(ModelManager):
     def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         return self._model
 
-    def _load_processor(self, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
         return self._tokenizer
 
 
@@ -194,7 +193,8 @@ class ReadingManager(GenerateManager):
             raise HTTPException(400, "the prompt is empty")
         if self.max_prompt_tokens is not None and tokens > self.max_prompt_tokens:
             raise HTTPException(
-                400, f"the prompt has {tokens} tokens, this server takes {self.max_prompt_tokens} (--max-prompt-tokens)"
+                400,
+                f"the prompt has {tokens} tokens, this server takes {self.max_prompt_tokens} (--max-prompt-tokens)",
             )
         if self.positions is not None and tokens >= self.positions:
             raise HTTPException(400, f"the prompt has {tokens} tokens, the model {self.positions} positions")
@@ -214,7 +214,7 @@ class ReadingManager(GenerateManager):
 
 
 def text_positions(model: PreTrainedModel, config: LoCoCoConfig | None) -> int | None:
-    """Tokens of the longest text that a model patched with a config knows positions for; None: it has no such limit."""
+    """Longest text, in tokens, that a model patched with a config knows positions for; None: any length."""
     if config is not None and config.positions == "slot":
         return None
     return getattr(base_config(model).get_text_config(), "max_position_embeddings", None)
@@ -248,7 +248,7 @@ class _Handler:
 
     def _resolve_model(self, body: dict) -> Any:
         manager: OneModel = self.model_manager  # type: ignore[attr-defined]
-        name = body.setdefault("model", manager.force_model)
+        name: Any = body.get("model") or manager.force_model
         return name, *manager.load_model_and_processor(name)
 
     def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> GenerationConfig:
@@ -310,9 +310,9 @@ class Server(uvicorn.Server):
         port: int = 8000,
     ) -> None:
         self._manager = manager
-        self._under_way: set[Request] = set()
+        self.under_way: set[Request] = set()
         app = _application(OneModel(name, model, tokenizer), OneState(manager))
-        app.add_middleware(Requests, under_way=self._under_way)
+        app.add_middleware(Requests, under_way=self.under_way)
         app.add_exception_handler(HTTPException, _openai_error)
         super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=SECONDS_TO_END))
 
@@ -324,7 +324,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, *args: Any, **kwargs: Any) -> None:
         """End every request that is under way, then the server."""
-        for request in self._under_way:
+        for request in self.under_way:
             request.end = HTTPException(UNAVAILABLE, "the server is shutting down")
         await super().shutdown(*args, **kwargs)
 
@@ -338,11 +338,12 @@ async def _openai_error(_: Any, error: Any) -> JSONResponse:
 
 def _application(models: OneModel, state: OneState) -> FastAPI:
     """Transformers' application, whichever handlers a release gives it."""
-    parts = {
+    parts: dict[str, Any] = {
         "model_manager": models,
         "generation_state": state,
         "chat_handler": _Chat(models, state),
         "completion_handler": _Completion(models, state),
     }
     taken = inspect.signature(build_server).parameters
-    return build_server(**parts, **{each: _NotServed() for each in taken if each.endswith("_handler") and each not in parts})
+    others = {name: _NotServed() for name in taken if name.endswith("_handler") and name not in parts}
+    return build_server(**parts, **others)  # type: ignore[arg-type]
