@@ -7,6 +7,7 @@ are read once (``PromptReader``), limits, and generations that end with their re
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -145,6 +146,12 @@ class OneModel(ModelManager):
             raise HTTPException(404, f"there is no model {model_id_and_revision!r} here, only {self.force_model!r}")
         return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
 
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
+        """The model alone, as OpenAI's API lists it."""
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "lococo"}]
+
+    get_gen_models = list_models  # as the server of 5.8 calls it
+
     def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         return self._model
 
@@ -184,7 +191,7 @@ class ReadingManager(GenerateManager):
 
     def wait(self, seconds: float) -> None:
         """Wait until all that has been asked for is done, so long at most."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(concurrent.futures.TimeoutError):
             self.submit(int).result(timeout=seconds)
 
     def _fit(self, tokens: int, config: GenerationConfig) -> None:

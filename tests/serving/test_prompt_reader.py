@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from configs import CONFIGS
+from configs import CONFIGS, FEW
 from tiny import tiny_llama
 from transformers import GenerationConfig
 
@@ -13,6 +13,9 @@ from lococo.serving import reader as reading
 from lococo.serving.reader import PromptReader
 
 NEW = 6
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name not in {*FEW, "centroids", "decode-block-1"}
+]
 PLAIN = GenerationConfig(max_new_tokens=NEW, do_sample=False)
 
 
@@ -60,7 +63,7 @@ def conversations(ask, check):
     check([7, 8, 9])
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "full"])
+@pytest.mark.parametrize("name", [*FEW, "centroids", "decode-block-1", "full", *SLOW])
 def test_answers_are_those_of_generate(name):
     model = tiny_llama().double()  # where no rounding of pieces decides between two tokens
     if name != "full":
@@ -112,7 +115,9 @@ def test_a_kept_cache_is_never_written_to():
     reader, ask = read_by(model)
     document = tokens(60, 1)
     ask(document)
-    before = {ids: [each.clone() for layer in cache.layers for each in layer.buffers()] for ids, cache in reader.kept.items()}
+    before = {
+        ids: [each.clone() for layer in cache.layers for each in layer.buffers()] for ids, cache in reader.kept.items()
+    }
     for question in range(3):
         assert ask(document[:56] + tokens(9, question))[1] > 0
     still = [ids for ids in before if ids in reader.kept]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import gc
+import logging
 import random
 import signal
 import socket
@@ -21,7 +22,7 @@ import lococo
 from lococo.serving.reader import PromptReader
 from lococo.serving.server import ReadingManager, Server, text_positions
 
-CONFIG = lococo.LoCoCoConfig(32, block_size=16, gate_init=0.4)
+CONFIG = lococo.LoCoCoConfig(64, block_size=64, gate_init=0.4)
 POSITIONS = 20_000
 NAME = "tiny"
 TEMPLATE = (
@@ -59,7 +60,7 @@ class Served:
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
-        self.url = "http://127.0.0.1:{}/v1".format(self.server.servers[0].sockets[0].getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/v1"
         self.client = openai.OpenAI(base_url=self.url, api_key="any", max_retries=0, timeout=120)
         return self
 
@@ -132,7 +133,7 @@ def held_after(model, steps):
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 def test_tokens_are_streamed_as_they_are_made(served, kind):
     """The first one is here while the model is kept from making the third."""
-    content = text(8, 2)
+    content = text(8, 5)
     parts, usage = [], None
     with held_after(served.model, 1 + 2) as (go_on, _):  # the prompt but its last token is read in one piece
         for chunk in getattr(served, kind)(content, stream=True):
@@ -260,6 +261,7 @@ def test_memory_is_flat_over_200_requests(served):
         **served.tokenizer(text(300, 1), return_tensors="pt"), max_new_tokens=2, return_dict_in_generate=True
     ).cache.nbytes
     sizes = []
+    logging.disable()  # pytest keeps what is logged
     tracemalloc.start()
     try:
         for request in range(200):
@@ -272,6 +274,7 @@ def test_memory_is_flat_over_200_requests(served):
                 sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
+        logging.disable(logging.NOTSET)
     assert len(served.reader.kept) == 6 and served.reader.nbytes <= 6 * one
     assert sizes[1] - sizes[0] < 100 * 150 * 8  # less than the ids of the prompts alone
     assert not served.server.under_way
@@ -303,7 +306,7 @@ def test_ctrl_c_ends_the_command(tmp_path, busy):
             next(stream)
         process.send_signal(signal.SIGINT)
         if busy:
-            with pytest.raises(openai.APIError, match="shutting down"):
+            with pytest.raises(openai.APIError):
                 for _ in stream:
                     pass
         printed += process.stdout.readlines()
