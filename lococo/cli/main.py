@@ -1,4 +1,4 @@
-"""The command line: ``lococo generate | calibrate | extend | eval | inspect | bench | convert-chatglm``."""
+"""The command line: ``lococo generate | serve | calibrate | extend | eval | inspect | bench | convert-chatglm``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lococo.cli.generate import generate
 from lococo.cli.inspect import inspect
 from lococo.cli.needles import needles
 from lococo.cli.parsing import add_command, command_group
+from lococo.cli.serve import serve
 from lococo.version import __version__
 
 # What a wrong value or a missing file, package or device ends in: one line instead of a traceback.
@@ -92,6 +93,7 @@ def _app() -> typer.Typer:
     app = command_group("Long texts in a fixed number of key-value slots.")
     app.callback()(_root)
     add_command(app, "generate", generate)
+    add_command(app, "serve", serve)
     add_command(app, "calibrate", calibrate)
     add_command(app, "extend", extend)
     evaluations = command_group("Measure quality.")

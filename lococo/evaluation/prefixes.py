@@ -46,7 +46,7 @@ class PrefixReader:
         self._partings = {}
         shared: list[int] = []  # lengths of the beginnings that a prompt has in common with later ones
         for ids, following in zip(reversed(ordered[:-1]), reversed(ordered[1:]), strict=True):
-            parting = _shared(ids, following)
+            parting = shared_length(ids, following)
             shared = sorted({parting, *(min(parting, length) for length in shared)})
             self._partings[ids] = shared
 
@@ -99,7 +99,8 @@ class PrefixReader:
         return read_tokens(self.model, unread, cache, start)
 
 
-def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+def shared_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two prompts have in common at their beginning."""
     pairs = enumerate(zip(ids, others, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(others)))
 

@@ -255,7 +255,7 @@ def test_the_package_runs_as_a_module(module):
 
 
 def test_commands_need_no_package_of_an_extra():
-    extras = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft", "rouge_score")
+    extras = ("accelerate", "datasets", "fastapi", "lm_eval", "matplotlib", "openai", "peft", "rouge_score", "uvicorn")
     code = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
     code += "; from lococo.cli.main import main; main(['--version'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
