@@ -83,8 +83,9 @@ LENGTHS ?= 4096 8192 16384 32768 65536 131072
 BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
-test test-all test-versions test-chatglm test-cuda-build: export HF_HUB_OFFLINE = 1
-test test-all test-versions test-chatglm test-cuda-build bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
+test test-all test-versions test-chatglm test-integrations test-cuda-build: export HF_HUB_OFFLINE = 1
+test test-all test-versions test-chatglm test-integrations test-cuda-build bench-prefill bench-decode bench-score: \
+	export OMP_NUM_THREADS = 1
 perplexity perplexity-gemma equal-bytes tasks ruler agreement long ablate extend bench-extend side-by-side calibrate \
 	calibrate-gemma parts: export OMP_NUM_THREADS = 1
 
@@ -92,7 +93,7 @@ perplexity perplexity-gemma equal-bytes tasks ruler agreement long ablate extend
 .PHONY: help test test-all lint demo results bench bench-prefill bench-decode bench-score bench-cuda targets memory \
 	memory-stream perplexity perplexity-gemma tasks ruler agreement long ablate extend bench-extend side-by-side inspect \
 	calibrate calibrate-gemma bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
-	$(GPU_EXTENDED) test-versions test-chatglm test-vllm bench-vllm \
+	$(GPU_EXTENDED) test-versions test-chatglm test-vllm test-integrations bench-vllm \
 	test-cuda-build clean
 .SECONDARY:
 
@@ -418,6 +419,17 @@ test-vllm: .venvs/vllm/.installed-vllm ## LoCoCo inside vLLM: engines, tensor pa
 	$(@D)/bin/pip install "$(TORCH)"
 	$(@D)/bin/pip install "$(VLLM)" accelerate hypothesis pytest pytest-timeout -e ".[gguf]"
 	$(@D)/bin/pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+# With libraries that train and quantise, in an environment of its own.
+INTEGRATIONS ?= trl==1.16.0 torchao==0.18.0 optimum-quanto==0.2.7 bitsandbytes==0.50.2
+test-integrations: .venvs/integrations/.installed-integrations ## patched models in TRL, torchao, optimum-quanto, bitsandbytes
+	$(<D)/bin/pytest -q tests/integrations
+
+.venvs/integrations/.installed-integrations: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install "$(TORCH)"
+	$(@D)/bin/pip install $(INTEGRATIONS) peft pytest pytest-timeout -e .
 	touch $@
 
 # An hour on one CPU thread. A killed run goes on when it is made again.
