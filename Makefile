@@ -83,14 +83,15 @@ LENGTHS ?= 4096 8192 16384 32768 65536 131072
 BATCHES ?= 1 4 16 32
 TRAIN_LENGTHS ?= 4096 8192 16384 32768
 
-test test-all test-versions test-chatglm test-integrations test-cuda-build: export HF_HUB_OFFLINE = 1
-test test-all test-versions test-chatglm test-integrations test-cuda-build bench-prefill bench-decode bench-score: \
-	export OMP_NUM_THREADS = 1
+OFFLINE := test test-all docs-check package test-versions test-chatglm test-integrations test-cuda-build
+$(OFFLINE): export HF_HUB_OFFLINE = 1
+$(OFFLINE) bench-prefill bench-decode bench-score: export OMP_NUM_THREADS = 1
 perplexity perplexity-gemma equal-bytes tasks ruler agreement long ablate extend bench-extend side-by-side calibrate \
 	calibrate-gemma parts: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all lint demo results bench bench-prefill bench-decode bench-score bench-cuda targets memory \
+.PHONY: help test test-all lint docs docs-check package try-package demo results bench bench-prefill bench-decode \
+	bench-score bench-cuda targets memory \
 	memory-stream perplexity perplexity-gemma tasks ruler agreement long ablate extend bench-extend side-by-side inspect \
 	calibrate calibrate-gemma bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
 	$(GPU_EXTENDED) test-versions test-chatglm test-vllm test-integrations bench-vllm \
@@ -116,6 +117,31 @@ lint: $(VENV)/.installed ## check style, docstrings and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+docs-check: $(VENV)/.installed ## check every command, Python block, link and quoted table of the pages
+	$(VENV)/bin/pytest -q tests/test_docs.py
+
+# Nothing is fetched once the packages are there.
+docs: $(VENV)/.installed-docs ## build the pages as a site -> site
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/pip install -e ".[docs]"
+	touch $@
+
+# PYTHONS="python3.10 python3.12" tries these in the place of PYTHON.
+PYTHONS ?= $(PYTHON)
+package: $(VENV)/.installed | $(MODEL)/$(GGUF) ## build wheel and sdist, and try them as a user does, with and without extras
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	for python in $(PYTHONS); do $(MAKE) try-package PYTHON=$$python VENV=$(VENV) || exit; done
+
+BARE := .venvs/bare
+try-package:
+	rm -rf $(BARE)
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/pip install --quiet "$(TORCH)" dist/*.whl
+	DIST=dist BARE=$(BARE)/bin/python $(VENV)/bin/pytest -q tests/packaging
 
 demo: $(VENV)/.installed ## run the demo; arguments in DEMO_ARGS
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
@@ -450,5 +476,5 @@ test-cuda-build: .venvs/cuda-build/.installed ## decode on simulated GPUs, on th
 	touch $@
 
 clean: ## remove virtual environments, build products and caches
-	rm -rf .venv .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,4 +136,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _file(gguf_file: str | None) -> dict[str, str]:
-    return {"gguf_file": gguf_file} if gguf_file else {}
+    if not gguf_file:
+        return {}
+    if not importlib.util.find_spec("gguf"):
+        raise ImportError("a GGUF file is read with the package gguf: pip install lococo[gguf]")
+    return {"gguf_file": gguf_file}

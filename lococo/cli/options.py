@@ -6,6 +6,7 @@ No file of this package imports torch or Transformers before a command runs: hel
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,13 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 def writable(output: Path | None) -> Path | None:
     """The name of files to write, refused where they could not be: better now than after what takes long."""
     return None if output is None else check_output(output)
+
+
+def drawn(output: Path | None) -> Path | None:
+    """The name of a measurement's files, refused where no picture could be drawn, too."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ImportError("what is measured is drawn with the package matplotlib: pip install lococo[eval]")
+    return writable(output)
 
 
 GgufFile = Annotated[str | None, option(MODEL, "GGUF file in that folder.", metavar="NAME")]
@@ -98,7 +106,7 @@ Documents = Annotated[int, option(TEXT, "Windows of each file; with --sliding do
 
 TimeLimit = Annotated[float | None, option(RUN, "Seconds after which it ends; the same command goes on.")]
 WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="OUTPUT.work")]
-Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.", callback=writable)]
+Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.", callback=drawn)]
 Seed = Annotated[int, option(TEXT, "Of what is drawn by chance.")]
 Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.", "--chat")]
 

@@ -233,7 +233,7 @@ def picture(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"pictures are drawn with matplotlib ({error}): pip install matplotlib") from error
+        raise ImportError(f"pictures are drawn with matplotlib ({error}): pip install lococo[eval]") from error
     figure = Figure(figsize=size, layout="constrained")
     places = figure.subplots(
         len(grid), len(grid[0]), squeeze=False, sharex="col" if share else False, sharey="row" if share else False
