@@ -25,7 +25,10 @@ COMMANDS = [(page.name, line) for page in PAGES for line in shell_lines(page)]
 PROGRAMS = ("lococo", "make", "pip", "python", "accelerate", *UNCHECKED)
 
 # Python that needs what is not here, by what it imports; it is compiled all the same.
-NOT_RUN = {"vllm": "vLLM pins a torch of its own: make test-vllm does the same in an engine"}
+NOT_RUN = {
+    "openai": "a server must answer: tests/serving talks to one",
+    "vllm": "vLLM pins a torch of its own: make test-vllm does the same in an engine",
+}
 # Options of other programs.
 NOT_OURS = {"--attention-backend": "vllm", "--attention-config.backend_per_kind": "vllm", "--kv-cache-dtype": "vllm"}
 # Commands that take seconds on a tiny model, and what keeps them as short.
@@ -148,7 +151,7 @@ def test_the_python_of_a_page_runs_as_it_stands(page, desk, tmp_path, monkeypatc
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
     monkeypatch.setattr(LlamaForCausalLM, "generate", functools.partialmethod(_answer, tokenizer))
-    names = {"model": tiny_llama(), "tokenizer": tokenizer, "book": TEXT, "question": " w7 w8"}
+    names = {"lococo": lococo, "model": tiny_llama(), "tokenizer": tokenizer, "book": TEXT, "question": " w7 w8"}
     for block in blocks(page, "python"):
         code = compile(block, page.name, "exec")
         if not _imports(block) & NOT_RUN.keys():
