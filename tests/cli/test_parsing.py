@@ -70,7 +70,9 @@ def test_without_a_command_there_is_help(words, shown, capsys):
     assert shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["calibrate", "--help"], ["serve", "--help"], ["bench", "decode", "--help"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["calibrate", "--help"], ["serve", "--help"], ["bench", "decode", "--help"]]
+)
 def test_help_imports_nothing_heavy(words):
     code = f"import sys; from lococo.cli.main import main; main({words})"
     code += f"; sys.exit(str([name for name in {HEAVY} if name in sys.modules]))"
