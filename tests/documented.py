@@ -1,7 +1,8 @@
-"""Commands and Python that the pages show, and what is wrong with a command: checked as far as it can be without running."""
+"""Commands and Python that the pages show, and what is wrong with a command, as far as it shows without running it."""
 
 import functools
 import json
+import os
 import re
 import runpy
 import shlex
@@ -123,9 +124,10 @@ def _problem_of_python(words):
         text=True,
         check=False,
         cwd=ROOT,
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    return None if run.returncode == 0 else (run.stderr.strip() or f"python {' '.join(words)}: status {run.returncode}")
+    said = run.stderr.strip() or f"python {' '.join(words)}: status {run.returncode}"
+    return said if run.returncode else None
 
 
 def _problem_of_make(words):

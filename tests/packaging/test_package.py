@@ -71,7 +71,7 @@ def test_it_is_imported_without_network_and_without_extras(bare):
     ran = bare.run("-c", IN_PYTHON_ALONE + code)
     place, version = ran.stdout.split()
     assert "site-packages" in place and version == lococo.__version__
-    training = ("calibrate", "extend_context")
+    training = ("calibrate", "extend_context", "load_extended", "merge_extended")
     code = f"import lococo\nfor name in set(lococo.__all__) - set({training}):\n    getattr(lococo, name)\n"
     bare.run("-c", IN_PYTHON_ALONE + code)
     for name in training:
@@ -138,7 +138,7 @@ def evaluate(folder, checkpoint):
 
 def gguf(folder, checkpoint):
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    given = ["--model", ROOT / ".demo/smollm2-135m", "--gguf-file", name]
+    given = ["--model", ROOT / ".demo/smollm2-135m", "--gguf-file", name]  # as make demo fetches it
     return [["generate", *given, "--dtype", "bfloat16", "--prompt", "Once upon a time", "--max-new-tokens", 3]]
 
 
