@@ -66,10 +66,8 @@ class Decided:
         Its rank among so many candidates, of which so many were kept; 0 if it was none.
     score, statistic : float
         By which it was ranked, and what that would be without features. NaN if nothing is ranked.
-    slot : int
-        That took most of it, -1 if none did.
-    weight : float
-        Its part of that slot.
+    weights : list of float
+        Its part of every slot.
     """
 
     now: int
@@ -79,8 +77,7 @@ class Decided:
     kept: int
     score: float
     statistic: float
-    slot: int
-    weight: float
+    weights: list[float]
 
 
 @dataclasses.dataclass
@@ -354,9 +351,10 @@ def _within(entries: list[Entry], now: int, window: int, decided: dict[int, Deci
     seen = [entry for entry in entries if now - entry.born < window]
     unseen = [entry for entry in entries if now - entry.born >= window]
     for index, entry in enumerate(seen if unseen else ()):
-        decided[int(entry.born)] = Decided(now, "recent", 0, len(unseen), 0, math.nan, math.nan, index, 1.0)
+        own = [float(other == index) for other in range(len(seen))]
+        decided[int(entry.born)] = Decided(now, "recent", 0, len(unseen), 0, math.nan, math.nan, own)
     for index, entry in enumerate(unseen, start=1):
-        decided[int(entry.born)] = Decided(now, "dropped", index, len(unseen), 0, math.nan, math.nan, -1, 0.0)
+        decided[int(entry.born)] = Decided(now, "dropped", index, len(unseen), 0, math.nan, math.nan, [0.0])
     return seen
 
 
@@ -449,8 +447,7 @@ def _compress(
                     kept,
                     rank(index) if is_ranked else math.nan,
                     rank(index, is_foreseen=False) if is_ranked else math.nan,
-                    weights.index(max(weights)) if max(weights) > 0 else -1,
-                    max(weights),
+                    weights,
                 )
 
     begins_with_best = config.residual != "none" and config.compressor != "centroids"

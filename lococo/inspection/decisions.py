@@ -22,14 +22,15 @@ class Compression(NamedTuple):
 
     Attributes
     ----------
-    seen : int
-        Tokens read before it.
+    block, seen : int
+        The block that ended, from 1 for the first, and the tokens read until then.
     candidates : int
         Entries that were ranked: those that are no sinks, no recents, and not in centroids already.
     kept : int
         How many of them, the first by rank, got a slot.
     """
 
+    block: int
     seen: int
     candidates: int
     kept: int
@@ -144,7 +145,8 @@ class DecisionLog:
         first = budget.sinks + (budget.fused if is_running else 0)
         last = len(before) - budget.recent
         kept = budget.heavy + (0 if is_running else budget.fused)
-        self.compressions.append(Compression(seen, last - first, kept))
+        block = -(-seen // self.config.block_size)
+        self.compressions.append(Compression(block, seen, last - first, kept))
         score = rank(before, seen, self.config, self.window)
         if score is None:
             score = before.values.new_full(before.values.shape[:3], float("nan"))
