@@ -143,7 +143,15 @@ try-package:
 	$(BARE)/bin/pip install --quiet "$(TORCH)" dist/*.whl
 	DIST=dist BARE=$(BARE)/bin/python $(VENV)/bin/pytest -q tests/packaging
 
-demo: $(VENV)/.installed ## run the demo; arguments in DEMO_ARGS
+# What tests need is more than the demo does: where it is installed, it serves for both.
+$(VENV)/.installed-demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch, Transformers and LoCoCo into $(VENV), which takes minutes"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e ".[gguf]"
+	touch $@
+
+demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.installed-demo) ## run the demo; arguments in DEMO_ARGS
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
 
 $(MODEL)/$(GGUF): | $(VENV)/.installed

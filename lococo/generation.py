@@ -20,48 +20,76 @@ from lococo.whole_text import reading_pieces
 
 
 @dataclasses.dataclass(frozen=True)
-class Generated:
-    """What a prompt and its answer took.
+class Usage:
+    """What reading and answering took; that of several is added up.
 
     Attributes
     ----------
-    answer : torch.Tensor
-        (new_tokens,) token ids.
+    tokens_read, new_tokens : int
+        Tokens of prompts that went through the model, and of answers.
+    prefill_seconds, decode_seconds : float
+        Of each.
     slots : int, optional
         KV slots per layer. None: every token.
     cache_bytes : int
-        Bytes of the cache at the end.
+        Bytes of the cache at the end, of the largest if there were several.
     full_cache_bytes : int
-        Bytes that keys and values of every token read take.
-    prefill_seconds, decode_seconds : float
+        Bytes that keys and values of every token in it take.
     """
 
-    prompt_tokens: int
-    answer: torch.Tensor
+    tokens_read: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
     slots: int | None
     cache_bytes: int
     full_cache_bytes: int
-    prefill_seconds: float
-    decode_seconds: float
+
+    def __add__(self, other: Usage) -> Usage:
+        larger = max(self, other, key=lambda usage: usage.full_cache_bytes)
+        return Usage(
+            self.tokens_read + other.tokens_read,
+            self.new_tokens + other.new_tokens,
+            self.prefill_seconds + other.prefill_seconds,
+            self.decode_seconds + other.decode_seconds,
+            larger.slots,
+            larger.cache_bytes,
+            larger.full_cache_bytes,
+        )
 
     def summary(self) -> str:
         """Four lines for a person to read."""
         slots = "every token kept" if self.slots is None else f"{self.slots} slots per layer"
         share = self.cache_bytes / self.full_cache_bytes
-        new_tokens = self.answer.numel()
         return "\n".join(
             [
-                f"tokens read     {self.prompt_tokens:,} ({slots})",
+                f"tokens read     {self.tokens_read:,} ({slots})",
                 f"cache           {_mib(self.cache_bytes)}, full cache {_mib(self.full_cache_bytes)} ({share:.1%})",
-                f"reading         {self.prompt_tokens / self.prefill_seconds:,.0f} tokens/s",
-                f"answering       {new_tokens / self.decode_seconds:,.1f} tokens/s ({new_tokens} tokens)",
+                f"reading         {_pace(self.tokens_read, self.prefill_seconds)}",
+                f"answering       {_pace(self.new_tokens, self.decode_seconds)} ({self.new_tokens} tokens)",
             ]
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """An answer, and what it took.
+
+    Attributes
+    ----------
+    answer : torch.Tensor
+        (new_tokens,) token ids.
+    usage : Usage
+    """
+
+    answer: torch.Tensor
+    usage: Usage
 
 
 def read_and_answer(
     model: Any,
     input_ids: torch.Tensor,
+    cache: Any = None,
     *,
     max_new_tokens: int = 64,
     chunk: int = 512,
@@ -77,26 +105,32 @@ def read_and_answer(
         A causal language model.
     input_ids : torch.Tensor
         (1, tokens).
+    cache : optional
+        That has read the first of these tokens, to go on with.
     chunk : int
         Tokens between two movements of the progress bar.
+    progress : bool
+        Whether to show it on a terminal.
     streamer : transformers streamer, optional
         Gets the answer token by token.
 
     Raises
     ------
     ValueError
-        If the prompt has fewer than two tokens, or ``max_new_tokens`` is no positive number.
+        If the prompt has fewer than two tokens, or none that the cache has not read, or ``max_new_tokens`` is no
+        positive number.
     """
     tokens = input_ids.shape[1]
+    start = 0 if cache is None else cache.get_seq_length()
     if tokens < 2:
         raise ValueError(f"the prompt needs at least 2 tokens, got {tokens}")
+    if start >= tokens:
+        raise ValueError(f"the cache has read {start} tokens, the prompt has {tokens}: there is nothing to answer")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     started = time.perf_counter()
-    cache = read_tokens(model, input_ids[:, :-1], chunk=chunk, progress=progress, length=tokens)
-    if input_ids.is_cuda:
-        torch.cuda.synchronize(input_ids.device)
-    prefill_ended = time.perf_counter()
+    cache = read_tokens(model, input_ids[:, start:-1], cache, start, chunk=chunk, progress=progress, length=tokens)
+    prefill_ended = _now(input_ids)
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -105,17 +139,49 @@ def read_and_answer(
         streamer=streamer,
         **generate_kwargs,
     )
-    answered = time.perf_counter()
-    held = cache_bytes(cache)
-    return Generated(
-        prompt_tokens=tokens,
-        answer=output[0, tokens:],
-        slots=cache.config.num_slots if isinstance(cache, LoCoCoCache) else None,
-        cache_bytes=held,
-        full_cache_bytes=(output.shape[1] - 1) * bytes_per_token(cache),
-        prefill_seconds=prefill_ended - started,
-        decode_seconds=answered - prefill_ended,
-    )
+    answer = output[0, tokens:]
+    seconds = prefill_ended - started, time.perf_counter() - prefill_ended
+    usage = _usage(cache, output.shape[1] - 1, tokens - start, len(answer), *seconds)
+    return Generated(answer, usage)
+
+
+def read_beginning(
+    model: Any, input_ids: torch.Tensor, *, length: int | None = None, progress: bool = True
+) -> tuple[Any, Usage]:
+    """Read what several prompts begin with; each goes on with a copy of the cache.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Patched or not.
+    input_ids : torch.Tensor
+        (1, tokens).
+    length : int, optional
+        Tokens of the longest prompt, for rotary tables that depend on it. None: not known yet.
+    progress : bool
+        Whether to show a bar on a terminal.
+
+    Returns
+    -------
+    tuple
+        The cache, and what it took.
+    """
+    started, tokens = time.perf_counter(), input_ids.shape[1]
+    cache = read_tokens(model, input_ids, progress=progress, length=length)
+    return cache, _usage(cache, tokens, tokens, 0, _now(input_ids) - started, 0.0)
+
+
+def _usage(cache: Any, held: int, tokens_read: int, new_tokens: int, prefill: float, decode: float) -> Usage:
+    """Of a cache that has read so many tokens in all."""
+    slots = cache.config.num_slots if isinstance(cache, LoCoCoCache) else None
+    return Usage(tokens_read, new_tokens, prefill, decode, slots, cache_bytes(cache), held * bytes_per_token(cache))
+
+
+def _now(on: torch.Tensor) -> float:
+    """Seconds, when all that was asked of a tensor's device is done."""
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
@@ -203,23 +269,5 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def prompt_ids(tokenizer: Any, text: str, question: str | None = None, max_tokens: int | None = None) -> torch.Tensor:
-    """(1, tokens) ids of a text, cut to its first tokens, with the question after it in the model's chat format.
-
-    Raises
-    ------
-    ValueError
-        If there is a question and the tokenizer has no chat template, or the text is empty.
-    """
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens]
-    if not ids.shape[1]:
-        raise ValueError("the prompt is empty")
-    if question is None:
-        return ids
-    if not tokenizer.chat_template:
-        raise ValueError("a question needs a model with a chat template; put the question into the prompt instead")
-    content = f"{tokenizer.decode(ids[0], skip_special_tokens=True)}\n\n{question}"
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return chat["input_ids"]
+def _pace(tokens: int, seconds: float) -> str:
+    return f"{seconds:,.1f} s, {tokens / seconds:,.1f} tokens/s" if tokens else "-"

@@ -53,6 +53,34 @@ class Entry:
 
 
 @dataclasses.dataclass
+class Decided:
+    """What the last compression decided about a token that was an entry of its own.
+
+    Parameters
+    ----------
+    now : int
+        Tokens read before it.
+    outcome : str
+        "sink", "heavy", "recent", "fused" (a fused slot began with it) or "dropped".
+    rank, candidates, kept : int
+        Its rank among so many candidates, of which so many were kept; 0 if it was none.
+    score, statistic : float
+        By which it was ranked, and what that would be without features. NaN if nothing is ranked.
+    weights : list of float
+        Its part of every slot.
+    """
+
+    now: int
+    outcome: str
+    rank: int
+    candidates: int
+    kept: int
+    score: float
+    statistic: float
+    weights: list[float]
+
+
+@dataclasses.dataclass
 class NaiveHead:
     """Weights of one layer's compressor, the same for all KV heads. C is F, or the rank r of a low-rank head.
 
@@ -185,6 +213,7 @@ def naive_lococo(
     window: int | None = None,
     cuts: Collection[int] = (),
     network: dict[str, torch.Tensor] | None = None,
+    decided: list[dict[int, Decided]] | None = None,
 ) -> tuple[torch.Tensor, list[list[Entry]]]:
     """One attention layer over a compressed cache.
 
@@ -212,6 +241,8 @@ def naive_lococo(
         ends there is compressed after the cut.
     network : dict, optional
         Parameters of a learned score's network by name. Not used in layers with a window.
+    decided : list, optional
+        Gets what was decided about every token, for each KV head.
 
     Returns
     -------
@@ -248,9 +279,12 @@ def naive_lococo(
             compress = config.compress_windows and not is_enough
             changes = dict(slots_per_head=None, num_sinks=0, num_heavy=heavy, compress_windows=compress)
             head_config = dataclasses.replace(head_config, **changes)
+        of_tokens: dict[int, Decided] = {}
         output, entries = _read(
-            queries, k[h], v[h], features[h], head_config, head, rotate, scale, blocks, window, cuts
+            queries, k[h], v[h], features[h], head_config, head, rotate, scale, blocks, window, cuts, of_tokens
         )
+        if decided is not None:
+            decided.append(of_tokens)
         outputs.append(output)
         held.append(entries)
     return torch.cat(outputs), held
@@ -268,6 +302,7 @@ def _read(
     blocks: list[int],
     window: int | None,
     cuts: Collection[int],
+    decided: dict[int, Decided],
 ) -> tuple[torch.Tensor, list[Entry]]:
     """One KV head: queries (G, L, d), keys and values (L, d) -> output (G, L, d) and the entries at the end."""
     length = keys.shape[0]
@@ -298,9 +333,9 @@ def _read(
         if now in cuts:
             entries = [_cut(entry) for entry in entries]
         if number < len(blocks) and window is not None and not config.compress_windows:
-            entries = [entry for entry in entries if now - entry.born < window]
+            entries = _within(entries, now, window, decided)
         elif number < len(blocks) and len(entries) > config.num_slots:
-            entries = _compress(entries, config, head, now, window)
+            entries = _compress(entries, config, head, now, window, decided)
             for place, entry in enumerate(entries):
                 if entry.seen is not None:
                     moved = rotate(entry.key[None], torch.tensor([place]))[0]
@@ -309,6 +344,18 @@ def _read(
             for entry in entries:
                 entry.score *= delay_and_fade(config)[1] ** block
     return torch.stack(outputs, dim=1), entries
+
+
+def _within(entries: list[Entry], now: int, window: int, decided: dict[int, Decided]) -> list[Entry]:
+    """Those that the query after ``now`` tokens sees, besides itself."""
+    seen = [entry for entry in entries if now - entry.born < window]
+    unseen = [entry for entry in entries if now - entry.born >= window]
+    for index, entry in enumerate(seen if unseen else ()):
+        own = [float(other == index) for other in range(len(seen))]
+        decided[int(entry.born)] = Decided(now, "recent", 0, len(unseen), 0, math.nan, math.nan, own)
+    for index, entry in enumerate(unseen, start=1):
+        decided[int(entry.born)] = Decided(now, "dropped", index, len(unseen), 0, math.nan, math.nan, [0.0])
+    return seen
 
 
 def _cut(entry: Entry) -> Entry:
@@ -359,6 +406,7 @@ def _compress(
     head: NaiveHead | None,
     now: int,
     window: int | None,
+    decided: dict[int, Decided],
 ) -> list[Entry]:
     """N entries -> ``config.num_slots`` entries, after ``now`` tokens."""
     num_entries = len(entries)
@@ -366,7 +414,7 @@ def _compress(
     recents = list(range(num_entries - config.num_recent, num_entries))
     candidates = list(range(config.num_sinks, num_entries - config.num_recent))
 
-    def rank(index: int) -> float:
+    def rank(index: int, is_foreseen: bool = True) -> float:
         entry = entries[index]
         if window is not None and now - entry.born >= window:
             return -math.inf
@@ -376,16 +424,43 @@ def _compress(
             delay, fade = delay_and_fade(config)
             queries = max(now - entry.born - delay, 0)
             statistic = entry.score / ((1 - fade**queries) / (1 - fade) + 8)
-            return foreseen(statistic, now - entry.born, entry.features) if entry.features else statistic
+            return (
+                foreseen(statistic, now - entry.born, entry.features) if entry.features and is_foreseen else statistic
+            )
         return entry.score
 
-    candidates.sort(key=lambda index: (-rank(index), index))
+    def decide(candidates: list[int], kept: int, shares: dict[int, torch.Tensor]) -> None:
+        """Note it of every token, with the weights of the entries in each slot by the entry it begins with."""
+        for index, entry in enumerate(entries):
+            if entry.tokens.float().max() == 1:
+                weights = [float(shares[first][index]) for first in sorted(shares)]
+                outcome = "dropped" if index not in shares else "fused"
+                if index in sinks or index in recents:
+                    outcome = "sink" if index in sinks else "recent"
+                elif index in candidates[: config.num_heavy]:
+                    outcome = "heavy"
+                decided[int(entry.tokens.argmax())] = Decided(
+                    now,
+                    outcome,
+                    candidates.index(index) + 1 if index in candidates else 0,
+                    len(candidates),
+                    kept,
+                    rank(index) if is_ranked else math.nan,
+                    rank(index, is_foreseen=False) if is_ranked else math.nan,
+                    weights,
+                )
+
+    begins_with_best = config.residual != "none" and config.compressor != "centroids"
+    is_ranked = config.num_heavy > 0 or (config.num_fused > 0 and begins_with_best)
+    if is_ranked:
+        candidates.sort(key=lambda index: (-rank(index), index))
     if config.compressor == "centroids":
-        return _with_centroids(entries, candidates, config)
+        return _with_centroids(entries, candidates, config, decide)
     heavy = candidates[: config.num_heavy]
     anchors = sorted(candidates[config.num_heavy : config.num_heavy + config.num_fused])
 
     slots = {index: entries[index] for index in sinks + heavy + recents}
+    shares = dict(zip(slots, torch.eye(num_entries)[list(slots)], strict=True))
     rest = [index for index in range(num_entries) if index not in slots]
     if anchors:
         if head is None:
@@ -395,15 +470,21 @@ def _compress(
             slots[anchor] = dataclasses.replace(
                 _fuse(entries, weights[channel], config), features=entries[anchor].features
             )
+            shares[anchor] = weights[channel]
+    decide(candidates, len(heavy) + len(anchors), shares)
     return [slots[index] for index in sorted(slots)]
 
 
-def _with_centroids(entries: list[Entry], candidates: list[int], config: LoCoCoConfig) -> list[Entry]:
+def _with_centroids(
+    entries: list[Entry], candidates: list[int], config: LoCoCoConfig, decide: Callable[..., None]
+) -> list[Entry]:
     """N entries -> slots: every one that is evicted joins the closest of those after the sinks."""
     centroids = list(range(config.num_sinks, config.num_sinks + config.num_fused))
-    heavy = [index for index in candidates if index not in centroids][: config.num_heavy]
+    ranked = [index for index in candidates if index not in centroids]
+    heavy = ranked[: config.num_heavy]
     slots = {index: entries[index] for index in range(len(entries)) if index not in candidates}
     slots.update({index: entries[index] for index in heavy})
+    shares = dict(zip(slots, torch.eye(len(entries))[list(slots)], strict=True))
     members = {index: [index] for index in centroids}
     for index, entry in enumerate(entries):
         if index not in slots and index not in centroids:
@@ -413,10 +494,12 @@ def _with_centroids(entries: list[Entry], candidates: list[int], config: LoCoCoC
         counts = [entries[member].log_mass.exp() if config.has_mass else torch.tensor(1.0) for member in joined]
         weights = torch.zeros(len(entries), dtype=torch.float64)
         weights[joined] = torch.stack([count.detach().double() for count in counts]) / float(sum(counts))
+        shares[index] = weights
         blend = _fuse(entries, weights, config)
         slots[index] = dataclasses.replace(
             blend, log_mass=torch.stack(counts).sum().log(), features=entries[index].features
         )
+    decide(ranked, len(heavy), shares)
     return [slots[index] for index in sorted(slots)]
 
 

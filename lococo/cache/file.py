@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ FORMAT_VERSION = 3
 LAYER_FIELDS = ("window", "num_heads", "finished_columns")
 
 
-def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
-    """Write a cache, whole or not at all; see ``LoCoCoCache.save``."""
+def save_cache(cache: LoCoCoCache, path: str | os.PathLike, notes: Mapping[str, str] | None = None) -> Path:
+    """Write a cache, whole or not at all; see ``LoCoCoCache.save``. Notes are for ``load_notes``."""
     if cache.batch_size < 0:
         raise ValueError("nothing has been read into this cache yet: there is nothing to save")
     if cache.is_reading:
@@ -50,7 +51,8 @@ def save_cache(cache: LoCoCoCache, path: str | os.PathLike) -> Path:
         "ends_in_padding": cache.ends_in_padding,
     }
     path = Path(path)
-    write_whole(path, safetensors_bytes(tensors, metadata={"format": "pt", KEY: json.dumps(content)}))
+    metadata = {"format": "pt", KEY: json.dumps(content), **(notes or {})}
+    write_whole(path, safetensors_bytes(tensors, metadata=metadata))
     return path
 
 
@@ -75,6 +77,12 @@ def load_cache(path: str | os.PathLike, device: torch.device | str) -> LoCoCoCac
         return _cache(content, tensors)
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no whole file written by LoCoCoCache.save: {error!r}") from error
+
+
+def load_notes(path: str | os.PathLike) -> dict[str, str]:
+    """What ``save_cache`` was given to note, beside what else the file's metadata have."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def _cache(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> LoCoCoCache:

@@ -2,41 +2,225 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+import operator
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lococo.cli.options import TEXT, MethodOptions, ModelOptions, option
+from lococo.cli.options import RUN, TEXT, MethodOptions, ModelOptions, option, writable
+
+if TYPE_CHECKING:
+    import torch
+
+    from lococo.document import SavedDocument
+    from lococo.generation import Usage
+
+ANSWER = "Answer"
+STANDARD_INPUT = Path("-")
 
 
-def generate(
-    source: ModelOptions,
-    method: MethodOptions,
-    *,
-    prompt_file: Annotated[Path | None, option(TEXT, "Text file to read.")] = None,
-    prompt: Annotated[str | None, option(TEXT, "Text to read.")] = None,
+@dataclasses.dataclass(frozen=True)
+class AnswerOptions:
+    """How the tokens of an answer are chosen, by the names that Transformers has for it."""
+
+    max_new_tokens: Annotated[int, option(ANSWER, "Answer with at most so many tokens.", min=1)] = 64
+    do_sample: Annotated[
+        bool, option(ANSWER, "Draw tokens by chance; without it the most likely one comes.", "--do-sample")
+    ] = False
+    temperature: Annotated[
+        float | None, option(ANSWER, "Divides logits before a token is drawn.", show_default="the model's")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        option(ANSWER, "Draw from the likeliest that together have this probability.", show_default="the model's"),
+    ] = None
+    top_k: Annotated[
+        int | None, option(ANSWER, "Draw from so many of the likeliest; 0: all.", min=0, show_default="the model's")
+    ] = None
+    seed: Annotated[
+        int | None, option(ANSWER, "Of what is drawn; the same for every question.", min=0, show_default="by chance")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``generate``.
+
+        Raises
+        ------
+        ValueError
+            If there is no such temperature or probability, or one is given where nothing is drawn.
+        """
+        drawing = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}
+        given = {name: value for name, value in drawing.items() if value is not None}
+        if given and not self.do_sample:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{names} changes what is drawn, and nothing is drawn: add --do-sample")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must lie above 0, and be 1 at most, got {self.top_p}")
+        given.pop("seed", None)
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample, **given}
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentOptions:
+    """What is read and asked."""
+
+    prompt_file: Annotated[
+        Path | None, option(TEXT, "Text file to read; - or neither this nor --prompt: standard input.")
+    ] = None
+    prompt: Annotated[str | None, option(TEXT, "Text to read.")] = None
     question: Annotated[
-        str | None, option(TEXT, "Asked after the text; with it the model's chat template is used.")
-    ] = None,
-    max_prompt_tokens: Annotated[int | None, option(TEXT, "Read at most so many tokens of the text.", min=1)] = None,
-    max_new_tokens: Annotated[int, option(TEXT, "Answer with at most so many tokens.", min=1)] = 64,
-) -> None:
-    """Read a long prompt and answer.
+        list[str],
+        option(TEXT, "Asked after the text, one or several: each on its own.", metavar="TEXT", show_default=False),
+    ] = dataclasses.field(default_factory=list)
+    max_prompt_tokens: Annotated[int | None, option(TEXT, "Read at most so many tokens of the text.", min=1)] = None
+    no_chat: Annotated[
+        bool, option(TEXT, "Ask after the text as it is, without the tokenizer's chat template.", "--no-chat")
+    ] = False
+    save_cache: Annotated[
+        Path | None,
+        option(RUN, "File to write: what is kept of the text, to ask more about it later.", callback=writable),
+    ] = None
+    load_cache: Annotated[
+        Path | None, option(RUN, "Such a file in the place of a text, for the same model and method.")
+    ] = None
+
+    def check(self, is_full: bool) -> None:
+        """Refuse options that do not go together.
+
+        Raises
+        ------
+        ValueError
+            Says what would.
+        """
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("give the text to read once: either --prompt-file or --prompt")
+        if (self.save_cache or self.load_cache) and is_full:
+            raise ValueError("the full cache is not written to a file: choose a method with slots, or --heads")
+        if self.load_cache is None:
+            return
+        others = {
+            "--prompt-file": self.prompt_file,
+            "--prompt": self.prompt,
+            "--max-prompt-tokens": self.max_prompt_tokens,
+            "--no-chat": self.no_chat or None,
+            "--save-cache": self.save_cache,
+        }
+        surplus = [name for name, value in others.items() if value is not None]
+        if surplus:
+            raise ValueError(f"--load-cache has a text that was read: leave out {', '.join(surplus)}")
+        if not self.question:
+            raise ValueError("--load-cache needs a --question about its text")
+
+    def text(self) -> str:
+        """The text to read.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        OSError
+            If the file cannot be read.
+        """
+        from lococo.data.documents import decoded_text, read_text
+
+        if self.prompt is not None:
+            return self.prompt
+        if self.prompt_file is not None and self.prompt_file != STANDARD_INPUT:
+            return read_text(self.prompt_file)
+        is_asked = self.prompt_file == STANDARD_INPUT or not sys.stdin.isatty()
+        text = decoded_text(sys.stdin.buffer.read(), "standard input") if is_asked else ""
+        if not text:
+            raise ValueError("give the text to read: either --prompt-file or --prompt, or on standard input")
+        return text
+
+
+def generate(source: ModelOptions, method: MethodOptions, texts: DocumentOptions, answers: AnswerOptions) -> None:
+    """Read a long text and answer questions about it, or go on with it.
+
+    The text is read once for all questions. With --save-cache it need not be read again: --load-cache asks more.
 
     Example: lococo generate --model MODEL --prompt-file book.txt --question "Who is the narrator?" --num-slots 256
     """
-    from transformers import TextStreamer
-
-    from lococo.data.documents import read_text
-    from lococo.generation import prompt_ids, read_and_answer
+    from lococo.document import SavedDocument, text_ids
     from lococo.methods import as_method
 
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("give the text to read: either --prompt-file or --prompt")
-    text = read_text(prompt_file) if prompt_file else prompt or ""
-    config = method.config()
+    config, arguments = method.config(), answers.arguments()
+    texts.check(is_full=config is None)
+    read = SavedDocument.load(texts.load_cache) if texts.load_cache else texts.text()
     model, tokenizer = source.load()
-    ids = prompt_ids(tokenizer, text, question, max_prompt_tokens).to(model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with as_method(model, config, method.heads):
-        reading = read_and_answer(model, ids, max_new_tokens=max_new_tokens, streamer=streamer, do_sample=False)
-    print(f"\n{reading.summary()}")
+        answerer = Answerer(model, tokenizer, arguments, answers.seed)
+        if texts.question or texts.save_cache or not isinstance(read, str):
+            usages = _ask(answerer, texts, read, method.heads)
+        else:
+            usages = [answerer.answer(text_ids(tokenizer, read, texts.max_prompt_tokens))]
+    print(f"\n{functools.reduce(operator.add, usages).summary()}")
+    if texts.save_cache:
+        print(f"{texts.save_cache}: what is kept of the text; --load-cache asks more about it")
+
+
+def _ask(answerer: Answerer, texts: DocumentOptions, read: str | SavedDocument, heads: str | None) -> list[Usage]:
+    """Answer questions about a text, or one that was read before; all are looked at before anything is read."""
+    from lococo.document import Document, save_document
+    from lococo.generation import read_beginning
+
+    model, tokenizer = answerer.model, answerer.tokenizer
+    if isinstance(read, str):
+        document = Document.of(tokenizer, read, texts.max_prompt_tokens, is_chat=not texts.no_chat)
+    else:
+        document = read.document(model, tokenizer, heads)
+    prompts = [document.prompt(question) for question in texts.question]
+    if not isinstance(read, str):
+        return answerer.answers(texts.question, prompts, read.cache.to(model.device))
+    longest = max((prompt.shape[1] for prompt in prompts), default=None)
+    cache, usage = read_beginning(model, document.ids.to(model.device), length=longest)
+    if texts.save_cache:
+        save_document(texts.save_cache, document, cache, model, heads)
+    return [usage, *answerer.answers(texts.question, prompts, cache)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """Prints answers of a model token by token.
+
+    Attributes
+    ----------
+    arguments : dict
+        Of ``generate``.
+    seed : int, optional
+        Set before every answer.
+    """
+
+    model: Any
+    tokenizer: Any
+    arguments: dict[str, Any]
+    seed: int | None
+
+    def answer(self, prompt: torch.Tensor, cache: Any = None) -> Usage:
+        """Go on with a prompt of which the cache has read the first tokens, and tell what it took."""
+        import torch
+        from transformers import TextStreamer
+
+        from lococo.generation import read_and_answer
+
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids, is_long = prompt.to(self.model.device), cache is None
+        return read_and_answer(self.model, ids, cache, progress=is_long, streamer=streamer, **self.arguments).usage
+
+    def answers(self, questions: Sequence[str], prompts: Sequence[torch.Tensor], cache: Any) -> list[Usage]:
+        """Answer one question after another, each on a copy of the cache that has read what all prompts begin with."""
+        usages = []
+        for number, (question, prompt) in enumerate(zip(questions, prompts, strict=True), start=1):
+            if len(questions) > 1:
+                print(f"> {question}")
+            own = copy.deepcopy(cache) if number < len(questions) else cache
+            usages.append(self.answer(prompt, own))
+        return usages

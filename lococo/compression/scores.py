@@ -106,6 +106,13 @@ class Score(abc.ABC):
             (batch, kv_heads, entries).
         """
 
+    def parts(self, entries: Entries, age: Any, config: LoCoCoConfig) -> dict[str, torch.Tensor]:
+        """What ``rank`` is made of, by name, for those who look into it; nothing where it is one number.
+
+        Arguments and shapes as of ``rank``.
+        """
+        return {}
+
     def logits(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
         """Logits of being looked up, in the order of ``rank``: what a network is trained by.
 
@@ -189,15 +196,25 @@ class LearnedScore(DistantScore):
         statistic = super().rank(entries, age, config)
         if entries.features is None:
             return statistic
-        # A factor beyond what float32 holds would be infinite, and no number where S is 0.
-        change = self._change(statistic, entries.features, age).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
+        change = self._limited_change(statistic, entries.features, age)
         return statistic * change.exp() + SCORE_FLOOR * change.expm1()
+
+    def parts(self, entries: Entries, age: Any, config: LoCoCoConfig) -> dict[str, torch.Tensor]:
+        """The ``distant`` score, and the ``factor`` that was foreseen."""
+        if entries.features is None:
+            return {}
+        statistic = super().rank(entries, age, config)
+        return {"distant": statistic, "factor": self._limited_change(statistic, entries.features, age).exp()}
 
     def logits(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
         """Logarithm of ``(S + floor) factor``."""
         statistic = super().rank(entries, age, config)
         assert entries.features is not None
         return (statistic + SCORE_FLOOR).log() + self._change(statistic, entries.features, age)
+
+    def _limited_change(self, statistic: torch.Tensor, features: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+        """Beyond what float32 holds a factor would be infinite, and no number where S is 0."""
+        return self._change(statistic, features, age).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
 
     def _change(self, statistic: torch.Tensor, features: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
         """Logarithm of the factor."""

@@ -50,9 +50,22 @@ def rank(
     """
     if not Budget.of(config, window).is_ranked(config):
         return None
-    age: Any = None if entries.position is None else seen - entries.position
+    age = _age(entries, seen)
     ranking = SCORES[config.score]().rank(entries, age, config)
     return ranking if window is None else ranking.masked_fill(age >= window, float("-inf"))
+
+
+def score_parts(
+    entries: Entries, seen: int | torch.Tensor, config: LoCoCoConfig, window: int | None = None
+) -> dict[str, torch.Tensor]:
+    """What ``rank`` is made of, see ``Score.parts``; nothing if nothing is chosen by score."""
+    if not Budget.of(config, window).is_ranked(config):
+        return {}
+    return SCORES[config.score]().parts(entries, _age(entries, seen), config)
+
+
+def _age(entries: Entries, seen: int | torch.Tensor) -> Any:
+    return None if entries.position is None else seen - entries.position
 
 
 def choose(

@@ -114,12 +114,28 @@ def read_text(path: Path) -> str:
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a text file")
+    return decoded_text(path.read_bytes(), str(path))
+
+
+def decoded_text(data: bytes, name: str) -> str:
+    """Text of bytes that were read from somewhere.
+
+    Parameters
+    ----------
+    name : str
+        Of where they are from, for errors.
+
+    Raises
+    ------
+    ValueError
+        If they are not UTF-8 text.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()  # line ends as in any text file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {NOT_TEXT} ({error})") from error
+        raise ValueError(f"{name}: {NOT_TEXT} ({error})") from error
     if "\0" in text:
-        raise ValueError(f"{path}: binary data; expected UTF-8 text")
+        raise ValueError(f"{name}: binary data; expected UTF-8 text")
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
 from lococo.files import write_whole
+from lococo.inspection.decisions import OUTCOMES, Decisions
 from lococo.inspection.trace import KINDS, Trace, trace
 from lococo.patch import patched
 
@@ -33,7 +35,9 @@ def page_data(traces: Sequence[Trace], tokens: Sequence[str], title: str, thresh
     -------
     dict
         ``heads`` holds one entry per layer and KV head: ``kept``, thousandths of every token over all slots, and
-        ``slots``, each ``[kind, token, thousandths, token, thousandths, ...]`` with the heaviest token first.
+        ``slots``, each ``[kind, token, thousandths, token, thousandths, ...]`` with the heaviest token first, and
+        ``why``, its ``Decisions``: outcomes by their first letters, numbers of tokens as 16 bits each in base64, whole
+        numbers (65535: none) or, in ``weight`` and ``scores``, bfloat16.
 
     Raises
     ------
@@ -48,6 +52,7 @@ def page_data(traces: Sequence[Trace], tokens: Sequence[str], title: str, thresh
             "head": each.head,
             "kept": (SCALE * each.weights.sum(dim=0)).round().int().tolist(),
             "slots": [_slot(kind, row, threshold) for kind, row in zip(each.kinds, each.weights, strict=True)],
+            "why": _why(each.decisions),
         }
         for each in traces
     ]
@@ -59,6 +64,22 @@ def _slot(kind: str, row: Any, threshold: float) -> list[int]:
     positions = positions[row[positions].argsort(descending=True, stable=True)]
     pairs = zip(positions.tolist(), (SCALE * row[positions]).round().int().tolist(), strict=True)
     return [KINDS.index(kind), *(number for pair in pairs for number in pair)]
+
+
+def _why(decisions: Decisions) -> dict[str, Any]:
+    scores = {"score": decisions.score, **decisions.parts}
+    return {
+        "compressions": decisions.compressions,
+        "outcome": "".join(OUTCOMES[outcome][0] for outcome in decisions.outcome.tolist()),
+        **{name: _base64(getattr(decisions, name).to(torch.uint16)) for name in ("at", "rank", "slot")},
+        "weight": _base64(decisions.weight.bfloat16()),
+        "scores": {name: _base64(each.bfloat16()) for name, each in scores.items() if not each.isnan().all()},
+    }
+
+
+def _base64(numbers: torch.Tensor) -> str:
+    """Numbers of 16 bits, the lower byte of each first."""
+    return base64.b64encode(numbers.view(torch.int16).numpy().astype("<i2").tobytes()).decode()
 
 
 def page(data: dict[str, Any]) -> str:

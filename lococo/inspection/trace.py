@@ -14,6 +14,7 @@ from lococo.compression.base import Compressor
 from lococo.compression.entries import Entries
 from lococo.compression.select import Budget, mixing
 from lococo.context import ForwardRequest
+from lococo.inspection.decisions import DecisionLog, Decisions
 from lococo.state import patch_of
 
 KINDS = ("sink", "heavy", "recent", "fused", "open")
@@ -31,12 +32,15 @@ class Trace:
     kinds : list of str
         What each entry is: ``sink``, ``heavy``, ``recent``, ``fused``, or ``open`` for the tokens of a block that has
         not been compressed yet, and of a text that fits into the slots.
+    decisions : Decisions
+        Why each token was kept or dropped.
     """
 
     layer: int
     head: int
     weights: torch.Tensor
     kinds: list[str]
+    decisions: Decisions
 
 
 class TokenWeights:
@@ -54,6 +58,7 @@ class TokenWeights:
         self.group, self.window = group, window
         self.weights: torch.Tensor | None = None
         self.fused: torch.Tensor | None = None
+        self.log = DecisionLog(group.config, window)
 
     def follow(self, before: Entries, seen: int | torch.Tensor, head: Compressor | None) -> None:
         """Mix the weights as a compression is about to mix the entries."""
@@ -61,9 +66,10 @@ class TokenWeights:
         self.weights = mix[0] @ self._over(int(seen), mix.device)
         slots = torch.zeros(mix.shape[1:3], dtype=torch.bool, device=mix.device)
         self.fused = slots.scatter(-1, choice.fused[0], True)
+        self.log.note(before, int(seen), head, choice, mix[0])
 
-    def traces(self, tokens: int, device: torch.device) -> list[tuple[torch.Tensor, list[str]]]:
-        """Weights and kinds of every entry of each of its heads after so many tokens."""
+    def traces(self, tokens: int, device: torch.device) -> list[tuple[torch.Tensor, list[str], Decisions]]:
+        """Weights and kinds of every entry, and decisions, of each of its heads after so many tokens."""
         weights = self._over(tokens, device).cpu()
         held = 0 if self.fused is None else self.group.config.num_slots
         sinks, _, recent, _ = Budget.of(self.group.config, self.window)
@@ -73,7 +79,8 @@ class TokenWeights:
             of_head[held - recent : held] = ["recent"] * recent
             for slot in self.fused[head].nonzero()[:, 0].tolist():  # type: ignore[index]
                 of_head[slot] = "fused"
-        return list(zip(weights, kinds, strict=True))
+        decisions = [self.log.decisions(place, tokens) for place in range(len(kinds))]
+        return list(zip(weights, kinds, decisions, strict=True))
 
     def _over(self, tokens: int, device: torch.device) -> torch.Tensor:
         """(kv_heads, entries, tokens) weights with the tokens since the last compression, each an entry of its own."""
@@ -89,7 +96,7 @@ def trace(model: Any, input_ids: torch.Tensor) -> list[Trace]:
     """Read a text with a patched model and tell what every KV head of every layer holds afterwards.
 
     The weights of all compressions are multiplied, one after another; reading is otherwise as always. Takes
-    4 bytes per layer, KV head, slot and token.
+    4 bytes per layer, KV head, slot and token, and 28 to 36 per layer, KV head and token.
 
     Parameters
     ----------
@@ -116,7 +123,7 @@ def trace(model: Any, input_ids: torch.Tensor) -> list[Trace]:
         model(ids, position_ids=positions, use_cache=True)
     found = []
     for index, (layer, groups) in enumerate(zip(cache.layers, followed, strict=True)):
-        by_head: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        by_head: dict[int, tuple[torch.Tensor, list[str], Decisions]] = {}
         for group in layer.groups:
             weights = groups.get(group) or TokenWeights(group, layer.window)
             by_head.update(zip(group.heads, weights.traces(ids.shape[1], ids.device), strict=True))

@@ -5,91 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny_llama
-from words import TEXT, WORDS, word_tokenizer
+from words import TEXT
 
 import lococo
 from lococo.cli.main import main
-from lococo.generation import prompt_ids
-
-
-def figures(output):
-    return {line[:15].strip(): line[16:] for line in output.splitlines() if line[:15].strip() and len(line) > 16}
 
 
 def errors(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("lococo: error: ")]
-
-
-@pytest.mark.parametrize(("method", "slots"), [("lococo-uncalibrated", 16), ("h2o", 16), ("full", None)])
-def test_generate_reads_and_reports(checkpoint, tmp_path, capsys, method, slots):
-    (tmp_path / "text.txt").write_text(TEXT)
-    status = main(
-        ["generate", "--model", str(checkpoint), "--prompt-file", str(tmp_path / "text.txt"), "--method", method]
-        + ["--num-slots", "16", "--block-size", "8", "--max-new-tokens", "5"]
-    )
-    output = capsys.readouterr().out
-    assert status == 0
-    reported = figures(output)
-    assert reported["tokens read"] == ("200 (16 slots per layer)" if slots else "200 (every token kept)")
-    assert ("100.0%" in reported["cache"]) == (slots is None)
-    assert "5 tokens" in reported["answering"]
-    assert any(word in output for word in WORDS)
-
-
-def test_generate_answers_like_the_library(checkpoint, capsys):
-    main(["generate", "--model", str(checkpoint), "--prompt", TEXT, "--num-slots", "16", "--max-new-tokens", "5"])
-    printed = capsys.readouterr().out.splitlines()[0].split()
-    model, tokenizer = tiny_llama(), word_tokenizer()
-    with lococo.patched(model, lococo.LoCoCoConfig(16, block_size=16)):
-        ids = tokenizer(TEXT, return_tensors="pt").input_ids
-        output = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert printed == tokenizer.decode(output[0, 200:], skip_special_tokens=True).split()
-
-
-def test_generate_holds_codes_and_says_what_it_holds(checkpoint, tmp_path, capsys):
-    heads = lococo.save_heads(lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8)), tmp_path / "h")
-    said = {}
-    for bits in ("16", "8", "8-4"):
-        for how in (["--num-slots", "16", "--block-size", "8"], ["--heads", str(heads)]):
-            arguments = ["--prompt", TEXT, "--max-new-tokens", "5", "--slot-bits", bits, *how]
-            assert main(["generate", "--model", str(checkpoint), *arguments]) == 0
-            said[bits, how[0]] = figures(capsys.readouterr().out)["cache"]
-    assert len(set(said.values())) == 3 and said["8", "--heads"] == said["8", "--num-slots"]
-
-
-def test_generate_with_heads(checkpoint, tmp_path, capsys):
-    model = lococo.patch_model(tiny_llama(), lococo.LoCoCoConfig(16, block_size=8, gate_init=0.5))
-    lococo.save_heads(model, tmp_path / "heads")
-    status = main(["generate", "--model", str(checkpoint), "--prompt", TEXT, "--heads", str(tmp_path / "heads")])
-    assert status == 0 and "(16 slots per layer)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompt-file", "missing.txt"], "missing.txt: no such file"),
-        (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", ""], "Option '--prompt' requires an argument"),
-        ([], "either --prompt-file or --prompt"),
-        (["--prompt", "w1", "--prompt-file", "text.txt"], "either --prompt-file or --prompt"),
-        (["--prompt", "w1 w2", "--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
-        (["--prompt", "w1 w2", "--question", "w3"], "chat template"),
-        (["--prompt", "w1 w2", "--slot-bits", "8:4"], "slot bits must be written as 8, or as 8-4 for keys and values"),
-        (["--prompt", "w1 w2", "--slot-bits", "5"], "slot_bits must be 16, 8 or 4, or two of them"),
-        (["--prompt", "w1 w2", "--heads", "missing"], "missing"),
-        (["--prompt", "w1 w2", "--method", "h20"], "unknown method 'h20': choose from full, streaming, "),
-        (["--prompt", "w1 w2", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
-        (["--prompt", "w1 w2", "--device", "tpu9"], "--device must be cpu, cuda, cuda:1, ..., got 'tpu9'"),
-        (["--prompt", "w1 w2", "--dtype", "float"], "--dtype"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(checkpoint, capsys, arguments, message):
-    if message == "--dtype":
-        arguments, message = [*arguments[:-1], "float99"], "--dtype must be float32, bfloat16, ..., got 'float99'"
-    assert main(["generate", "--model", str(checkpoint), *arguments]) == 2
-    (error,) = errors(capsys)
-    assert message in error
 
 
 @pytest.mark.parametrize("folder", ["/no/model", "./model", "models/llama/8b"])
@@ -169,13 +92,6 @@ def test_what_may_be_of_the_hub_is_looked_for_there(capsys, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", not_found)
     assert main(["generate", "--model", "org/model", "--prompt", "w1 w2"]) == 2
     assert "org/model: no such folder, and not found on the Hub: org/model is not a valid" in errors(capsys)[0]
-
-
-def test_question_comes_after_the_text_in_chat_format():
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}w0 {{ message.content }} w60 {% endfor %}"
-    ids = prompt_ids(tokenizer, "w1 w2 w3", "w7", max_tokens=2)
-    assert tokenizer.decode(ids[0]).split() == ["w0", "w1", "w2", "w7", "w60"]
 
 
 @pytest.mark.parametrize("slots", [["--num-slots", "16", "32"], ["--num-slots", "16", "--num-slots", "32"]])

@@ -16,6 +16,7 @@ from lococo import LoCoCoConfig, patched
 from lococo.cache.plan import RowState, plan_call
 from lococo.cli.main import main
 from lococo.inspection import trace
+from lococo.inspection.decisions import OUTCOMES
 from lococo.inspection.page import page, page_data
 from lococo.state import patch_of
 
@@ -109,6 +110,7 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
         if config.positions == "slot":
             query, key = (rope_rotate(8)(states, -places) for states in (query, key))
         own = config.slots_per_head and config.slots_per_head[index] and (config.slots_per_head[index],)
+        decided = []
         _, held = naive_lococo(
             *(query, key, value, dataclasses.replace(config, slots_per_head=own)),
             head=None if window else naive_head(heads.get(index)),
@@ -118,9 +120,12 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
             network=naive_network(networks.get(index)),
             # What is full is compressed when the next token comes.
             blocks=[config.block_size] * ((ids.shape[1] - 1) // config.block_size),
+            decided=decided,
         )
         of_layer = [each for each in traces if each.layer == index]
         assert len(of_layer) == len(held)
+        for each, expected in zip(of_layer, decided, strict=True):
+            assert_decided_alike(each.decisions, expected, config.block_size)
         for each, entries in zip(of_layer, held, strict=True):
             expected = torch.stack([entry.tokens for entry in entries]).float()
             torch.testing.assert_close(each.weights, expected, rtol=0, atol=1e-5)
@@ -129,6 +134,32 @@ def test_weights_are_those_of_a_naive_composition(layers, name):
                 is_kept = config.for_window(window).num_slots == window - 1
                 kinds = {"recent", "open"} if is_kept else {"heavy", "recent", "open"}
                 assert set(each.kinds) == kinds and (each.weights.count_nonzero(-1) == 1).all()
+
+
+def assert_decided_alike(decisions, expected, block_size):
+    """Every token's last decision is that of the naive reference."""
+    at = decisions.at.tolist()
+    assert {token for token, number in enumerate(at) if number >= 0} == expected.keys()
+    for token, number in enumerate(at):
+        outcome = OUTCOMES[decisions.outcome[token]]
+        if number < 0:
+            assert (outcome, decisions.rank[token], decisions.slot[token]) == ("open", 0, -1)
+            continue
+        naive, found = expected[token], decisions.compressions[number]
+        assert found == (naive.now / block_size, naive.now, naive.candidates, naive.kept)
+        assert (outcome, decisions.rank[token].item()) == (naive.outcome, naive.rank)
+        slot, weight = decisions.slot[token].item(), max(naive.weights)
+        assert (slot >= 0) == (weight > 0)
+        told = [decisions.weight[token].item(), naive.weights[slot] if slot >= 0 else 0]  # several may have as much
+        assert told == pytest.approx([weight, weight], rel=1e-5, abs=1e-9)
+        # Features are rounded to float16; the reference leaves the floor in, which changes no order.
+        close = dict(rel=1e-3 if decisions.parts else 1e-5, nan_ok=True)
+        floor = 1e-5 * bool(decisions.parts)
+        assert decisions.score[token].item() + floor == pytest.approx(naive.score, **close)
+        if decisions.parts:
+            distant, factor = (decisions.parts[name][token].item() for name in ("distant", "factor"))
+            assert distant == pytest.approx(naive.statistic, rel=1e-5)
+            assert (distant + floor) * factor == pytest.approx(naive.score, **close)
 
 
 def test_kinds_follow_the_budget():

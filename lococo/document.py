@@ -1,0 +1,211 @@
+"""A text that is read once and asked about many times, what prompts begin with, and its cache in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from lococo.cache.cache import LoCoCoCache
+from lococo.cache.file import load_notes, save_cache
+from lococo.heads import heads_digest
+from lococo.models import base_shape
+from lococo.state import is_ours, patch_of
+
+KEY = "lococo_document"
+PROBES = ("", "?", "a")  # questions that have no beginning in common
+SAMPLE = 64  # numbers of every parameter by which weights are told from others
+
+
+def text_ids(tokenizer: Any, text: str, max_tokens: int | None = None) -> torch.Tensor:
+    """(1, tokens) ids of a text, cut to its first tokens.
+
+    Raises
+    ------
+    ValueError
+        If the text is empty.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens]
+    if not ids.shape[1]:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text to be asked about.
+
+    Attributes
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    text : str
+        A question follows it after an empty line.
+    is_chat : bool
+        Whether both stand in the tokenizer's chat template, as what the user says.
+    """
+
+    tokenizer: Any
+    text: str
+    is_chat: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any, text: str, max_tokens: int | None = None, is_chat: bool = True) -> Document:
+        """A text, cut to its first tokens, in the chat template if the tokenizer has one and ``is_chat``.
+
+        Raises
+        ------
+        ValueError
+            If the text is empty.
+        """
+        ids = text_ids(tokenizer, text)
+        if max_tokens is not None and ids.shape[1] > max_tokens:
+            text = tokenizer.decode(ids[0, :max_tokens], skip_special_tokens=True)
+        return cls(tokenizer, text, is_chat and bool(tokenizer.chat_template))
+
+    def prompt(self, question: str) -> torch.Tensor:
+        """(1, tokens) ids of the text and a question; the first are ``ids``.
+
+        Raises
+        ------
+        ValueError
+            If the question changes how the text's last token is written.
+        """
+        prompt = self._prompt(question)
+        if not torch.equal(prompt[:, : self.ids.shape[1]], self.ids):
+            raise ValueError(f"the text ends in other tokens before the question {question!r}: ask it in other words")
+        return prompt
+
+    def _prompt(self, question: str) -> torch.Tensor:
+        content = f"{self.text}\n\n{question}"
+        if not self.is_chat:
+            return text_ids(self.tokenizer, content)
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return chat["input_ids"]
+
+    @functools.cached_property
+    def ids(self) -> torch.Tensor:
+        """(1, tokens) ids that the prompts of all questions begin with.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        prompts = [self._prompt(question)[0] for question in PROBES]
+        shortest = min(map(len, prompts))
+        alike = torch.stack([prompt[:shortest] == prompts[0][:shortest] for prompt in prompts]).all(dim=0)
+        length = int(alike.long().cumprod(0).sum())
+        if not length:
+            raise ValueError(
+                f"the text {self.text!r} is too short to be asked about: no token of it is there for sure"
+            )
+        return prompts[0][None, :length]
+
+
+def save_document(
+    path: str | os.PathLike, document: Document, cache: LoCoCoCache, model: nn.Module, heads: str | None = None
+) -> None:
+    """Write the cache after a document into one file, with its text and tokens, and by which weights it was read.
+
+    ``LoCoCoCache.load`` reads such a file, too.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Patched as it was when it read the document.
+    heads : str, optional
+        Folder or Hub id of the trained heads it was patched with.
+    """
+    notes = {
+        "text": document.text,
+        "is_chat": document.is_chat,
+        "tokens": document.ids[0].tolist(),
+        "dtype": str(patch_of(model).decoder.dtype),
+        "weights": weights_sample(model),
+        "heads": heads and heads_digest(heads),
+    }
+    save_cache(cache, path, {KEY: json.dumps(notes)})
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedDocument:
+    """What a file of ``save_document`` holds.
+
+    Attributes
+    ----------
+    path : str or os.PathLike
+    cache : LoCoCoCache
+    notes : dict
+        The text, its tokens, and by what it was read.
+    """
+
+    path: str | os.PathLike
+    cache: LoCoCoCache
+    notes: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SavedDocument:
+        """Read a file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is no whole file of a cache, or holds no text.
+        """
+        cache = LoCoCoCache.load(path)
+        notes = load_notes(path).get(KEY)
+        if notes is None:
+            raise ValueError(f"{path} holds a cache without its text: lococo generate --save-cache writes both")
+        return cls(path, cache, json.loads(notes))
+
+    def document(self, model: nn.Module, tokenizer: Any, heads: str | None = None) -> Document:
+        """The document, for the model and method that have read it.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            Patched.
+        heads : str, optional
+            Folder or Hub id of the trained heads it is patched with.
+
+        Raises
+        ------
+        ValueError
+            If another model, method, or dtype is to go on, or the tokenizer gives other tokens; names what differs.
+        """
+        patch, path, notes = patch_of(model), self.path, self.notes
+        self.cache.check_fits(patch.config, base_shape(model), str(path))
+        if notes["dtype"] != str(patch.decoder.dtype):
+            raise ValueError(
+                f"{path} was read in {notes['dtype']}, the model is in {patch.decoder.dtype}: give --dtype"
+            )
+        if notes["weights"] != weights_sample(model):
+            raise ValueError(f"{path} was read by a model with other weights")
+        if notes["heads"] != (heads and heads_digest(heads)):
+            used = "other" if notes["heads"] else "no"
+            raise ValueError(f"{path} was read with {used} trained heads: choose --heads or --method as then")
+        document = Document(tokenizer, notes["text"], notes["is_chat"])
+        if document.ids[0].tolist() != notes["tokens"]:
+            raise ValueError(f"{path} was read with another tokenizer or chat template: other tokens come of its text")
+        return document
+
+
+def weights_sample(model: nn.Module) -> str:
+    """Name of a model by a few numbers of every parameter of its own that is in memory."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not is_ours(name) and not parameter.is_meta:
+            digest.update(
+                parameter.detach().reshape(-1)[:SAMPLE].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()
