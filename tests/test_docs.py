@@ -32,7 +32,7 @@ QUICK = {
     "generate": ["--max-new-tokens", "4"],
     "inspect": [],
     "eval ppl": ["--length", "64", "--first", "16", "--documents", "2"],
-    "bench memory": ["--max-tokens", "256", "--every", "128"],
+    "bench memory": ["--tokens", "256", "--step", "128"],
 }
 
 
