@@ -72,7 +72,7 @@ report.held = all("#text span").map(span => {
   return found;
 });
 const tokens = all("#text span");
-[20, 90, 20].forEach(token => tokens[token].click());
+[20, 60, 20].forEach(token => tokens[token].click());
 report.pinned = onScreen();
 pick("head", 1);
 report.repinned = onScreen();
@@ -258,14 +258,15 @@ def test_hovering_over_a_token_tells_why_it_was_kept_or_dropped(report, traces):
             assert not scores and "rank" not in reason
         else:
             assert float(scores[0]) == pytest.approx(decisions.score[token].item(), rel=0.06)
-    assert told == {"open", "sink", "heavy", "recent", "fused", "dropped"}
+    assert told >= {"open", "sink", "recent", "fused", "dropped"}
 
 
 def test_what_is_clicked_stays_and_is_told_of_every_head(report, traces):
-    for shown, head in ((report["pinned"], 0), (report["repinned"], 1)):
+    for shown, head, hovered in ((report["pinned"], 0, "@20 "), (report["repinned"], 1, "")):
         decisions = of_head(traces, 1, head).decisions
-        reason, nothing = shown["why"]
-        assert "@90 " in reason and all(words in reason for words in reason_of(decisions, 90)) and not nothing
+        kept, last = shown["why"]  # the mouse is on the token that was let go, until another head is chosen
+        assert "@60 " in kept and all(words in kept for words in reason_of(decisions, 60))
+        assert hovered in last if hovered else not last
 
 
 def test_address_chooses_layer_head_and_slot(report, traces):
