@@ -252,11 +252,11 @@ agreement: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml
 agreement: ## scores with enough slots against lm-eval's own model -> docs/results/lm_eval_agreement
 	$(EXPERIMENT).lm_eval_agreement $(ON_MODEL) --include-path $(TASK_FILES)
 
-# The address chooses what is shown: a slot that is the blend of two tokens.
-SHOWN := layer=21&head=1&slot=14
-inspect: $(MODEL)/$(GGUF) ## what slots hold of a text, as a page and as a picture of it -> docs/results/inspect.png
+# The address chooses what is shown: why one token was kept, and one that got more attention dropped.
+SHOWN := layer=21&head=1&token=42,158
+inspect: $(MODEL)/$(GGUF) ## what slots hold of a text and why, as a page and as a picture of it -> docs/results/inspect.png
 	$(LOCOCO) inspect $(ON_MODEL) --data docs/results/notes/2026-11-23-heavy-hitter-score.md --max-tokens 1000 \
-		--heads $(HEADS)-128-blend --output .demo/inspect.html
+		--heads $(HEADS)-128 --output .demo/inspect.html
 	$(or $(BROWSER),$(error no Chromium found)) --headless=new --no-sandbox --disable-gpu --window-size=1360,820 \
 		--user-data-dir=$(CURDIR)/.demo/browser --screenshot=$(abspath $(RESULTS)/inspect.png) \
 		"file://$(CURDIR)/.demo/inspect.html#$(SHOWN)"

@@ -200,11 +200,12 @@ class LearnedScore(DistantScore):
         return statistic * change.exp() + SCORE_FLOOR * change.expm1()
 
     def parts(self, entries: Entries, age: Any, config: LoCoCoConfig) -> dict[str, torch.Tensor]:
-        """The ``distant`` score, and the ``factor`` that was foreseen."""
+        """The ``distant`` score, the ``factor`` that was foreseen, and ``foreseen``, their product above the floor."""
         if entries.features is None:
             return {}
         statistic = super().rank(entries, age, config)
-        return {"distant": statistic, "factor": self._limited_change(statistic, entries.features, age).exp()}
+        factor = self._limited_change(statistic, entries.features, age).exp()
+        return {"distant": statistic, "factor": factor, "foreseen": (statistic + SCORE_FLOOR) * factor}
 
     def logits(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
         """Logarithm of ``(S + floor) factor``."""

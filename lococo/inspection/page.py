@@ -67,9 +67,9 @@ def _slot(kind: str, row: Any, threshold: float) -> list[int]:
 
 
 def _why(decisions: Decisions) -> dict[str, Any]:
-    scores = {"score": decisions.score, **decisions.parts}
+    scores = decisions.parts or {"score": decisions.score}
     return {
-        "compressions": decisions.compressions,
+        "compressions": [list(each) for each in decisions.compressions],
         "outcome": "".join(OUTCOMES[outcome][0] for outcome in decisions.outcome.tolist()),
         **{name: _base64(getattr(decisions, name).to(torch.uint16)) for name in ("at", "rank", "slot")},
         "weight": _base64(decisions.weight.bfloat16()),

@@ -1,7 +1,9 @@
+import base64
 import dataclasses
 import json
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from configs import CONFIGS, FORESEEN, opened
@@ -160,6 +162,7 @@ def assert_decided_alike(decisions, expected, block_size):
             distant, factor = (decisions.parts[name][token].item() for name in ("distant", "factor"))
             assert distant == pytest.approx(naive.statistic, rel=1e-5)
             assert (distant + floor) * factor == pytest.approx(naive.score, **close)
+            assert decisions.parts["foreseen"][token].item() == pytest.approx(naive.score, **close)
 
 
 def test_kinds_follow_the_budget():
@@ -231,6 +234,33 @@ def test_page_holds_its_data_and_asks_for_nothing_else():
         assert shares == sorted(shares, reverse=True)
         assert shares == [round(1000 * row[place].item()) for place in places]
     assert head["kept"] == pytest.approx((1000 * traces[3].weights.sum(0)).tolist(), abs=0.51)
+
+
+@pytest.mark.parametrize("name", ["open", "learned", "streaming"])
+def test_page_holds_what_was_decided(name):
+    with patched(tiny_llama(), CONFIGS[name]) as model:
+        traces = trace(model, tiny_ids(1, 90))
+    data = page_data(traces, ["w"] * 90, "a title", threshold=0.05)
+    for head, each in zip(data["heads"], traces, strict=True):
+        why, decisions = head["why"], each.decisions
+        assert why["compressions"] == [list(compression) for compression in decisions.compressions]
+        assert why["outcome"] == "".join(OUTCOMES[outcome][0] for outcome in decisions.outcome)
+        for field in ("at", "rank", "slot"):
+            held = np.frombuffer(base64.b64decode(why[field]), "<u2").astype(int)
+            assert np.where(held == 65535, -1, held).tolist() == getattr(decisions, field).tolist()
+        names = {"learned": ["distant", "factor", "foreseen"], "open": ["score"], "streaming": []}[name]
+        assert list(why["scores"]) == names
+        for score in names:
+            half = np.frombuffer(base64.b64decode(why["scores"][score]), "<u2").astype("<u4")
+            expected = (decisions.parts or {"score": decisions.score})[score]
+            np.testing.assert_allclose((half << 16).view("<f4"), expected, rtol=2**-8)
+
+
+def test_a_text_that_fits_is_not_decided_about():
+    with patched(tiny_llama(), LoCoCoConfig(16, block_size=8)) as model:
+        (decisions, *_) = [each.decisions for each in trace(model, tiny_ids(1, 9))]
+    assert not decisions.compressions and [OUTCOMES[outcome] for outcome in decisions.outcome] == ["open"] * 9
+    assert decisions.at.tolist() == decisions.slot.tolist() == [-1] * 9 and not decisions.rank.any()
 
 
 def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):

@@ -14,6 +14,7 @@ from tiny import tiny_ids, tiny_llama
 
 from lococo import LoCoCoConfig, patched
 from lococo.inspection import trace
+from lococo.inspection.decisions import OUTCOMES
 from lococo.inspection.page import page, page_data
 
 pytestmark = pytest.mark.browser
@@ -48,6 +49,7 @@ const onScreen = () => ({
   slots: all("#slots .slot").map(box => [style(box).borderLeftColor, style(box).backgroundColor]),
   labels: all("#slots .slot").map(box => box.textContent),
   detail: document.getElementById("detail").textContent,
+  why: all("#why .reason").map(line => line.textContent),
 });
 const report = { errors, start: onScreen() };
 report.texts = all("#text span").map(span => span.textContent);
@@ -69,6 +71,11 @@ report.held = all("#text span").map(span => {
   leave(span);
   return found;
 });
+const tokens = all("#text span");
+[20, 60, 20].forEach(token => tokens[token].click());
+report.pinned = onScreen();
+pick("head", 1);
+report.repinned = onScreen();
 report.loaded = performance.getEntriesByType("resource").map(entry => entry.name);
 const written = document.createElement("pre");
 written.id = "report";
@@ -224,6 +231,42 @@ def test_hovering_over_a_token_shows_its_slots(report, traces):
         assert sorted(lit) == slots
         assert found["outlined"] == [token] and found["detail"].startswith(f"token @{token} ")
         assert sorted(map(int, re.findall(r"slot (\d+) ", found["detail"]))) == slots
+
+
+def reason_of(decisions, token):
+    """What the page is to say of a token after its name: what happened, when, and its rank."""
+    if decisions.at[token] < 0:
+        return ["waits in the open block"]
+    outcome = OUTCOMES[decisions.outcome[token]]
+    block, seen, candidates, kept = decisions.compressions[decisions.at[token]]
+    said = f"{'dropped' if outcome == 'dropped' else 'kept'} after block {block} ({seen} tokens), "
+    slot, rank = decisions.slot[token].item(), decisions.rank[token].item()
+    how = {"sink": "as one of the first", "recent": "as one of the last", "heavy": "as a heavy hitter"}
+    how |= {"fused": f"as the beginning of fused slot {slot}", "dropped": f"into fused slot {slot}"}
+    return [said + how[outcome], f"rank {rank} of {candidates}, the first {kept} kept" if rank else ""]
+
+
+def test_hovering_over_a_token_tells_why_it_was_kept_or_dropped(report, traces):
+    decisions, told = of_head(traces, 1, 0).decisions, set()
+    for token, found in enumerate(report["held"]):
+        (reason,) = found["why"]
+        outcome = OUTCOMES[decisions.outcome[token]]
+        told.add(outcome)
+        assert f"@{token} " in reason and all(words in reason for words in reason_of(decisions, token))
+        scores = re.findall(r"; score (\S+)", reason)
+        if decisions.rank[token] == 0:
+            assert not scores and "rank" not in reason
+        else:
+            assert float(scores[0]) == pytest.approx(decisions.score[token].item(), rel=0.06)
+    assert told >= {"open", "sink", "recent", "fused", "dropped"}
+
+
+def test_what_is_clicked_stays_and_is_told_of_every_head(report, traces):
+    for shown, head, hovered in ((report["pinned"], 0, "@20 "), (report["repinned"], 1, "")):
+        decisions = of_head(traces, 1, head).decisions
+        kept, last = shown["why"]  # the mouse is on the token that was let go, until another head is chosen
+        assert "@60 " in kept and all(words in kept for words in reason_of(decisions, 60))
+        assert hovered in last if hovered else not last
 
 
 def test_address_chooses_layer_head_and_slot(report, traces):
