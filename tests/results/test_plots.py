@@ -72,7 +72,7 @@ def test_a_missing_matplotlib_is_named(monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install lococo\[eval\]"):
         picture([[None]], (3, 2))
 
 
