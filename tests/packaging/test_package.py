@@ -20,6 +20,7 @@ from experiments.task_files.few_shot import write_task
 ELSEWHERE = {
     "dev": "what these tests run in (make test)",
     "docs": "make docs",
+    "serve": "tests/serving: a server does not end by itself",
     "flash": "is compiled for a GPU, where make gpu has it",
     "vllm": "make test-vllm, in a build for CPUs",
 }
@@ -101,6 +102,11 @@ def test_its_types_are_seen(bare, slots, status):
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=bare.folder)
     assert ran.returncode == status, ran.stdout
     assert status == 0 or 'incompatible type "str"; expected "int"' in ran.stdout
+
+
+def test_the_server_is_refused_without_its_extra(bare, checkpoint):
+    refused = bare.lococo("serve", "--model", checkpoint, check=False)
+    assert refused.returncode == 2 and "pip install lococo[serve]" in refused.stderr
 
 
 def test_every_extra_is_tried():
