@@ -98,7 +98,7 @@ class DecisionLog:
         mix : torch.Tensor
             (kv_heads, slots, entries), see ``mixing``.
         """
-        tokens = self._tokens_of(len(before), seen, mix)
+        tokens = self._tokens_of(seen, mix)
         weight, slot = mix.max(dim=1)
         found = self._ranked(before, seen, head) | {
             "at": torch.full_like(tokens, len(self.compressions) - 1),
@@ -125,7 +125,7 @@ class DecisionLog:
         common = {name: whole(name) for name in ("at", "outcome", "rank", "score", "slot", "weight")}
         return Decisions(self.compressions, **common, parts={name: whole(name) for name in list(columns)})
 
-    def _tokens_of(self, num_entries: int, seen: int, like: torch.Tensor) -> torch.Tensor:
+    def _tokens_of(self, seen: int, like: torch.Tensor) -> torch.Tensor:
         """(kv_heads, entries) the token that an entry is, or -1 for a blend."""
         new = torch.arange(self._seen, seen, device=like.device).expand(like.shape[0], -1)
         return new if self._tokens is None else torch.cat([self._tokens, new], dim=1)
