@@ -122,6 +122,24 @@ def test_killed_run_goes_on_where_it_stopped(model, corpus, tmp_path, monkeypatc
     assert not (tmp_path / "cut.partial.jsonl").exists()
 
 
+@pytest.mark.parametrize("change", ["name", "dtype", "first", "lengths", "nothing"])
+def test_losses_of_another_model_or_of_other_windows_are_not_gone_on_with(corpus, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(Journal, "finish", lambda journal: None)
+    counted, model = [], tiny_llama()
+    monkeypatch.setattr(losses_module, "token_nlls", lambda *args: counted.append(args) or token_nlls(*args))
+    for attempt in range(2):
+        counted.clear()
+        if attempt:
+            model.name_or_path = "other" if change == "name" else model.name_or_path
+            model = model.double() if change == "dtype" else model
+        first = 21 if attempt and change == "first" else 20
+        lengths = (30, 40) if attempt and change == "lengths" else (40,)
+        windows = read_windows([corpus], Characters(), Cut(lengths, first=20, limit=2, per_document=1))
+        runs = plan_runs(["full"], [12], 8)
+        perplexity_module.evaluate_perplexity(model, windows, runs, first, tmp_path / "x", "command")
+    assert len(counted) == (0 if change == "nothing" else 2)
+
+
 def test_unknown_method_and_short_texts_are_named_before_any_work(model, corpus, tmp_path):
     with pytest.raises(ValueError, match="unknown method 'h20'"):
         run(model, corpus, tmp_path / "x", methods=["full", "h20"])
