@@ -110,6 +110,15 @@ def test_no_more_is_kept_than_allowed_and_the_latest(kept):
         PromptReader(model, -1)
 
 
+def test_a_document_that_is_asked_about_again_and_again_stays():
+    _, ask = read_by(lococo.patch_model(tiny_llama(), CONFIGS["default"]), kept_caches=10)
+    document = tokens(100, 1)
+    ask(document + [5, 2, 3])
+    for seed in range(2, 9):
+        ask(tokens(60, seed))
+        assert ask(document + [5 + seed, 2, 3])[1] >= 96
+
+
 def test_a_kept_cache_is_never_written_to():
     model = lococo.patch_model(tiny_llama(), CONFIGS["default"])
     reader, ask = read_by(model)
