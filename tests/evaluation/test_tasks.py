@@ -25,7 +25,7 @@ import lococo
 from lococo.cli.main import main
 from lococo.evaluation.few_shot import document_of, read_tasks
 from lococo.evaluation.harness import PrefixLM
-from lococo.evaluation.tasks import evaluate_tasks
+from lococo.evaluation.tasks import _difference, evaluate_tasks
 from lococo.methods import plan_runs
 from lococo.metrics import mean_of_items_interval
 from lococo.results.journal import Journal
@@ -218,6 +218,12 @@ def test_differences_are_those_of_the_same_items(data, tokenizer, tmp_path):
     assert full["difference"] is full["difference_low"] is full["difference_high"] is None
     alone = run(data, tokenizer, tmp_path / "y", ["arc_easy:1"], ["h2o"])
     assert {row["difference"] for row in alone} == {None}
+
+
+def test_items_that_only_one_method_has_a_figure_of_are_not_compared():
+    documents = {number: number for number in range(4)}
+    found = _difference({0: 1.0, 1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 3: 0.0}, documents)
+    assert found["difference"] == -0.5 and (found["difference_low"], found["difference_high"]) == (-1, 0)
 
 
 def test_documents_are_told_apart_by_what_a_question_is_about(data):
