@@ -176,7 +176,7 @@ def is_running(pid):
 
 def test_a_stage_is_interrupted_first_so_that_it_can_write(tmp_path, monkeypatch):
     code = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  WRITE"
-    assert not visit(tmp_path, {"kernels": code}, monkeypatch, kernels=4)
+    assert not visit(tmp_path, {"kernels": code}, monkeypatch, kernels=8)
     (row,) = [row for row in read(tmp_path, "gpu")["rows"] if row["name"] == "kernels"]
     assert (row["outcome"], row["detail"], row["result"]) == ("stopped", "1 passed", "gpu_kernels.json")
 

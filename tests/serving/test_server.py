@@ -209,8 +209,12 @@ def test_a_client_that_goes_away_ends_its_generation(served, stream):
 def test_what_waits_for_its_turn_may_go_away_too(served):
     with held_after(served.model, 1) as (go_on, taken), concurrent.futures.ThreadPoolExecutor(1) as clients:
         first = clients.submit(served.complete, "w1 w2 w3 w4")
+        while not taken:
+            time.sleep(0.01)
         with pytest.raises(openai.APITimeoutError):
             served.complete("w5 w6 w7", timeout=1)
+        while not any(request.end for request in served.server.under_way):
+            time.sleep(0.01)
         go_on.set()
         assert first.result().choices[0].text == served.expected("w1 w2 w3 w4")
         served.wait()
