@@ -17,7 +17,13 @@ def word_tokenizer():
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "<unk>", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],  # those of Llama's; some releases add token_type_ids
+    )
 
 
 def write_texts(path, count=240, words=90):

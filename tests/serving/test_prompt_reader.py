@@ -9,6 +9,7 @@ from tiny import tiny_llama
 from transformers import GenerationConfig
 
 import lococo
+from lococo.compat import OUTPUT_CACHE
 from lococo.serving import reader as reading
 from lococo.serving.reader import PromptReader
 
@@ -101,7 +102,8 @@ def test_a_conversation_goes_on_where_it_ended():
 def test_no_more_is_kept_than_allowed_and_the_latest(kept):
     model = lococo.patch_model(tiny_llama(), CONFIGS["default"])
     reader, ask = read_by(model, kept)
-    one = model.generate(torch.tensor([tokens(60, 0)]), max_new_tokens=2, return_dict_in_generate=True).cache.nbytes
+    output = model.generate(torch.tensor([tokens(60, 0)]), max_new_tokens=2, return_dict_in_generate=True)
+    one = output[OUTPUT_CACHE].nbytes
     for seed in range(4):
         ask(tokens(60, seed))
         assert len(reader.kept) == kept and reader.nbytes <= kept * one
@@ -172,7 +174,7 @@ def test_generations_that_cannot_go_on_begin_anew(config):
 @pytest.mark.parametrize("is_patched", [True, False])
 def test_rotary_tables_that_depend_on_the_length_are_those_of_the_whole_text(is_patched):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model, other = (tiny_llama(max_position_embeddings=32, rope_parameters=rope) for _ in range(2))
+    model, other = (tiny_llama(max_position_embeddings=32, rope_scaling=rope) for _ in range(2))
     if is_patched:
         lococo.patch_model(model, CONFIGS["default"]), lococo.patch_model(other, CONFIGS["default"])
     _, ask = read_by(model)
