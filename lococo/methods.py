@@ -91,8 +91,8 @@ class Run:
 
 def plan_runs(
     methods: Sequence[str],
-    budgets: Sequence[int],
-    block_size: int,
+    budgets: Sequence[int] = (),
+    block_size: int | None = None,
     heads: Sequence[str] = (),
     *,
     name_heads: bool = False,
@@ -103,6 +103,10 @@ def plan_runs(
 
     Parameters
     ----------
+    budgets : sequence of int
+        Numbers of slots. Empty: those of the heads, or 512.
+    block_size : int, optional
+        None: that of the heads, or the smallest of the budgets and 512.
     name_heads : bool
         Trained heads are called ``lococo-FOLDER``, not ``lococo``.
     any_block_size : bool
@@ -120,6 +124,14 @@ def plan_runs(
     formats = parse_formats(slot_bits)
     if not methods and not heads:
         raise ValueError(f"there is nothing to compare: name methods, of {', '.join(METHODS)}, or heads")
+    trained = {folder: heads_run(folder, name_heads) for folder in heads}
+    configs = [run.config for run in trained.values() if run.config is not None]
+    budgets = budgets or [config.num_slots for config in configs] or [LoCoCoConfig().num_slots]
+    if block_size is None:
+        block_size = configs[0].block_size if configs else min(*budgets, LoCoCoConfig().block_size)
+    for folder, config in zip(trained, configs, strict=True):
+        if config.block_size != block_size and not any_block_size:
+            raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
     full = [Run("full", None)] if "full" in methods else []
     runs = [
         Run(name, method_config(name, slots, block_size))
@@ -127,13 +139,7 @@ def plan_runs(
         for name in methods
         if name != "full"
     ]
-    for folder in heads:
-        run = heads_run(folder, name_heads)
-        size = run.config.block_size  # type: ignore[union-attr]
-        if size != block_size and not any_block_size:
-            raise ValueError(f"the heads in {folder} have block_size={size}, compare them at that size")
-        runs.append(run)
-    return full + [in_format(run, bits) for bits in formats for run in runs]
+    return full + [in_format(run, bits) for bits in formats for run in (*runs, *trained.values())]
 
 
 def heads_run(folder: str, is_named: bool = False) -> Run:

@@ -26,8 +26,8 @@ class ComparisonOptions:
     """What is compared, and how often."""
 
     heads: options.ComparedHeads = dataclasses.field(default_factory=list)
-    num_slots: options.SlotCounts = dataclasses.field(default_factory=lambda: [512])
-    block_size: options.BlockSize = 512
+    num_slots: options.SlotCounts = dataclasses.field(default_factory=list)
+    block_size: options.ComparedBlockSize = None
     slot_bits: options.SlotBits = dataclasses.field(default_factory=list)
     batches: Annotated[list[int], option(MEASURED, "Texts at once.")] = dataclasses.field(default_factory=lambda: [1])
     repeats: Annotated[int, option(RUN, "Measurements of each method.", min=1)] = 5

@@ -40,7 +40,7 @@ def perplexity(
     ] = None,
     methods: options.MethodNames = "full,streaming,h2o,h2o-slot,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
-    num_slots: options.SlotCounts = [128],
+    num_slots: options.SlotCounts = [],
     bytes_of: Annotated[
         str | None,
         option(
@@ -51,8 +51,13 @@ def perplexity(
         ),
     ] = None,
     block_size: Annotated[
-        list[int], option(METHOD, "Tokens read between two compressions (B); several with --bytes-of.")
-    ] = [128],
+        list[int],
+        option(
+            METHOD,
+            "Tokens read between two compressions (B); several with --bytes-of.",
+            show_default="the heads', or M, at most 512",
+        ),
+    ] = [],
     slot_bits: options.SlotBits = [],
     output: options.Output = Path("perplexity"),
 ) -> None:
@@ -60,7 +65,7 @@ def perplexity(
 
     What is lost on text that repeats from further back is in a second result, OUTPUT_recall.
 
-    Example: lococo eval ppl --model MODEL --data texts.jsonl --num-slots 128 256 --heads heads/
+    Example: lococo eval ppl --model MODEL --data texts.jsonl --heads heads/
     """
     from lococo.data.texts import Cut, read_windows
     from lococo.evaluation.equal_bytes import plan_equal_bytes
@@ -72,7 +77,8 @@ def perplexity(
     if bytes_of is None:
         if len(block_size) > 1:
             raise ValueError(f"one --block-size is compared, several with --bytes-of, got {block_size}")
-        runs = plan_runs(names_of(methods), num_slots, block_size[0], heads, slot_bits=slot_bits)
+        size = block_size[0] if block_size else None
+        runs = plan_runs(names_of(methods), num_slots, size, heads, slot_bits=slot_bits)
     windows = read_windows(data, source.load_tokenizer(), cut, text_column)
     model, _ = source.load()
     if bytes_of is not None:
@@ -164,14 +170,14 @@ def tasks(
     seed: options.Seed = 0,
     methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
-    num_slots: options.SlotCounts = [128],
-    block_size: options.BlockSize = 128,
+    num_slots: options.SlotCounts = [],
+    block_size: options.ComparedBlockSize = None,
     slot_bits: options.SlotBits = [],
     output: options.Output = Path("tasks"),
 ) -> None:
     """Scores by task of lm-eval and method, and differences to the full cache.
 
-    Example: lococo eval tasks --model MODEL --tasks arc_easy:40 race:2 --num-slots 256 --heads heads/
+    Example: lococo eval tasks --model MODEL --tasks arc_easy:40 race:2 --heads heads/
     """
     from lococo.evaluation.few_shot import parse_metadata, read_tasks
     from lococo.evaluation.tasks import evaluate_tasks

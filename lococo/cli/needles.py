@@ -29,14 +29,14 @@ def needles(
     seed: options.Seed = 0,
     methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
-    num_slots: options.SlotCounts = [512],
-    block_size: options.BlockSize = 512,
+    num_slots: options.SlotCounts = [],
+    block_size: options.ComparedBlockSize = None,
     slot_bits: options.SlotBits = [],
     output: options.Output = Path("needles"),
 ) -> None:
     """Numbers hidden in long texts, by depth and length.
 
-    Example: lococo eval needles --model MODEL --lengths 4096 16384 --num-slots 256 --heads heads/
+    Example: lococo eval needles --model MODEL --lengths 4096 16384 --heads heads/
     """
     from lococo.data.documents import documents
     from lococo.evaluation.needles import Filler, by_length, evaluate_needles, make_needles

@@ -70,10 +70,21 @@ class ModelOptions:
 
 
 NumSlots = Annotated[int, option(METHOD, "KV slots per layer and KV head (M).")]
-SlotCounts = Annotated[list[int], option(METHOD, "KV slots per layer and KV head (M), one number or several.")]
+SlotCounts = Annotated[
+    list[int],
+    option(
+        METHOD,
+        "KV slots per layer and KV head (M), one number or several.",
+        show_default=f"the heads', or {NUM_SLOTS}",
+    ),
+]
 BlockSize = Annotated[int, option(METHOD, "Tokens read between two compressions (B).")]
 OwnBlockSize = Annotated[
     int | None, option(METHOD, "Tokens read between two compressions (B).", show_default="M, at most 512")
+]
+ComparedBlockSize = Annotated[
+    int | None,
+    option(METHOD, "Tokens read between two compressions (B).", show_default="the heads', or M, at most 512"),
 ]
 SlotBits = Annotated[
     list[str],

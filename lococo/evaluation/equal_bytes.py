@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes, random_full_cache, read_tokens
 from lococo.methods import H2O, Run, heads_run, in_format, method_config, parse_formats
 from lococo.models import base_shape
@@ -49,6 +50,8 @@ def plan_equal_bytes(
         Not patched.
     reference : str
         METHOD:M, read in blocks of the first of ``block_sizes``, nothing coded.
+    block_sizes : sequence of int
+        Empty: M, at most 512.
     methods : sequence of str
         Every one but ``full`` is run at each block size and in each format, and called METHOD-bSIZE-BITS, without what
         is as in the reference. H2O's position modes are there with the reference's slots: the gap ratio relates to
@@ -65,6 +68,7 @@ def plan_equal_bytes(
     """
     name, num_slots = _parse_reference(reference)
     formats = parse_formats(slot_bits)
+    block_sizes = block_sizes or [min(num_slots, LoCoCoConfig().block_size)]
     first, *_ = block_sizes
     most = bytes_per_head(model, Run(name, method_config(name, num_slots, first)))
     runs = [Run(each, method_config(each, num_slots, first)) for each in ("full", *H2O) if each in methods]

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_ids, tiny_llama
+from tiny import patched_llama, tiny_ids, tiny_llama
 from words import Characters
 
 import lococo
@@ -167,6 +167,26 @@ def test_trained_heads_are_measured_at_their_own_budget(model, corpus, tmp_path)
     assert ours["gap_ratio"] is not None
     with pytest.raises(ValueError, match="block_size=8, compare them at that size"):
         plan_runs(["full"], [12], 16, [str(tmp_path / "heads")])
+
+
+def test_what_is_not_said_is_that_of_the_heads(tmp_path):
+    folders = []
+    for slots, block in ((12, 8), (20, 8), (12, 5)):
+        folders.append(str(tmp_path / f"{slots}-{block}"))
+        lococo.save_heads(patched_llama(lococo.LoCoCoConfig(slots, block_size=block)), folders[-1])
+
+    def planned(*args, **kwargs):
+        return [(run.name, run.num_slots, run.config.block_size) for run in plan_runs(["h2o"], *args, **kwargs)]
+
+    assert planned() == [("h2o", 512, 512)]
+    assert planned([24, 600]) == [("h2o", 24, 24), ("h2o", 600, 24)]
+    assert planned(heads=folders[:1]) == [("h2o", 12, 8), ("lococo", 12, 8)]
+    assert planned(heads=folders[:2]) == [("h2o", 12, 8), ("h2o", 20, 8), ("lococo", 12, 8), ("lococo", 20, 8)]
+    assert planned([30], heads=folders[:1]) == [("h2o", 30, 8), ("lococo", 12, 8)]
+    with pytest.raises(ValueError, match="12-5 have block_size=5, compare them at that size"):
+        planned(heads=folders)
+    with pytest.raises(ValueError, match="12-8 have block_size=8, compare them at that size"):
+        planned([12], 5, folders)
 
 
 def test_codes_are_methods_of_their_own_beside_the_full_cache_and_h2o_without(model, corpus, tmp_path):
