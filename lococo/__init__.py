@@ -1,4 +1,4 @@
-"""Long texts through language models in a fixed number of key-value slots."""
+"""Read long texts with language models in a fixed number of key-value slots."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -30,18 +30,19 @@ PATCH_OPTIONS = {"attention", "prefill_chunk_size"}
 class LoCoCoConfig:
     """How many key-value slots a layer keeps, and what goes into them.
 
-    The budget is ``num_slots = num_sinks + num_heavy + num_recent + num_fused``; what the three selections leave over
-    is fused (``num_fused`` is derived). A selection that is not given takes its share of our default preset: 4 sinks,
-    5/16 recents, 3/8 fused and heavy hitters in the rest.
+    The budget is ``num_slots = num_sinks + num_heavy + num_recent + num_fused``. The first three are selections of
+    tokens; the slots that they leave hold blends (``num_fused`` is derived). A selection that is not given takes its
+    share of the default preset: 4 sinks, 5/16 recents, 3/8 fused slots, and heavy hitters in the rest.
 
     Parameters
     ----------
     num_slots : int
-        M, slots kept per layer and KV head whatever the length of the text.
+        M, slots kept per layer and KV head, whatever the length of the text.
     block_size : int
-        B, tokens read between two compressions.
+        B, tokens read between two compressions. The cache has room for M + B entries.
     num_sinks, num_heavy, num_recent : int, optional
-        Slots holding unchanged copies of the first tokens, of the tokens with the highest score, of the last tokens.
+        Slots that hold unchanged copies of the first tokens, of the tokens with the highest score, and of the last
+        tokens.
     kernel_size : int
         Width of the fusion convolution over the entries (odd).
     head_rank : int, optional
@@ -56,31 +57,32 @@ class LoCoCoConfig:
     init_std : float, optional
         Standard deviation of normal initial convolution weights. None: PyTorch's own initialisation.
     mass_bias : bool
-        Give a slot blended from n tokens the attention mass of n tokens: a bias of a learned scale times log n.
+        Let a slot blended from n tokens count in attention for n tokens: its logits get a learned scale times log n.
     positions : {"absolute", "slot"}
-        Rotary positions of the text, or of the place in the cache (no position past ``num_slots + block_size``).
+        Rotary positions of keys: their place in the text, or their place in the cache, with which no position goes
+        past ``num_slots + block_size`` and texts longer than the model's window can be read.
     score : {"distant", "learned", "mean", "sum", "last"} or str
-        Ranking of heavy hitters, of these or of a name given to ``lococo.register_score``. "distant": mean square of
-        the attention from queries at least ``num_recent`` entries later, when the token is a recent no more, older
-        queries fading; "learned": the same, counted alike in all heads whatever their slots, times a factor that
-        calibration learns to make of the token itself; "mean": attention per query that could see the token; "sum":
-        in total (H2O); "last": from the current block alone.
+        How heavy hitters are ranked: one of these, or a name given to ``lococo.register_score``. "distant": mean
+        square of the attention from queries at least ``num_recent`` entries later, when the token is no longer a
+        recent; older queries fade. "learned": the same, but with one delay for all heads whatever their slots, times
+        a factor that a calibrated network predicts from the token itself. "mean": attention per query that could see
+        the token. "sum": total attention (H2O). "last": attention from the current block only.
     decode_block_size : int, optional
-        Tokens between two compressions while tokens come one by one; 1 is the paper's. None: ``block_size``.
+        Tokens between two compressions while tokens are generated one by one; the paper has 1. None: ``block_size``.
     slots_per_head : tuple of tuples of int, optional
-        Slots of every KV head, layer by layer, ``num_slots`` on average at most: a head that looks far back gets more
+        Slots of every KV head, layer by layer, at most ``num_slots`` on average: a head that looks far back gets more
         of them than one that looks at its neighbours. Found by calibration. None: ``num_slots`` for every head. None
-        in the place of a layer: it keeps its sliding window.
+        in place of a layer: that layer keeps its sliding window.
     compressor : {"conv", "centroids"} or str
-        What blends entries into fused slots, of these or of a name given to ``lococo.register_compressor``. "conv":
-        the convolution; "centroids": a fused slot is the mean of all evicted tokens whose keys are closest to it.
+        What blends entries into fused slots: one of these, or a name given to ``lococo.register_compressor``. "conv":
+        the convolution. "centroids": a fused slot is the mean of all evicted tokens whose keys are closest to it.
     scaling : {"share", "count"}
-        What sinks, recents and fused slots are to heads that have other numbers of slots (``slots_per_head``): the
-        same share of them, or as many, up to a quarter of a head's slots for each kind.
+        How many sinks, recents and fused slots a head with another number of slots has (``slots_per_head``): the same
+        share of its slots, or the same number, up to a quarter of its slots for each kind.
     slot_bits : {16, 8, 4} or tuple of two of them
-        Of the numbers that keys and values are held in, or of keys and of values. 16: the model's own type. 8 and 4:
-        codes between the least and the largest of 64 and of 32 numbers of a key or value, of which each is coded once,
-        when it is read, or blended.
+        Bits in which the numbers of keys and values are held; two values are for keys and for values. 16: the model's
+        own type. 8 and 4: codes between the smallest and the largest of 64 (8 bits) or 32 (4 bits) numbers of a key
+        or value. Each is coded once, when it is read or blended.
     compress_windows : bool
         What a layer with a sliding window keeps: of what its window sees ``num_slots`` entries, which is all of it if
         they are enough; or, if False, all of it in any case, so that ``num_slots`` and ``slots_per_head`` are for the

@@ -237,7 +237,7 @@ def _accepts(model: Any, argument: str) -> bool:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that the tensors of a cache hold, ours or one of Transformers'."""
+    """Bytes of the tensors that a cache holds, a ``LoCoCoCache`` or one of Transformers'."""
     if isinstance(cache, LoCoCoCache):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -33,25 +33,25 @@ def patch_model(
     attention: str = "auto",
     prefill_chunk_size: int | None = None,
 ) -> nn.Module:
-    """Make every attention layer of a model keep M key-value slots, however long the text.
+    """Make every attention layer of a model keep M key-value slots per KV head, however long the text.
 
     Parameters
     ----------
     model : torch.nn.Module
         A Transformers decoder (Llama, Mistral, Qwen, Gemma, Phi-3, GLM, ...) or ChatGLM in its own code, also inside
-        PEFT. Changed in place. The outermost one: around it, ``save_pretrained`` would write heads, too.
+        PEFT. Changed in place. Pass the outermost model: ``save_pretrained`` of one around it would write heads, too.
     config : LoCoCoConfig, optional
-        The slot budget. None: that of ``heads``, or our default preset.
+        How many slots there are and how they are filled. None: the config of ``heads``, or the default preset.
     heads : str or path, optional
         Folder or Hub id of trained heads to load.
     attention : {"auto", "sdpa", "eager", "triton", "flash_attention_2", "flash_attention_4"} or str
-        Attention kernel. "auto": torch's own, and on CUDA, in half precision and without gradients, lococo's in
-        Triton for logits biased by mass. What a kernel cannot do (masks, float32) it leaves to torch, and of these
-        names each leaves the step of a single token to torch operations that a CUDA graph can record. A name given to
-        ``lococo.register_attention`` is a kernel of one's own, which reads and decodes.
+        Attention kernel. "auto": torch's own; on CUDA, in half precision and without gradients, lococo's Triton
+        kernel where slots that stand for several tokens bias the logits. What a kernel cannot do (masks, float32) is
+        left to torch. With any of these names, steps of a single token use torch operations that a CUDA graph can
+        record. A name given to ``lococo.register_attention`` is your own kernel, for reading and decoding.
     prefill_chunk_size : int, optional
         Tokens that go through the model at once when a long prompt is read without gradients. None: as many whole
-        blocks as the device's free memory has room for, up to what no larger chunk is faster than.
+        blocks as the device's free memory has room for, up to a size beyond which larger chunks are no faster.
 
     Returns
     -------
@@ -61,10 +61,10 @@ def patch_model(
     Raises
     ------
     TypeError
-        If the model, the config or the heads are of another type.
+        If the model, the config or the heads are of a wrong type.
     ValueError
         If the model is already patched, of an unsupported kind or wrapped for distributed training, if the heads do
-        not fit it, or an option has no such value. The model is then as it was.
+        not fit it, or an option has an unknown value. The model is then as it was.
     """
     _check_config(config)
     if is_patched(model):
@@ -182,7 +182,7 @@ def _add_networks(patch: Patch) -> None:
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Give a model its full key-value cache back, bit for bit. Returns the model.
+    """Give a model its full key-value cache back, with outputs as before, bit for bit. Returns the model.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def patched(
 ) -> Iterator[nn.Module]:
     """A patched model inside a ``with`` block. Arguments as in ``patch_model``.
 
-    A patch that was put in the place of this one inside the block stays.
+    A patch that has replaced this one inside the block stays.
     """
     patch_model(model, config, heads=heads, attention=attention, prefill_chunk_size=prefill_chunk_size)
     patch = patch_of(model)

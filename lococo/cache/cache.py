@@ -18,10 +18,10 @@ from lococo.config import LoCoCoConfig
 
 
 class LoCoCoCache(Cache):
-    """The cache of a patched model: M slots and an open block per layer, whatever the length read.
+    """The cache of a patched model: M slots and an open block per layer and KV head, however long the text.
 
-    Made by the model's forward and by ``generate``; pass one back in to go on reading. A copy, also by pickle or by
-    ``save`` and ``load``, goes on as the original would.
+    Made by the model's forward and by ``generate``; pass it back in to continue the text. A copy, also one made by
+    pickle or by ``save`` and ``load``, continues as the original would.
 
     Parameters
     ----------

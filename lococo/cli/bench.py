@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Of a table, the most telling first.
 SUMMARY = ("method", "num_slots", "length", "batch", "unit", "median", "tokens_per_second", "speedup_over_full")
 MEMORY = ("skipped", "peak_bytes", "cache_bytes")
-Lengths = Annotated[list[int], option(MEASURED, "Tokens.", "--lengths")]
+Lengths = Annotated[list[int], option(MEASURED, "Tokens of the text.", "--lengths")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,9 @@ class ComparisonOptions:
     num_slots: options.SlotCounts = dataclasses.field(default_factory=list)
     block_size: options.ComparedBlockSize = None
     slot_bits: options.SlotBits = dataclasses.field(default_factory=list)
-    batches: Annotated[list[int], option(MEASURED, "Texts at once.")] = dataclasses.field(default_factory=lambda: [1])
+    batches: Annotated[list[int], option(MEASURED, "Texts read or continued at once.")] = dataclasses.field(
+        default_factory=lambda: [1]
+    )
     repeats: Annotated[int, option(RUN, "Measurements of each method.", min=1)] = 5
 
 
@@ -46,7 +48,7 @@ def memory(
     step: Annotated[int, option(MEASURED, "Tokens between two measurements.", min=1)] = 512,
     output: options.Output = Path("memory"),
 ) -> None:
-    """Cache bytes against tokens read.
+    """Size of the cache by tokens read.
 
     Example: lococo bench memory --model MODEL --num-slots 256
     """
@@ -70,7 +72,7 @@ def prefill(
     lengths: Lengths = [2048, 4096, 8192, 16384],
     output: options.Output = Path("prefill"),
 ) -> None:
-    """Reading a text: tokens per second, peak memory.
+    """Speed of reading a text, and peak memory.
 
     Example: lococo bench prefill --model MODEL --num-slots 256 --lengths 4096 16384
     """
@@ -89,7 +91,7 @@ def decode(
     steps: Annotated[int, option(MEASURED, "Tokens per measurement.")] = 32,
     output: options.Output = Path("decode"),
 ) -> None:
-    """One token after another: seconds per step, peak memory, cache bytes.
+    """Speed of generating token by token, peak memory and size of the cache.
 
     Example: lococo bench decode --model MODEL --num-slots 256 --batches 1 16
     """

@@ -27,45 +27,54 @@ class CalibrationOptions:
         str,
         option(
             METHOD,
-            "default: scores and slots per head; blend: blends, too; or the paper's.",
+            "default: learned scores and slots per head; blend: trained blends, too; paper: the paper's settings.",
             metavar="default|blend|paper",
         ),
     ] = "default"
     length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096
-    first: Annotated[int, option(TEXT, "First token that is measured.")] = 512
-    num_heldout: Annotated[int, option(TEXT, "Windows to measure on.", "--heldout")] = 8
+    first: Annotated[int, option(TEXT, "First token of a window that counts for the gap ratio.")] = 512
+    num_heldout: Annotated[int, option(TEXT, "Windows to measure the gap ratio on.", "--heldout")] = 8
     heldout_share: Annotated[
-        float | None, option(TEXT, "Share of the documents that is held out.", show_default="at least one document")
+        float | None, option(TEXT, "Share of the documents to hold out.", show_default="at least one document")
     ] = None
     score_texts: Annotated[
-        int | None, option(TRAINING, "Texts that scores learn from; 0: the distant score.", show_default=RECIPE)
+        int | None, option(TRAINING, "Texts to learn scores from; 0: keep the untrained score.", show_default=RECIPE)
     ] = None
     scores_from: Annotated[
         str | None,
         option(
-            TRAINING, "Heads whose scores are taken, whatever their slots.", metavar="FOLDER", show_default="learn"
+            TRAINING,
+            "Heads whose learned scores are reused; any number of slots.",
+            metavar="FOLDER",
+            show_default="learn new ones",
         ),
     ] = None
     objective: Annotated[
-        str | None, option(TRAINING, "distill, next-token, or none: no end-to-end training.", show_default=RECIPE)
+        str | None, option(TRAINING, "distill, next-token, or none for no end-to-end training.", show_default=RECIPE)
     ] = None
-    steps: Annotated[int | None, option(TRAINING, "Of end-to-end training.", show_default=RECIPE)] = None
-    windows_per_step: Annotated[int | None, option(TRAINING, "Global batch.", show_default=RECIPE)] = None
-    learning_rate: Annotated[float | None, option(TRAINING, "Of the convolutions.", show_default=RECIPE)] = None
+    steps: Annotated[int | None, option(TRAINING, "Steps of end-to-end training.", show_default=RECIPE)] = None
+    windows_per_step: Annotated[int | None, option(TRAINING, "Windows in the global batch.", show_default=RECIPE)] = (
+        None
+    )
+    learning_rate: Annotated[
+        float | None, option(TRAINING, "Learning rate of the convolutions.", show_default=RECIPE)
+    ] = None
     backprop_tokens: Annotated[
-        int | None, option(TRAINING, "Length of back-propagation; 0: the whole window.", show_default=RECIPE)
+        int | None, option(TRAINING, "Tokens to back-propagate through; 0: the whole window.", show_default=RECIPE)
     ] = None
     budget_texts: Annotated[
         int | None,
-        option(TRAINING, "Texts for the slots of each KV head; 0: the same for all.", show_default=RECIPE),
+        option(TRAINING, "Texts for finding the slots of each KV head; 0: the same for all.", show_default=RECIPE),
     ] = None
     local_steps: Annotated[
         int | None,
-        option(TRAINING, "Layer-local training first, so many texts per layer; 0: none.", show_default=RECIPE),
+        option(TRAINING, "Layer-local training before it, in texts per layer; 0: none.", show_default=RECIPE),
     ] = None
-    local_texts: Annotated[int | None, option(TRAINING, "Texts recorded for it.", show_default=RECIPE)] = None
+    local_texts: Annotated[
+        int | None, option(TRAINING, "Texts recorded for layer-local training.", show_default=RECIPE)
+    ] = None
     measure_every: Annotated[
-        int | None, option(TRAINING, "Steps between two looks at the gap ratio.", show_default=RECIPE)
+        int | None, option(TRAINING, "Steps between two measurements of the gap ratio.", show_default=RECIPE)
     ] = None
 
 

@@ -23,20 +23,21 @@ def perplexity(
     text_column: options.TextColumn = "text",
     lengths: Annotated[list[int], option(TEXT, "Tokens of a window.", "--length", "--lengths")] = [2048],
     min_length: Annotated[
-        int | None, option(TEXT, "A file without long texts is measured on shorter ones, down to so many tokens.")
+        int | None, option(TEXT, "Shortest texts to measure on, in tokens, for files that have no long ones.")
     ] = None,
     first: options.First = 512,
     sliding: Annotated[
         bool,
         option(
             TEXT,
-            "Slide over whole documents: every token from --first on counts once, at every length the same tokens.",
+            "Slide over whole documents: every token from --first on counts once, the same at every length.",
             "--sliding",
         ),
     ] = False,
     documents: options.Documents = 6,
     per_document: Annotated[
-        int | None, option(TEXT, "Windows of each document at most.", "--windows-per-document", show_default="all")
+        int | None,
+        option(TEXT, "Maximum number of windows per document.", "--windows-per-document", show_default="all"),
     ] = None,
     methods: options.MethodNames = "full,streaming,h2o,h2o-slot,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
@@ -45,7 +46,7 @@ def perplexity(
         str | None,
         option(
             METHOD,
-            "In place of --num-slots: a method and its slots, h2o:128 for instance, in the first of the block sizes. "
+            "In place of --num-slots: a method and its slots, such as h2o:128, at the first --block-size. "
             "All others get as many slots as fit into the bytes of its cache.",
             metavar="METHOD:M",
         ),
@@ -63,7 +64,7 @@ def perplexity(
 ) -> None:
     """Perplexity by length, domain, method and number of slots, with the gap ratio.
 
-    What is lost on text that repeats from further back is in a second result, OUTPUT_recall.
+    A second result, OUTPUT_recall, has the loss on text that repeats something from further back.
 
     Example: lococo eval ppl --model MODEL --data texts.jsonl --heads heads/
     """
@@ -96,17 +97,22 @@ def extended(
     text_column: options.TextColumn = "text",
     lengths: Annotated[list[int], option(TEXT, "Tokens of a window.")] = [2048, 4096, 8192, 16384, 32768],
     first: options.First = 512,
-    documents: Annotated[int, option(TEXT, "Documents of each file.")] = 1,
+    documents: Annotated[int, option(TEXT, "Documents per file.")] = 1,
     extensions: Annotated[
         list[Path],
-        option(METHOD, "Folders written by lococo extend; each names its row.", metavar="FOLDER", show_default=False),
+        option(
+            METHOD,
+            "Folders written by lococo extend; each gets a row with its name.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
     ] = [],
     methods: options.MethodNames = "full,lococo-uncalibrated-slot",
     num_slots: options.NumSlots = 512,
     block_size: options.BlockSize = 512,
     output: options.Output = Path("extension"),
 ) -> None:
-    """Perplexity of extended models by length; --methods are those of the model as it came.
+    """Perplexity of extended models by length; --methods are for the model before extension.
 
     Example: lococo eval extended --model MODEL --extensions longer/ --data heldout.jsonl
     """
@@ -134,18 +140,19 @@ def tasks(
         list[str],
         option(
             TEXT,
-            "Tasks, groups or tags of lm-eval, each with its number of examples or with as many as it says itself.",
+            "Tasks, groups or tags of lm-eval, each with a number of examples, or else with its own.",
             metavar="NAME[:SHOTS]",
         ),
     ] = TASKS,
     include_path: Annotated[
-        Path | None, option(TEXT, "Folder of task files in lm-eval's format, of local data.", metavar="FOLDER")
+        Path | None,
+        option(TEXT, "Folder of task files in lm-eval's format, which may name local data.", metavar="FOLDER"),
     ] = None,
     metadata: Annotated[
         str | None,
         option(
             TEXT,
-            """What tasks are told, such as '{"max_seq_lengths": [4096]}' for RULER; the tokenizer they are given.""",
+            """Passed to the tasks, such as '{"max_seq_lengths": [4096]}' for RULER; the tokenizer is added.""",
             metavar="JSON",
             show_default=False,
         ),
@@ -154,7 +161,10 @@ def tasks(
     max_length: Annotated[
         int | None,
         option(
-            TEXT, "Tokens of a prompt with its answer; longer ones lose examples.", show_default="the model's", min=1
+            TEXT,
+            "Tokens of a prompt with its answer; longer prompts lose examples.",
+            show_default="the model's",
+            min=1,
         ),
     ] = None,
     truncate: Annotated[
@@ -162,9 +172,7 @@ def tasks(
     ] = None,
     batch_size: Annotated[
         int,
-        option(
-            TEXT, "Prompts answered together where text is generated; with 1, what they share is read once.", min=1
-        ),
+        option(TEXT, "Prompts to generate answers to together; with 1, what prompts share is read only once.", min=1),
     ] = 1,
     chat: options.Chat = False,
     seed: options.Seed = 0,
@@ -175,7 +183,7 @@ def tasks(
     slot_bits: options.SlotBits = [],
     output: options.Output = Path("tasks"),
 ) -> None:
-    """Scores by task of lm-eval and method, and differences to the full cache.
+    """Scores in tasks of lm-eval by method, and differences from the full cache.
 
     Example: lococo eval tasks --model MODEL --tasks arc_easy:40 race:2 --heads heads/
     """

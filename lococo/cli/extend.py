@@ -20,34 +20,39 @@ class ExtensionOptions:
     """Arguments of ``lococo.extend_context``."""
 
     method: Annotated[
-        str, option(METHOD, "Cache to learn with: lococo, h2o, streaming or full.", metavar="METHOD")
+        str, option(METHOD, "Cache to train with: lococo, h2o, streaming or full.", metavar="METHOD")
     ] = "lococo"
-    factor: Annotated[float, option(LENGTH, "New length / old length.")] = 8.0
+    factor: Annotated[float, option(LENGTH, "New length divided by the old one.")] = 8.0
     original_length: Annotated[int | None, option(LENGTH, "Old length in tokens.", show_default="the model's")] = None
-    rope_type: Annotated[str, option(LENGTH, "linear, yarn or dynamic.", metavar="TYPE")] = "linear"
+    rope_type: Annotated[
+        str, option(LENGTH, "How positions are stretched: linear, yarn or dynamic.", metavar="TYPE")
+    ] = "linear"
     num_slots: options.NumSlots = NUM_SLOTS
     block_size: options.OwnBlockSize = None
     positions: Annotated[
         str | None,
-        option(METHOD, "absolute, or slot, which are not stretched.", show_default="absolute; streaming: slot"),
+        option(METHOD, "absolute; or slot, which are not stretched.", show_default="absolute; streaming: slot"),
     ] = None
-    heads: Annotated[str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block.")] = (
-        None
-    )
+    heads: Annotated[
+        str | None, option(METHOD, "Folder or Hub id of heads to start from; sets slots and block size.")
+    ] = None
     length: Annotated[int | None, option(TEXT, "Tokens per window.", show_default="the new length")] = None
-    steps: Annotated[int, option(TRAINING, "Of the optimizer.")] = 1000
-    windows_per_step: Annotated[int, option(TRAINING, "Global batch.")] = 8
-    learning_rate: Annotated[float, option(TRAINING, "Of all but heads.")] = 5e-5
-    heads_learning_rate: Annotated[float, option(TRAINING, "Of heads.")] = 1e-3
+    steps: Annotated[int, option(TRAINING, "Steps of the optimizer.")] = 1000
+    windows_per_step: Annotated[int, option(TRAINING, "Windows in the global batch.")] = 8
+    learning_rate: Annotated[float, option(TRAINING, "Learning rate of everything but the heads.")] = 5e-5
+    heads_learning_rate: Annotated[float, option(TRAINING, "Learning rate of the heads.")] = 1e-3
     rank: Annotated[int, option(TRAINING, "LoRA's r.", "--lora-rank")] = 8
     alpha: Annotated[int, option(TRAINING, "LoRA's alpha.", "--lora-alpha")] = 16
-    depth: Annotated[int, option(TRAINING, "Compressions that back-propagation goes through; 0: all.", min=0)] = 2
+    depth: Annotated[int, option(TRAINING, "Compressions to back-propagate through; 0: all.", min=0)] = 2
     save_every: Annotated[int, option(TRAINING, "Steps between checkpoints.")] = 100
-    shard: Annotated[bool, option(RUN, "Shard the model over the processes (FSDP2).", "--fsdp")] = False
+    shard: Annotated[bool, option(RUN, "Shard the model over all processes (FSDP2).", "--fsdp")] = False
     merge_into: Annotated[
-        Path | None, option(RUN, "Write a plain checkpoint and its heads, too.", "--merge", metavar="FOLDER")
+        Path | None,
+        option(RUN, "Folder to write a plain checkpoint with its heads to, too.", "--merge", metavar="FOLDER"),
     ] = None
-    time_limit: options.TimeLimit = None
+    time_limit: Annotated[
+        float | None, option(RUN, "Seconds after which the run ends; the same command with --resume continues it.")
+    ] = None
 
 
 def extend(

@@ -27,22 +27,27 @@ STANDARD_INPUT = Path("-")
 class AnswerOptions:
     """How the tokens of an answer are chosen, by the names that Transformers has for it."""
 
-    max_new_tokens: Annotated[int, option(ANSWER, "Answer with at most so many tokens.", min=1)] = 64
+    max_new_tokens: Annotated[int, option(ANSWER, "Maximum number of tokens in an answer.", min=1)] = 64
     do_sample: Annotated[
-        bool, option(ANSWER, "Draw tokens by chance; without it the most likely one comes.", "--do-sample")
+        bool, option(ANSWER, "Sample tokens; without it the likeliest token is taken.", "--do-sample")
     ] = False
     temperature: Annotated[
-        float | None, option(ANSWER, "Divides logits before a token is drawn.", show_default="the model's")
+        float | None, option(ANSWER, "Logits are divided by it before a token is sampled.", show_default="the model's")
     ] = None
     top_p: Annotated[
         float | None,
-        option(ANSWER, "Draw from the likeliest that together have this probability.", show_default="the model's"),
+        option(
+            ANSWER, "Sample from the likeliest tokens that together have this probability.", show_default="the model's"
+        ),
     ] = None
     top_k: Annotated[
-        int | None, option(ANSWER, "Draw from so many of the likeliest; 0: all.", min=0, show_default="the model's")
+        int | None,
+        option(
+            ANSWER, "Sample from this many of the likeliest tokens; 0: from all.", min=0, show_default="the model's"
+        ),
     ] = None
     seed: Annotated[
-        int | None, option(ANSWER, "Of what is drawn; the same for every question.", min=0, show_default="by chance")
+        int | None, option(ANSWER, "Random seed, the same for every question.", min=0, show_default="by chance")
     ] = None
 
     def arguments(self) -> dict[str, Any]:
@@ -71,23 +76,31 @@ class DocumentOptions:
     """What is read and asked."""
 
     prompt_file: Annotated[
-        Path | None, option(TEXT, "Text file to read; - or neither this nor --prompt: standard input.")
+        Path | None, option(TEXT, "Text file to read; -, or neither this nor --prompt: standard input.")
     ] = None
     prompt: Annotated[str | None, option(TEXT, "Text to read.")] = None
     question: Annotated[
         list[str],
-        option(TEXT, "Asked after the text, one or several: each on its own.", metavar="TEXT", show_default=False),
+        option(
+            TEXT,
+            "Question about the text, one or several; each is answered on its own.",
+            metavar="TEXT",
+            show_default=False,
+        ),
     ] = dataclasses.field(default_factory=list)
-    max_prompt_tokens: Annotated[int | None, option(TEXT, "Read at most so many tokens of the text.", min=1)] = None
+    max_prompt_tokens: Annotated[int | None, option(TEXT, "Maximum number of tokens of the text to read.", min=1)] = (
+        None
+    )
     no_chat: Annotated[
-        bool, option(TEXT, "Ask after the text as it is, without the tokenizer's chat template.", "--no-chat")
+        bool,
+        option(TEXT, "Append the question to the plain text, without the tokenizer's chat template.", "--no-chat"),
     ] = False
     save_cache: Annotated[
         Path | None,
-        option(RUN, "File to write: what is kept of the text, to ask more about it later.", callback=writable),
+        option(RUN, "File to write the cache of the text to, for later questions.", callback=writable),
     ] = None
     load_cache: Annotated[
-        Path | None, option(RUN, "Such a file in the place of a text, for the same model and method.")
+        Path | None, option(RUN, "File from --save-cache, in place of a text; for the same model and method.")
     ] = None
 
     def check(self, is_full: bool) -> None:
@@ -141,9 +154,9 @@ class DocumentOptions:
 
 
 def generate(source: ModelOptions, method: MethodOptions, texts: DocumentOptions, answers: AnswerOptions) -> None:
-    """Read a long text and answer questions about it, or go on with it.
+    """Read a long text and answer questions about it, or continue it.
 
-    The text is read once for all questions. With --save-cache it need not be read again: --load-cache asks more.
+    The text is read once for all questions. After --save-cache, --load-cache asks more without reading it again.
 
     Example: lococo generate --model MODEL --prompt-file book.txt --question "Who is the narrator?" --num-slots 256
     """

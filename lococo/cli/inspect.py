@@ -13,11 +13,11 @@ def inspect(
     method: MethodOptions,
     *,
     data: Annotated[Path, option(TEXT, "Text file to read.")],
-    max_tokens: Annotated[int, option(TEXT, "Read at most so many tokens of the text.", min=1)] = 4096,
-    threshold: Annotated[float, option(RUN, "Smallest weight listed.", min=0.001, max=1)] = 0.01,
-    output: Annotated[Path, option(RUN, "File to write.", callback=writable)] = Path("slots.html"),
+    max_tokens: Annotated[int, option(TEXT, "Maximum number of tokens of the text to read.", min=1)] = 4096,
+    threshold: Annotated[float, option(RUN, "Smallest weight that is listed.", min=0.001, max=1)] = 0.01,
+    output: Annotated[Path, option(RUN, "HTML file to write.", callback=writable)] = Path("slots.html"),
 ) -> None:
-    """Write a page that shows which tokens each slot holds.
+    """Write an HTML page that shows which tokens each slot holds.
 
     Example: lococo inspect --model MODEL --data book.txt --heads heads/
     """

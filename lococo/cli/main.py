@@ -90,13 +90,13 @@ def _words_of(error: Exception) -> str:
 
 
 def _app() -> typer.Typer:
-    app = command_group("Long texts in a fixed number of key-value slots.")
+    app = command_group("Read long texts with a language model in a fixed number of key-value slots.")
     app.callback()(_root)
     add_command(app, "generate", generate)
     add_command(app, "serve", serve)
     add_command(app, "calibrate", calibrate)
     add_command(app, "extend", extend)
-    evaluations = command_group("Measure quality.")
+    evaluations = command_group("Measure quality: perplexity, tasks, needles.")
     add_command(evaluations, "ppl", evaluate.perplexity)
     add_command(evaluations, "tasks", evaluate.tasks)
     add_command(evaluations, "needles", needles)
@@ -123,7 +123,7 @@ def _root(
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Long texts in a fixed number of key-value slots."""
+    """Read long texts with a language model in a fixed number of key-value slots."""
 
 
 if __name__ == "__main__":

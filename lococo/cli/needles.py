@@ -21,10 +21,10 @@ def needles(
         option(TEXT, "Texts to hide needles in: files, folders or Hub ids.", metavar="DATA", show_default="made up"),
     ] = [],
     text_column: options.TextColumn = "text",
-    lengths: Annotated[list[int], option(TEXT, "Tokens of prompt and answer.")] = [4096],
-    depths: Annotated[int, option(TEXT, "Places of the needle.")] = 11,
-    items: Annotated[int, option(TEXT, "Needles of each length and depth.")] = 1,
-    distractors: Annotated[int, option(TEXT, "Other needles, that are not asked for.")] = 0,
+    lengths: Annotated[list[int], option(TEXT, "Tokens of prompt and answer together.")] = [4096],
+    depths: Annotated[int, option(TEXT, "Number of places of the needle, from start to end.")] = 11,
+    items: Annotated[int, option(TEXT, "Needles for each length and depth.")] = 1,
+    distractors: Annotated[int, option(TEXT, "Other needles in the text, which are not asked for.")] = 0,
     chat: options.Chat = False,
     seed: options.Seed = 0,
     methods: options.MethodNames = "full,streaming,h2o,lococo-uncalibrated",
@@ -34,7 +34,7 @@ def needles(
     slot_bits: options.SlotBits = [],
     output: options.Output = Path("needles"),
 ) -> None:
-    """Numbers hidden in long texts, by depth and length.
+    """Find numbers hidden in long texts, by depth and length.
 
     Example: lococo eval needles --model MODEL --lengths 4096 16384 --heads heads/
     """

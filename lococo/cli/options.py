@@ -41,8 +41,8 @@ def drawn(output: Path | None) -> Path | None:
 
 
 GgufFile = Annotated[str | None, option(MODEL, "GGUF file in that folder.", metavar="NAME")]
-Device = Annotated[str, option(MODEL, "cpu, cuda, cuda:1, ...; auto: cuda where there is one.")]
-Dtype = Annotated[str, option(MODEL, "float32, bfloat16, ...; auto: the checkpoint's, float32 on a CPU.")]
+Device = Annotated[str, option(MODEL, "cpu, cuda, cuda:1, ...; auto: cuda if there is one.")]
+Dtype = Annotated[str, option(MODEL, "float32, bfloat16, ...; auto: the checkpoint's, but float32 on a CPU.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ SlotBits = Annotated[
     list[str],
     option(
         METHOD,
-        "Bits of keys and values, 16, 8 or 4, or of both, such as 8-4; one or several.",
+        "Bits of keys and values: 16, 8, 4, or different ones, such as 8-4; one or several.",
         metavar="BITS",
         show_default="16, or the heads'",
     ),
@@ -99,7 +99,7 @@ ComparedHeads = Annotated[
     list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)
 ]
 MethodName = Annotated[str, option(METHOD, f"One of {METHODS}", metavar="METHOD")]
-MethodNames = Annotated[str, option(METHOD, f"What is compared, joined by commas: {METHODS}", metavar="METHODS")]
+MethodNames = Annotated[str, option(METHOD, f"Methods to compare, separated by commas: {METHODS}", metavar="METHODS")]
 
 Data = Annotated[
     list[str] | None,
@@ -111,14 +111,14 @@ Data = Annotated[
         show_default="Proof-Pile-2 of the Hub",
     ),
 ]
-TextColumn = Annotated[str, option(TEXT, "Name of the text in a document of --data.")]
-First = Annotated[int, option(TEXT, "First token of a window that counts.")]
-Documents = Annotated[int, option(TEXT, "Windows of each file; with --sliding documents.")]
+TextColumn = Annotated[str, option(TEXT, "Field of a document in --data that holds its text.")]
+First = Annotated[int, option(TEXT, "First token of a window that counts for the loss.")]
+Documents = Annotated[int, option(TEXT, "Windows per file; with --sliding, documents per file.")]
 
-TimeLimit = Annotated[float | None, option(RUN, "Seconds after which it ends; the same command goes on.")]
-WorkDir = Annotated[Path | None, option(RUN, "State of the run.", show_default="OUTPUT.work")]
+TimeLimit = Annotated[float | None, option(RUN, "Seconds after which the run ends; the same command continues it.")]
+WorkDir = Annotated[Path | None, option(RUN, "Folder for the state of the run.", show_default="OUTPUT.work")]
 Output = Annotated[Path, option(RUN, "Name of the files to write, without a suffix.", callback=drawn)]
-Seed = Annotated[int, option(TEXT, "Of what is drawn by chance.")]
+Seed = Annotated[int, option(TEXT, "Random seed.")]
 Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.", "--chat")]
 
 
@@ -128,14 +128,16 @@ class MethodOptions:
 
     method: MethodName = "lococo-uncalibrated"
     heads: Annotated[
-        str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block.")
+        str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block size.")
     ] = None
     num_slots: NumSlots = NUM_SLOTS
     block_size: OwnBlockSize = None
     slot_bits: Annotated[
         str | None,
         option(
-            METHOD, "Bits of keys and values: 16, 8 or 4, or of both, such as 8-4.", show_default="16, or the heads'"
+            METHOD,
+            "Bits of keys and values: 16, 8, 4, or different ones, such as 8-4.",
+            show_default="16, or the heads'",
         ),
     ] = None
 
@@ -172,12 +174,14 @@ class DatasetOptions:
             show_default="togethercomputer/RedPajama-Data-1T-Sample",
         ),
     ] = None
-    text_column: Annotated[str, option(TEXT, "Name of the text in a document.")] = "text"
-    windows: Annotated[int | None, option(TEXT, "Training windows.", show_default="as many as the training reads")] = (
-        None
-    )
-    boundaries: Annotated[str, option(TEXT, "Between documents: reset or none.")] = "reset"
-    seed: Annotated[int, option(TEXT, "Of what is drawn by chance.")] = 0
+    text_column: Annotated[str, option(TEXT, "Field of a document that holds its text.")] = "text"
+    windows: Annotated[
+        int | None, option(TEXT, "Windows to train on.", show_default="as many as the training reads")
+    ] = None
+    boundaries: Annotated[
+        str, option(TEXT, "reset: a window is part of one document; none: documents are joined and cut anywhere.")
+    ] = "reset"
+    seed: Annotated[int, option(TEXT, "Random seed.")] = 0
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of ``lococo.calibrate`` and ``lococo.extend_context``."""
@@ -198,12 +202,12 @@ class TrainingRunOptions:
 
     output: Annotated[Path, option(RUN, "Folder to write.")]
     work_dir: WorkDir = None
-    cache_dir: Annotated[Path, option(RUN, "Token windows and figures that other runs use, too.")] = Path(
+    cache_dir: Annotated[Path, option(RUN, "Folder for token windows and figures that other runs can reuse.")] = Path(
         "~/.cache/lococo"
     )
-    resume: Annotated[bool, option(RUN, "Go on with the run in the work folder.", "--resume")] = False
+    resume: Annotated[bool, option(RUN, "Continue the run in the work folder.", "--resume")] = False
     deepspeed: Annotated[
-        str | None, option(RUN, "zero2 for our ZeRO-2, or a DeepSpeed config file.", metavar="CONFIG")
+        str | None, option(RUN, "zero2 for a built-in ZeRO-2 config, or a DeepSpeed config file.", metavar="CONFIG")
     ] = None
 
     def arguments(self) -> dict[str, Any]:

@@ -16,16 +16,18 @@ def serve(
     served_model_name: Annotated[
         str | None, option(SERVER, "What clients call the model.", metavar="NAME", show_default="as --model")
     ] = None,
-    host: Annotated[str, option(SERVER, "Address to listen on; 0.0.0.0: every one of this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str, option(SERVER, "Address to listen on; 0.0.0.0: all addresses of this machine.")
+    ] = "127.0.0.1",
     port: Annotated[int, option(SERVER, "Port to listen on.", min=1, max=65535)] = 8000,
     max_prompt_tokens: Annotated[
         int | None, option(RUN, "Refuse longer prompts.", min=1, show_default="the model's positions")
     ] = None,
     kept_caches: Annotated[
-        int, option(RUN, "Caches of what was read to keep at most, for prompts that begin alike.", min=0)
+        int, option(RUN, "Maximum number of caches to keep, for prompts that begin alike; 0: none.", min=0)
     ] = 8,
 ) -> None:
-    """Answer OpenAI's chat completions and completions on this machine.
+    """Serve OpenAI's chat completions and completions from this machine.
 
     Example: lococo serve --model MODEL --num-slots 512 --port 8000
     """
