@@ -84,9 +84,9 @@ class LoCoCoConfig:
         own type. 8 and 4: codes between the smallest and the largest of 64 (8 bits) or 32 (4 bits) numbers of a key
         or value. Each is coded once, when it is read or blended.
     compress_windows : bool
-        What a layer with a sliding window keeps: of what its window sees ``num_slots`` entries, which is all of it if
-        they are enough; or, if False, all of it in any case, so that ``num_slots`` and ``slots_per_head`` are for the
-        other layers alone. With ``positions="slot"`` it cannot be False.
+        Whether layers with a sliding window are compressed, too. True: such a layer keeps ``num_slots`` entries of
+        what its window sees, which is all of it if they are enough. False: it always keeps its whole window, and
+        ``num_slots`` and ``slots_per_head`` apply only to the other layers; not with ``positions="slot"``.
     """
 
     num_slots: int = 512

@@ -206,5 +206,5 @@ def find_patch(model: nn.Module) -> Patch | None:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether ``patch_model`` is in force on a model or a part of it."""
+    """Whether a model or a part of it is patched by ``patch_model``."""
     return find_patch(model) is not None

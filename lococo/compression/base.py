@@ -28,18 +28,18 @@ SMALLEST_WEIGHT = 1e-9
 
 
 class Compressor(nn.Module, abc.ABC):
-    """The fused slots of a layer, made of entries that no slot holds a copy of. Shared by the layer's KV heads.
+    """Makes the fused slots of a layer from entries that no slot holds a copy of; one for all KV heads of the layer.
 
-    Made as ``Compressor(config, head_dim, device=..., dtype=...)`` for the largest budget of the layer's KV heads;
-    heads with smaller ones have fewer fused slots.
+    Constructed as ``Compressor(config, head_dim, device=..., dtype=...)`` for the largest budget of the layer's KV
+    heads; KV heads with smaller budgets have fewer fused slots.
 
     Attributes
     ----------
     needs_queries : bool
-        Whether ``entries.queries`` are kept for it.
+        Whether it needs the tokens' queries, which are then kept in ``entries.queries``.
     is_running : bool
-        Whether fused slots go on from one compression to the next: they lie after the sinks, and begin with the tokens
-        there. Else each compression begins them anew, with the best entries that are no heavy hitters.
+        Whether fused slots are carried on from one compression to the next: they lie after the sinks, and begin with
+        the tokens there. Otherwise each compression makes new ones, from the best entries that are not heavy hitters.
     """
 
     needs_queries: ClassVar[bool] = False
@@ -66,8 +66,8 @@ class Compressor(nn.Module, abc.ABC):
         Returns
         -------
         Entries
-            (batch, kv_heads, fused slots, ...) for every field of the entries; None where a slot keeps what the entry
-            has that it begins with.
+            (batch, kv_heads, fused slots, ...) for every field of the entries; None for a field that a slot keeps from
+            the entry that it begins with.
         """
         weights = self.weights(entries, choice)
         mix, fixed = weights.to(entries.keys.dtype), weights.detach()
@@ -80,11 +80,11 @@ class Compressor(nn.Module, abc.ABC):
         )
 
     def mass_bias(self, log_mass: torch.Tensor) -> torch.Tensor:
-        """Bias on the logits of entries that stand for several tokens, by the log of their number."""
+        """Bias on the logits of entries that stand for several tokens, from the log of their number."""
         return log_mass
 
     def after_step(self) -> list[nn.Parameter]:
-        """Put parameters back in bounds after an optimizer's step, without gradients. Returns those it wrote to."""
+        """Put parameters back into bounds after an optimizer's step, without gradients. Returns the changed ones."""
         return []
 
 
@@ -94,12 +94,12 @@ def _check(compressor: Any) -> None:
 
 
 def register_compressor(name: str) -> Callable[[type[Compressor]], type[Compressor]]:
-    """Class decorator: a compressor that ``LoCoCoConfig(compressor=name)`` finds.
+    """Class decorator that registers a compressor for ``LoCoCoConfig(compressor=name)``.
 
     Raises
     ------
     TypeError
-        If the class is no ``Compressor``.
+        If the class is not a ``Compressor``.
     ValueError
         If the name is taken by another class.
     """

@@ -46,41 +46,41 @@ LARGEST_CHANGE = 60.0
 
 
 class Score(abc.ABC):
-    """Ranking of a layer's entries, of which the best become heavy hitters and the next best begin fused slots.
+    """Ranks a layer's entries: the best become heavy hitters, and fused slots begin with the next best.
 
     Attributes
     ----------
     needs : frozenset of str
         What ``rank`` looks at: "attention" that entries received (``entries.scores``), their "position" in the text
-        (``age``), "keys", "values", "features" of its own network. Nothing is summed, made, or kept that no score asks
-        for.
+        (``age``), "keys", "values", "features" of its own network. Only what a score needs is computed and kept.
     power : {1, 2}
-        Of the attention probabilities that are summed for it.
+        Power of the attention probabilities that are summed for it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     power: ClassVar[Literal[1, 2]] = 1
 
     def network(self, num_kv_heads: int, head_dim: int, **factory: Any) -> nn.Module | None:
-        """What makes the features of a layer's tokens, if the score has "features"; None in all others.
+        """The module that computes features of a layer's tokens, for scores that need "features"; None for others.
 
         Parameters
         ----------
         num_kv_heads, head_dim : int
-            Of the layer.
+            Sizes of the layer.
         **factory
             ``device`` and ``dtype``.
 
         Returns
         -------
         torch.nn.Module, optional
-            With ``num_features``, called with (batch, kv_heads, tokens, head_dim) keys, not rotated, and values of all
-            KV heads of the layer. Gives (batch, kv_heads, tokens, num_features) for ``entries.features``.
+            With an attribute ``num_features``. It is called with the un-rotated keys and the values of all KV heads of
+            the layer, each (batch, kv_heads, tokens, head_dim), and returns (batch, kv_heads, tokens, num_features)
+            for ``entries.features``.
         """
         return None
 
     def delay(self, config: LoCoCoConfig) -> int:
-        """Entries between a token and the first query whose attention counts for it."""
+        """Number of entries between a token and the first query whose attention counts for it."""
         return 0
 
     def fade(self, config: LoCoCoConfig) -> float:
@@ -89,16 +89,16 @@ class Score(abc.ABC):
 
     @abc.abstractmethod
     def rank(self, entries: Entries, age: Any, config: LoCoCoConfig) -> torch.Tensor:
-        """Rank of every entry, higher is better.
+        """Rank of every entry; higher is better.
 
         Parameters
         ----------
         entries : Entries
-            With ``scores`` where the score needs attention, and ``features`` where it needs those and the layer has
-            no sliding window.
+            With ``scores`` if the score needs attention, and with ``features`` if it needs those and the layer has no
+            sliding window.
         age : torch.Tensor, optional
-            (batch, kv_heads, entries), tokens read since an entry's own, 1 for the last. It is there if ``needs`` has
-            "position", and in layers with a sliding window.
+            (batch, kv_heads, entries), number of tokens read since the entry's own, 1 for the last token. Given if
+            ``needs`` has "position", and in layers with a sliding window.
 
         Returns
         -------
@@ -107,7 +107,7 @@ class Score(abc.ABC):
         """
 
     def parts(self, entries: Entries, age: Any, config: LoCoCoConfig) -> dict[str, torch.Tensor]:
-        """What ``rank`` is made of, by name, for those who look into it; nothing where it is one number.
+        """What ``rank`` is made of, by name, for ``lococo inspect``; empty if it is a single number.
 
         Arguments and shapes as of ``rank``.
         """
@@ -132,14 +132,14 @@ def _check(score: Any) -> None:
 
 
 def register_score(name: str) -> Callable[[type[Score]], type[Score]]:
-    """Class decorator: a score that ``LoCoCoConfig(score=name)`` finds.
+    """Class decorator that registers a score for ``LoCoCoConfig(score=name)``.
 
     Raises
     ------
     TypeError
-        If the class is no ``Score``.
+        If the class is not a ``Score``.
     ValueError
-        If it needs or sums what there is not, or the name is taken by another class.
+        If its ``needs`` or ``power`` are unknown values, or the name is taken by another class.
     """
     return SCORES.register(name, _check)
 

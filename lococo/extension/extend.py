@@ -179,12 +179,12 @@ def extend_context(
 
     ``lococo.extend_context(model, tokenizer, ["my_texts"], factor=4, output="extended")``
 
-    Adapters, copies of embeddings and norms, and heads learn in float32; a base model in bfloat16 computes in it.
+    Adapters, copies of embeddings and norms, and heads are trained in float32; a base model in bfloat16 computes in it.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model, not patched; it is as it was afterwards, bit for bit, unless it was sharded.
+        A causal language model, not patched. Its weights are the same afterwards, bit for bit, unless it was sharded.
     dataset : str, path, or iterable
         Hub ids, files or folders, one or several, or documents, as in ``lococo.data.windows.as_sources``.
     output : path
@@ -194,7 +194,7 @@ def extend_context(
     original_length : int, optional
         Old length in tokens. None: the model's ``max_position_embeddings``.
     **options
-        All else, with its default:
+        Everything else, with its default:
 
         - ``method="lococo"``: or ``"h2o"``, ``"streaming"``, ``"full"``; ``rope_type="linear"``, or ``"yarn"``,
           ``"dynamic"``.
@@ -207,8 +207,8 @@ def extend_context(
         - ``length=None``: tokens per window; as many as the new length. ``num_windows=None``: as many as the steps
           read. ``boundaries``, ``text_column``, ``split``, ``seed``: as in ``DataConfig``.
         - ``merge_into=None``: folder for a plain checkpoint with all that was trained in its weights.
-        - ``shard=False``: every process keeps a part of each layer's weights only (FSDP2). The model is best on the
-          CPU before.
+        - ``shard=False``: whether every process keeps only a part of each layer's weights (FSDP2). The model should
+          then be on the CPU.
         - ``work_dir``, ``resume``, ``cache_dir``, ``time_limit``, ``training_arguments``, ``on_progress``: as of
           ``lococo.calibrate``.
 

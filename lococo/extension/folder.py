@@ -131,7 +131,7 @@ def save_parts(model: Any, folder: Path) -> None:
 
 
 def load_extended(base: nn.Module | str | os.PathLike, folder: str | os.PathLike) -> Any:
-    """An extended model: the base model with stretched positions, adapters, and its cache in force.
+    """Load an extended model: the base model with stretched positions and adapters, patched with its cache.
 
     Parameters
     ----------

@@ -298,19 +298,19 @@ def _check(attention: Any) -> None:
 
 
 def register_attention(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: an attention kernel that ``patch_model(model, attention=name)`` finds, for reading and decoding.
+    """Decorator that registers an attention kernel for ``patch_model(model, attention=name)``.
 
     The function takes query (batch, heads, queries, head_dim), key and value (batch, kv_heads, entries, head_dim), all
-    of one type, scale, a ``LogitBias``, dropout and whether the log-sum-exp is wanted. It returns the output, as the
-    query, and the (batch, heads, queries) log-sum-exp of the logits, or None where it was not wanted or is not known.
-    A step of decoding is a call with one query per row.
+    of one dtype, scale, a ``LogitBias``, dropout, and whether the log-sum-exp is wanted. It returns the output, shaped
+    like the query, and the (batch, heads, queries) log-sum-exp of the logits, or None if that is not wanted or not
+    known. A step of decoding is a call with one query per row.
 
     Raises
     ------
     TypeError
-        If it is no function.
+        If it is not a function.
     ValueError
-        If the name is taken by another.
+        If the name is taken by another kernel.
     """
     return ATTENTIONS.register(name, _check)
 

@@ -63,7 +63,7 @@ def calibrate(
     num_slots: int = 512,
     **options: Any,
 ) -> Result:
-    """Train compression heads for a model, and write them with how they were made and what they measure.
+    """Train heads for a model, and write them into a folder with a record of how they were made and their quality.
 
     ``lococo.calibrate(model, tokenizer, ["my_texts"], num_slots=256, output="heads")``
 
@@ -72,16 +72,16 @@ def calibrate(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model, not patched; it is as it was afterwards, bit for bit.
+        A causal language model, not patched; afterwards it is as it was before, bit for bit.
     dataset : str, path, or iterable
         Hub ids, files or folders, one or several, or documents, as in ``lococo.data.windows.as_sources``. Ten are
-        enough to try, RedPajama's sample (``togethercomputer/RedPajama-Data-1T-Sample``) is what ours were made on.
+        enough to try. RedPajama's sample (``togethercomputer/RedPajama-Data-1T-Sample``) is the command's default.
     output : path
         The heads folder to write.
     num_slots : int
         KV slots per layer and KV head, on average.
     **options
-        All else, with its default:
+        Everything else, with its default:
 
         - ``block_size=None``: tokens read between two compressions; as many as slots, at most 512.
           ``slot_bits=16``: of keys and values, as in ``LoCoCoConfig``.
@@ -90,29 +90,30 @@ def calibrate(
           ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
           ``local_steps``, ``local_texts``, ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the
           recipe's.
-        - ``scores_from=None``: heads folder or Hub id whose scores are taken, in place of learning them: they do not
-          depend on the number of slots, and hardly on the size of a block.
+        - ``scores_from=None``: heads folder or Hub id whose scores are reused, in place of new ones: scores do not depend
+          on the number of slots, and hardly on the size of a block.
         - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
           half the length if that is less.
-        - ``num_windows=None``: to learn from; as many as the recipe reads. ``num_heldout=8``: to measure on.
+        - ``num_windows=None``: windows to learn from; as many as the recipe reads. ``num_heldout=8``: windows to
+          measure on.
           ``heldout_share``, ``boundaries``, ``text_column``, ``split``, ``seed``: as in ``DataConfig``.
-        - ``dtype=torch.bfloat16``: of the saved heads; None: as they were trained.
-        - ``work_dir=None``: state of the run, removed at the end; ``<output>.work``. ``resume=False``: go on with the
-          run in it. ``cache_dir="~/.cache/lococo"``: token windows and figures, which other runs use too.
+        - ``dtype=torch.bfloat16``: dtype of the saved heads; None: as they were trained.
+        - ``work_dir=None``: folder for the state of the run, removed at the end; ``<output>.work``. ``resume=False``:
+          whether to continue the run in it. ``cache_dir="~/.cache/lococo"``: token windows and figures that other
+          runs can reuse.
         - ``time_limit=None``: seconds after which the run stops, to be resumed.
-        - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision; nothing
-          that is said here.
-          ``command``: what is written down as having made the heads.
-        - ``on_progress=None``: called with every row of the record as soon as it is there, the gap ratio among them,
-          and with every step of the scores: ``step`` of ``steps``, ``loss``, ``closed``.
+        - ``training_arguments=None``: for ``transformers.TrainingArguments``: DeepSpeed, logging, precision, but
+          nothing that is an option here.
+          ``command``: the command that is recorded as having made the heads.
+        - ``on_progress=None``: called with every row of the record as soon as it is there, among them the gap ratio,
+          and with every step in training the scores: ``step`` of ``steps``, ``loss``, ``closed``.
 
     Returns
     -------
     Result
-        ``folder``, for ``lococo.patch_model(model, heads=folder)``, which also tells how it went in
-        ``calibration.json`` and ``.png``; ``gap_ratio`` of the heads in it: 0 is the full cache, 1 is H2O; and
-        ``rows``: one per thing measured, with ``stage``, ``step`` and what it is about. Stage ``saved`` is what stands
-        in the folder.
+        ``folder``, for ``lococo.patch_model(model, heads=folder)``, with a record of the run in ``calibration.json``
+        and ``.png``; ``gap_ratio`` of these heads: 0 is the full cache, 1 is H2O; and ``rows``, one per measurement,
+        with its ``stage`` and ``step``. Stage ``saved`` is the state that was written into the folder.
 
     Raises
     ------
