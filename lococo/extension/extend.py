@@ -179,7 +179,8 @@ def extend_context(
 
     ``lococo.extend_context(model, tokenizer, ["my_texts"], factor=4, output="extended")``
 
-    Adapters, copies of embeddings and norms, and heads are trained in float32; a base model in bfloat16 computes in it.
+    Adapters, copies of embeddings and norms, and heads are trained in float32; a base model in bfloat16 computes in
+    bfloat16.
 
     Parameters
     ----------

@@ -90,8 +90,8 @@ def calibrate(
           ``"none"``), ``backprop_tokens``, ``steps``, ``windows_per_step``, ``learning_rate``, ``scalar_lr_factor``,
           ``local_steps``, ``local_texts``, ``measure_every``. ``config=None``: a ``LoCoCoConfig`` in place of the
           recipe's.
-        - ``scores_from=None``: heads folder or Hub id whose scores are reused, in place of new ones: scores do not depend
-          on the number of slots, and hardly on the size of a block.
+        - ``scores_from=None``: heads folder or Hub id whose scores are reused: they do not depend on the number of
+          slots, and hardly on the size of a block.
         - ``length=4096``: tokens per window; ``first=None``: the first of them that counts for the gap ratio; 512, or
           half the length if that is less.
         - ``num_windows=None``: windows to learn from; as many as the recipe reads. ``num_heldout=8``: windows to
