@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.common import command_of
@@ -136,7 +136,7 @@ def shown(output: str, folder: Path) -> str:
     return "\n".join([*(["..."] if len(lines) > LINES else []), *lines[-LINES:]])
 
 
-def transcript(done: Iterable[tuple[Step, float, str]]) -> str:
+def transcript(done: Sequence[tuple[Step, float, str]]) -> str:
     """Markdown of all steps: why, command, output, seconds."""
     parts = []
     for step, seconds, output in done:
@@ -157,11 +157,16 @@ def main(arguments: list[str] | None = None) -> None:
         for step in steps(os.environ.get("TORCH", "torch")):
             print(step.command, flush=True)
             done.append((step, *run(step, folder)))
+        write(output, command_of("first_minutes", arguments), done)
+
+
+def write(output: Path, command: str, done: Sequence[tuple[Step, float, str]]) -> None:
+    """The times as a result, and below its table the transcript."""
     rows = [{"what": step.why, "command": step.command, "seconds": round(seconds, 1)} for step, seconds, _ in done]
     total = sum(row["seconds"] for row in rows)
     how = f"{total:.0f} seconds in all, two new environments included."
     table = [{"what": row["what"], "seconds": row["seconds"]} for row in rows]
-    write_result(output, command_of("first_minutes", arguments), "cpu", rows, table=table, how=how, seconds=total)
+    write_result(output, command, "cpu", rows, table=table, how=how, seconds=total)
     page = beside(output, ".md")
     write_whole(page, page.read_text(encoding="utf-8") + transcript(done))
 
