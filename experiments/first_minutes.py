@@ -28,7 +28,8 @@ ON_MODEL = f"--model {MODEL} --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf"
 HEADS = "--heads examples/heads/smollm2-135m-256"
 # Of the environment this runs in, and nothing that a new user would not have.
 NOT_A_USERS = ("PYTHON", "VIRTUAL_ENV", "HF_", "OMP_", "MAKE", "MFLAGS", "COLUMNS")
-LINES = 14
+AS_SHOWN = {"COLUMNS": "110", "PIP_QUIET": "2"}  # a terminal of that width; what pip says of its mirrors left out
+LINES = 18
 QUICKSTART = "quickstart.py"
 ASKED = (
     """curl -s localhost:8017/v1/chat/completions -H 'Content-Type: application/json' -d """
@@ -107,6 +108,7 @@ def run(step: Step, folder: Path) -> tuple[float, str]:
         If it fails.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_A_USERS)}
+    environment |= AS_SHOWN
     started = time.perf_counter()
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
