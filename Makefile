@@ -2,7 +2,7 @@ PYTHON ?= python3
 TORCH ?= torch
 CUDA_TORCH ?= torch
 VENV ?= .venv
-VERSIONS ?= 4.56.2 4.57.6 5.0.0 newest
+VERSIONS ?= 4.56.2 4.57.6 5.0.0 5.8.1 newest
 DEMO_ARGS ?=
 DATA ?= ../shared/data/text
 EVAL_DATA ?= ../shared/data/eval
@@ -91,7 +91,7 @@ perplexity perplexity-gemma equal-bytes tasks ruler agreement long ablate extend
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all lint docs docs-check package try-package demo results bench bench-prefill bench-decode \
-	bench-score bench-cuda targets memory \
+	bench-score bench-cuda targets first-minutes memory \
 	memory-stream perplexity perplexity-gemma tasks ruler agreement long ablate extend bench-extend side-by-side inspect \
 	calibrate calibrate-gemma bench-bits equal-bytes parts chatglm gpu gpu-perplexity gpu-tasks gpu-long gpu-extend gpu-ablate $(GPU_HEADS) \
 	$(GPU_EXTENDED) test-versions test-chatglm test-vllm test-integrations bench-vllm \
@@ -168,6 +168,9 @@ bench: memory bench-decode bench-score bench-prefill ## measure memory and speed
 results: $(VENV)/.installed ## measure all that docs/results tells of a CPU, at this commit
 	for target in $$($(EXPERIMENT).results_index --results $(RESULTS) --stale); do $(MAKE) $$target || exit; done
 	$(EXPERIMENT).results_index --results $(RESULTS)
+
+first-minutes: | $(VENV)/.installed ## a new user's first minutes in a fresh clone and environments -> docs/results/first_minutes
+	TORCH="$(TORCH)" $(EXPERIMENT).first_minutes --output $(RESULTS)/first_minutes
 
 targets: | $(VENV)/.installed ## what was wanted beside what is measured -> docs/results/targets
 	$(EXPERIMENT).targets --results $(RESULTS)

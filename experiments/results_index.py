@@ -134,6 +134,11 @@ RESULTS = (
         "bench-extend", ("bench_extend_cpu",), f"memory of an extension's step by window; {SMOLLM2}, one CPU thread"
     ),
     Result("bench-vllm", ("vllm",), f"vLLM with and without LoCoCo: requests held, time of a token; {SMOLLM2}"),
+    Result(
+        "first-minutes",
+        ("first_minutes",),
+        "a new user's first minutes: README's commands in a fresh clone and new environments, a transcript",
+    ),
     Result("targets", ("targets",), "every figure that is wanted beside what these files say"),
     Result(
         "gpu",

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from lococo.cache.cache import LoCoCoCache
-from lococo.compat import cache_of, with_cache
+from lococo.compat import OUTPUT_CACHE, cache_of, with_cache
 from lococo.models import base_shape, length_dependent_rotaries
 from lococo.state import is_patched
 from lococo.whole_text import reading_pieces
@@ -237,7 +238,22 @@ def _accepts(model: Any, argument: str) -> bool:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a cache holds, a ``LoCoCoCache`` or one of Transformers'."""
+    """Bytes of the tensors that a cache holds, a ``LoCoCoCache`` or one of Transformers'.
+
+    Parameters
+    ----------
+    cache : Cache or transformers.utils.ModelOutput
+        The cache, or the output of a model that returned one.
+
+    Raises
+    ------
+    ValueError
+        If the output has no cache.
+    """
+    if isinstance(cache, ModelOutput):
+        cache = getattr(cache, OUTPUT_CACHE, None)
+        if cache is None:
+            raise ValueError("the output has no cache: call the model with use_cache=True")
     if isinstance(cache, LoCoCoCache):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
