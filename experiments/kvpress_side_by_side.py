@@ -210,7 +210,7 @@ def main() -> None:
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]
     how_measured = how(options.length, num_slots, windows, str(model.dtype)[6:])
-    facts = {"how": how_measured, "seconds": journal.seconds, "commits": journal.commits}
+    facts: dict[str, Any] = {"how": how_measured, "seconds": journal.seconds, "commits": journal.commits}
     write_result(options.output, command, model.device, rows, columns=shown, **facts)
     plot(rows, beside(options.output, ".png"))
     journal.finish()

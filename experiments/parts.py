@@ -174,7 +174,7 @@ def main() -> None:
         f"bytes of the cache by layer and KV head, in {str(model.dtype)[6:]}."
     )
     table = [{name: row[name] for name in shown} for row in rows if row["domain"] == ALL_DOMAINS]
-    facts = {"how": how, "seconds": journal.seconds, "commits": journal.commits}
+    facts: dict[str, Any] = {"how": how, "seconds": journal.seconds, "commits": journal.commits}
     write_result(options.output, command_of("parts"), model.device, rows, table=table, **facts)
     plot(rows, beside(options.output, ".png"))
     journal.finish()

@@ -129,11 +129,9 @@ def plan_runs(
     budgets = budgets or [config.num_slots for config in configs] or [LoCoCoConfig().num_slots]
     if block_size is None:
         block_size = configs[0].block_size if configs else min(*budgets, LoCoCoConfig().block_size)
-    for run, config in zip(trained, configs, strict=True):
+    for folder, config in zip(dict.fromkeys(heads), configs, strict=True):
         if config.block_size != block_size and not any_block_size:
-            raise ValueError(
-                f"the heads in {run.heads} have block_size={config.block_size}, compare them at that size"
-            )
+            raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
     full = [Run("full", None)] if "full" in methods else []
     runs = [
         Run(name, method_config(name, slots, block_size))

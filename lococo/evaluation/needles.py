@@ -237,7 +237,7 @@ def evaluate_needles(
             }
             for (length, depth), answers in found.items()
         ]
-    facts = {"seconds": journal.seconds, "commits": journal.commits}
+    facts: dict[str, Any] = {"seconds": journal.seconds, "commits": journal.commits}
     write_result(output, command, model.device, rows, table=by_length(rows), **facts)
     write_whole(beside(output, ".png"), _picture(rows))
     journal.finish()
