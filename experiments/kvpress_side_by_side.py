@@ -36,6 +36,7 @@ from experiments.kvpress_presses import (
 )
 from experiments.kvpress_table import FULL, REFERENCE, Nlls, join, plot
 from lococo.data.texts import Cut, Window, read_windows
+from lococo.evaluation.losses import model_digest
 from lococo.methods import Run, plan_runs
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, token_nlls
 from lococo.results.journal import Journal
@@ -200,7 +201,7 @@ def main() -> None:
     reads = {run.name: READING for run in runs} | {FULL: "whole"}
     reads |= {row.name: row.reads for row in sorted(presses, key=lambda row: row.reads != READING)}
     reads["kvpress-kvzip"] = DENSE
-    journal = Journal(beside(options.output, ".partial.jsonl"))
+    journal = Journal(beside(options.output, ".partial.jsonl"), of=model_digest(model))
     with tempfile.TemporaryDirectory() as folder:
         kvzip = make_kvzip(model, tokenizer, num_slots, prompt, folder)
         found = measure(model, options.model, windows, runs, presses, kvzip, journal)
@@ -209,7 +210,7 @@ def main() -> None:
     shown = ["method", "reads", "nll", "ppl", "gap_ratio", "gap_low", "gap_high", "minus_lococo", "low", "high"]
     shown += ["ppl_all", "gap_ratio_all", "minus_lococo_all", "low_all", "high_all"]
     how_measured = how(options.length, num_slots, windows, str(model.dtype)[6:])
-    facts = {"how": how_measured, "seconds": journal.seconds}
+    facts: dict[str, Any] = {"how": how_measured, "seconds": journal.seconds, "commits": journal.commits}
     write_result(options.output, command, model.device, rows, columns=shown, **facts)
     plot(rows, beside(options.output, ".png"))
     journal.finish()

@@ -25,7 +25,7 @@ from experiments.common import add_model_options, command_of, load
 from lococo.config import LoCoCoConfig
 from lococo.data.texts import Cut, read_windows
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, digest, measure_losses, model_digest
 from lococo.evaluation.perplexity import loss_row
 from lococo.files import write_whole
 from lococo.heads import read_heads_config
@@ -37,7 +37,6 @@ from lococo.results.plots import Bars, Series, picture
 from lococo.results.tables import beside, markdown_table, write_result
 from lococo.state import patch_of
 
-BLOCK_SIZE = 128
 FIRST = 512
 REPEATS = 3  # readings, of which the fastest counts
 WHOLE = "all parts"
@@ -115,13 +114,18 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """What every variant loses over all domains, a bar for each number of slots."""
     shown = [row for row in rows if row["domain"] == ALL_DOMAINS and row["worth"] is not None]
     names = [name for name in dict.fromkeys(row["method"] for row in shown) if name != WHOLE]
+
+    def end(row: dict[str, Any], name: str) -> float:
+        return row["worth"] if row[name] is None else row[name]
+
     series = []
     for slots in dict.fromkeys(row["num_slots"] for row in shown):
         found = {row["method"]: row for row in shown if row["num_slots"] == slots}
-        ends = ([found[name][end] or found[name]["worth"] for name in names] for end in ("worth_low", "worth_high"))
-        series.append(Series(f"{slots} slots", [found[name]["worth"] for name in names], None, *ends))
-    bars = Bars(names, series, xlabel="lost by switching it off (nats per token)")
-    write_whole(path, picture([[bars]], (7, bars.height)))
+        bars = [found[name] for name in names]
+        low, high = ([end(row, name) for row in bars] for name in ("worth_low", "worth_high"))
+        series.append(Series(f"{slots} slots", [row["worth"] for row in bars], None, low, high))
+    panel = Bars(names, series, xlabel="lost by switching it off (nats per token)")
+    write_whole(path, picture([[panel]], (7, panel.height)))
 
 
 def parse() -> argparse.Namespace:
@@ -141,16 +145,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, and write the result."""
     options = parse()
-    variants = [run for heads in options.heads for run in parts(heads)]
-    slots = [run.num_slots for run in variants if run.num_slots is not None]
-    runs = [*plan_runs(["full", "h2o", "h2o-slot"], slots, BLOCK_SIZE), *variants]
+    # What heads are compared with has their slots and their blocks.
+    compared = [run for run in plan_runs(["full", "h2o", "h2o-slot"], heads=options.heads) if run.heads is None]
+    runs = [*compared, *(run for heads in options.heads for run in parts(heads))]
     model, tokenizer = load(options)
     cut = Cut((options.length,), FIRST, options.documents, per_document=1)
     windows = read_windows(options.data, tokenizer, cut)
-    journal = Journal(beside(options.output, ".partial.jsonl"))
+    journal = Journal(beside(options.output, ".partial.jsonl"), of=model_digest(model))
     losses = measure_losses(model, windows, runs, FIRST, journal)
     costs = {
-        run: journal.measure((run.name, run.identity()), functools.partial(cost, model, run, windows[0].ids))
+        run: journal.measure(
+            (run.name, run.identity(), digest(windows[0].ids)), functools.partial(cost, model, run, windows[0].ids)
+        )
         for run in runs
     }
     held = {run: bytes_per_head(model, run, options.length) for run in runs}
@@ -168,9 +174,8 @@ def main() -> None:
         f"bytes of the cache by layer and KV head, in {str(model.dtype)[6:]}."
     )
     table = [{name: row[name] for name in shown} for row in rows if row["domain"] == ALL_DOMAINS]
-    write_result(
-        options.output, command_of("parts"), model.device, rows, table=table, how=how, seconds=journal.seconds
-    )
+    facts: dict[str, Any] = {"how": how, "seconds": journal.seconds, "commits": journal.commits}
+    write_result(options.output, command_of("parts"), model.device, rows, table=table, **facts)
     plot(rows, beside(options.output, ".png"))
     journal.finish()
     print(markdown_table(table))

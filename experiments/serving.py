@@ -65,7 +65,9 @@ def main() -> None:
         f"second until all have been read; step: mean seconds of {options.new_tokens - 1} steps in which every "
         "request gets a token."
     )
-    write_result(options.output, command_of("serving"), "cpu", rows, how=how, seconds=journal.seconds)
+    write_result(
+        options.output, command_of("serving"), "cpu", rows, how=how, seconds=journal.seconds, commits=journal.commits
+    )
     print(markdown_table(rows))
     journal.finish()
 

@@ -124,12 +124,12 @@ def plan_runs(
     formats = parse_formats(slot_bits)
     if not methods and not heads:
         raise ValueError(f"there is nothing to compare: name methods, of {', '.join(METHODS)}, or heads")
-    trained = {folder: heads_run(folder, name_heads) for folder in heads}
-    configs = [run.config for run in trained.values() if run.config is not None]
+    trained = heads_runs(heads, name_heads)
+    configs = [run.config for run in trained if run.config is not None]
     budgets = budgets or [config.num_slots for config in configs] or [LoCoCoConfig().num_slots]
     if block_size is None:
         block_size = configs[0].block_size if configs else min(*budgets, LoCoCoConfig().block_size)
-    for folder, config in zip(trained, configs, strict=True):
+    for folder, config in zip(dict.fromkeys(heads), configs, strict=True):
         if config.block_size != block_size and not any_block_size:
             raise ValueError(f"the heads in {folder} have block_size={config.block_size}, compare them at that size")
     full = [Run("full", None)] if "full" in methods else []
@@ -139,18 +139,31 @@ def plan_runs(
         for name in methods
         if name != "full"
     ]
-    return full + [in_format(run, bits) for bits in formats for run in (*runs, *trained.values())]
+    return full + [in_format(run, bits) for bits in formats for run in (*runs, *trained)]
 
 
-def heads_run(folder: str, is_named: bool = False) -> Run:
+def heads_runs(folders: Sequence[str], is_named: bool = False) -> list[Run]:
     """Trained heads as they were trained, called ``lococo``, or ``lococo-FOLDER``.
+
+    Those of equal slots are told apart by as much of their folders' names as it takes.
 
     Raises
     ------
     ValueError, OSError
         If they cannot be read.
     """
-    return Run(f"lococo-{Path(folder).name}" if is_named else "lococo", read_heads_config(folder), folder)
+    runs = [Run("lococo", read_heads_config(folder), folder) for folder in dict.fromkeys(folders)]
+    deepest = max((len(Path(folder).parts) for folder in folders), default=0)
+    for depth in range(is_named, deepest + 1):
+        runs = [dataclasses.replace(run, name=_heads_name(run.heads, depth)) for run in runs]
+        if len({(run.name, run.num_slots) for run in runs}) == len(runs):
+            break
+    return runs
+
+
+def _heads_name(folder: str | None, depth: int) -> str:
+    parts = Path(folder or "").parts
+    return "-".join(["lococo", *(["/".join(parts[-depth:])] if depth else [])])
 
 
 def parse_bits(text: str) -> int | tuple[int, int]:

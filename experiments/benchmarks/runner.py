@@ -428,7 +428,8 @@ def write_grid(grid: Grid, output: Path, command: str) -> list[Row]:
     if not rows:
         return []
     shown = columns(grid.topic, rows)
-    write_result(output, command, grid.device, rows, columns=shown, limits=dataclasses.asdict(grid.limits()))
+    facts: dict[str, Any] = {"commits": grid.journal.commits, "limits": dataclasses.asdict(grid.limits())}
+    write_result(output, command, grid.device, rows, columns=shown, **facts)
     if importlib.util.find_spec("matplotlib") is None:
         print(f"{output}: no picture, matplotlib is not installed", file=sys.stderr)
     else:

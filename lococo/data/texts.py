@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -209,10 +210,21 @@ def read_windows(
         If a source holds no text, or none that is long enough.
     """
     found: list[Window] = []
+    times: Counter[tuple[str, str]] = Counter()
     if sources is None:
         for domain, source in PROOF_PILE.items():
             texts = [dataclasses.replace(text, domain=domain) for text in read_texts(source, tokenizer, cut)]
-            found += cut.windows(source, texts)
-    for file in single_files(sources or ()):
-        found += cut.windows(file, read_texts(file, tokenizer, cut, text_column))
+            found += cut.windows(source, _told_apart(texts, times))
+    for file in dict.fromkeys(single_files(sources or ())):
+        found += cut.windows(file, _told_apart(read_texts(file, tokenizer, cut, text_column), times))
     return found
+
+
+def _told_apart(texts: Iterable[Text], times: Counter[tuple[str, str]]) -> list[Text]:
+    """Texts with names of their own: those of two files, and ids that are none, may be the same."""
+    named = []
+    for text in texts:
+        times[text.domain, text.name] += 1
+        count = times[text.domain, text.name]
+        named.append(text if count == 1 else dataclasses.replace(text, name=f"{text.name} ({count})"))
+    return named

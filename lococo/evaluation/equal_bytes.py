@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lococo.config import LoCoCoConfig
 from lococo.generation import cache_bytes, random_full_cache, read_tokens
-from lococo.methods import H2O, Run, heads_run, in_format, method_config, parse_formats
+from lococo.methods import H2O, Run, heads_runs, in_format, method_config, parse_formats
 from lococo.models import base_shape
 
 
@@ -77,12 +77,12 @@ def plan_equal_bytes(
         if method != "full" and not is_reference:
             label = method if block_size == first else f"{method}-b{block_size}"
             runs.append(_fitted(model, label, method, block_size, bits, most))
-    for folder in heads:
-        every = [in_format(heads_run(folder), bits) for bits in formats]
+    for trained in heads_runs(heads):
+        every = [in_format(trained, bits) for bits in formats]
         taken = [bytes_per_head(model, run) for run in every]
         fitting = [run for run, size in zip(every, taken, strict=True) if size <= most]
         if not fitting:
-            raise ValueError(f"{reference} takes {most:,} bytes by layer and KV head, {folder} {min(taken):,}")
+            raise ValueError(f"{reference} takes {most:,} bytes by layer and KV head, {trained.heads} {min(taken):,}")
         runs += fitting
     return [dataclasses.replace(run, reference_slots=num_slots) for run in runs]
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import random
 import tempfile
 from collections import defaultdict
@@ -75,7 +76,7 @@ def read_tasks(
     seed : int
         Of the choice of examples, and of tasks that generate their data, which get the seeds of ``lm_eval`` for 0.
     chat : bool
-        Put prompts into the tokenizer's chat template.
+        Put prompts into the tokenizer's chat template, every example a turn of its own, as ``lm_eval`` does.
     metadata : mapping, optional
         Goes to the tasks, as that of ``lm_eval``: RULER's ``max_seq_lengths``, for instance.
     load_tokenizer : callable, optional
@@ -240,6 +241,8 @@ class FewShotTask:
             raise ValueError(f"{self.name} asks about pictures or sounds: only texts are read")
         if getattr(task, "UNSAFE_CODE", False):
             raise ValueError(f"{self.name} runs code that the model writes: this command does not")
+        if (repeats := task.get_config("repeats") or 1) > 1:
+            raise ValueError(f"{self.name} is answered {repeats} times by chance: here every question is asked once")
         self.task, self.chat = task, chat
         self.shots: int = (task.get_config("num_fewshot") or 0) if shots is None else shots
         self.task.set_fewshot_seed(seed)
@@ -301,16 +304,22 @@ class FewShotTask:
         return dict(found)
 
     def score(self, metric: str, figures: Sequence[Any]) -> tuple[float, float | None]:
-        """Score over items by the task's own aggregation, and the standard error of the mean of numbers."""
+        """Score over items by the task's own aggregation, and its standard error where it is a mean."""
         from lm_eval.api.metrics import mean, mean_stderr
 
-        error = mean_stderr(figures) if len(figures) > 1 and are_numbers(figures) else None
-        return float(self.task.aggregation().get(metric, mean)(figures)), error
+        score = float(self.task.aggregation().get(metric, mean)(figures))
+        return score, mean_stderr(figures) if len(figures) > 1 and is_mean(score, figures) else None
+
+    def better(self, metric: str) -> str | None:
+        """Whether a ``higher`` or a ``lower`` score is better; None where the task does not say."""
+        return {True: "higher", False: "lower"}.get(self.task.higher_is_better().get(metric))
 
     def _requests(self, lm: PrefixLM, doc: dict[str, Any], shots: int) -> list[Any]:
         self._sampler.asked = doc
         chat = dict(apply_chat_template=self.chat, chat_template=lm.apply_chat_template if self.chat else None)
-        prompt = self.task.fewshot_context(doc, shots, gen_prefix=self.task.doc_to_prefix(doc), **chat)
+        prompt = self.task.fewshot_context(
+            doc, shots, gen_prefix=self.task.doc_to_prefix(doc), fewshot_as_multiturn=self.chat, **chat
+        )
         requests = self.task.construct_requests(doc, prompt, metadata=(self.name, None, 1), **chat)
         return requests if isinstance(requests, list) else [requests]
 
@@ -325,10 +334,11 @@ def _draws_examples(task: Any) -> bool:
 
 def document_of(question: dict[str, Any], number: int) -> Hashable:
     """The document that an item is about; items without one are documents of their own."""
-    name = next((name for name in DOCUMENT_FIELDS if name in question), None)
+    name = next((name for name in DOCUMENT_FIELDS if question.get(name) not in (None, "")), None)
     return number if name is None else json.dumps(question[name], sort_keys=True, default=str)
 
 
-def are_numbers(figures: Sequence[Any]) -> bool:
-    """Whether figures can be subtracted: some metrics make a score of pairs and the like."""
-    return all(isinstance(each, int | float | np.number | np.bool_) for each in figures)
+def is_mean(score: float, figures: Sequence[Any]) -> bool:
+    """Whether a score is the mean of figures: some metrics make it of pairs, or a perplexity of likelihoods."""
+    are_numbers = all(isinstance(each, int | float | np.number | np.bool_) for each in figures)
+    return are_numbers and math.isclose(score, np.mean(figures), rel_tol=1e-6, abs_tol=1e-9)

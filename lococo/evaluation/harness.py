@@ -82,6 +82,13 @@ class PrefixLM(HFLM):
         """Token ids of a text."""
         return list(self._encode(string, add_special_tokens, **settings))
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of a continuation; for an empty prompt stands what lm-eval reads in its place."""
+        if context:
+            return super()._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return ([self.prefix_token_id], ids) if ids[0] != self.prefix_token_id else (ids[:1], ids[1:])
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue prompts until a stop string."""
         self._refuse_long(self.tokens_read(request.args)[1] for request in requests)

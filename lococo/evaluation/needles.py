@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.losses import digest
+from lococo.evaluation.losses import digest, model_digest
 from lococo.files import write_whole
 from lococo.generation import read_and_answer
 from lococo.methods import Run
@@ -216,7 +216,7 @@ def evaluate_needles(
     list of dict
         One row per method, length and depth; ``found`` is the share of answers that hold the number.
     """
-    journal = Journal(beside(output, ".partial.jsonl"))
+    journal = Journal(beside(output, ".partial.jsonl"), of=model_digest(model))
     rows = []
     for run in tqdm(runs, desc="methods", disable=None):
         found: dict[tuple[int, float], list[bool]] = defaultdict(list)
@@ -237,7 +237,8 @@ def evaluate_needles(
             }
             for (length, depth), answers in found.items()
         ]
-    write_result(output, command, model.device, rows, table=by_length(rows), seconds=journal.seconds)
+    facts: dict[str, Any] = {"seconds": journal.seconds, "commits": journal.commits}
+    write_result(output, command, model.device, rows, table=by_length(rows), **facts)
     write_whole(beside(output, ".png"), _picture(rows))
     journal.finish()
     return rows

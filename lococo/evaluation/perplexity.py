@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses, references
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses, model_digest, references
 from lococo.evaluation.recall import write_recall
 from lococo.files import write_whole
 from lococo.methods import Run
@@ -36,8 +37,8 @@ def perplexity_rows(
     losses = measure_losses(model, windows, runs, first, journal, read_once=True)
     rows = []
     for run, groups in losses.items():
-        held = {length: bytes_per_head(model, run, length) for length in {length for length, _ in groups}}
-        rows += [{**loss_row(losses, run, group), "bytes_per_head": held[group[0]]} for group in groups]
+        size = functools.cache(functools.partial(bytes_per_head, model, run))
+        rows += [{**loss_row(losses, run, group), "bytes_per_head": size(groups[group].length)} for group in groups]
     return rows
 
 
@@ -89,7 +90,7 @@ def evaluate_perplexity(
     command : str
         What made the result, as a user would type it.
     """
-    journal = Journal(beside(output, ".partial.jsonl"))
+    journal = Journal(beside(output, ".partial.jsonl"), of=model_digest(model))
     rows = perplexity_rows(model, windows, runs, first, journal)
     how = (
         f"Each window is read from its start with an empty cache, its tokens from the {first}th on count. gap_low and "
@@ -97,7 +98,7 @@ def evaluate_perplexity(
         f"{SEED}. bytes_per_head: bytes of all that the cache holds by layer and KV head, in {str(model.dtype)[6:]}."
     )
     at_equal_bytes = any(each.reference_slots for each in runs)
-    write_result(output, command, model.device, rows, how=how, seconds=journal.seconds)
+    write_result(output, command, model.device, rows, how=how, seconds=journal.seconds, commits=journal.commits)
     if at_equal_bytes and any(row["gap_ratio"] is not None for row in rows):
         plot_at_equal_bytes(rows, beside(output, ".png"))
     elif not at_equal_bytes and any(each.name == "full" for each in runs) and len(runs) > 1:
@@ -107,7 +108,7 @@ def evaluate_perplexity(
     if len({window.length for window in windows}) > 1:
         plot_by_length(rows, beside(output, "_length.png"))
     repeats = measure_losses(model, windows, runs, first, journal, read_once=True, by_repeat=True)
-    write_recall(repeats, beside(output, "_recall"), command, model.device)
+    write_recall(repeats, beside(output, "_recall"), command, model.device, journal.commits)
     journal.finish()
     return rows
 

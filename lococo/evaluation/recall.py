@@ -58,7 +58,9 @@ def _row(
     }
 
 
-def write_recall(losses: Losses, output: Path, command: str, device: torch.device) -> None:
+def write_recall(
+    losses: Losses, output: Path, command: str, device: torch.device, commits: Sequence[str | None] = ()
+) -> None:
     """Write ``<output>.json``, ``.md`` of all domains together, and ``.png`` if the full cache is there to compare.
 
     Nothing is written where nothing repeats.
@@ -67,7 +69,7 @@ def write_recall(losses: Losses, output: Path, command: str, device: torch.devic
     if not rows:
         return
     shown = [row for row in rows if row["domain"] == ALL_DOMAINS]
-    write_result(output, command, device, rows, table=shown, how=HOW)
+    write_result(output, command, device, rows, table=shown, how=HOW, commits=commits)
     compared = [row for row in shown if row["method"] != "full" and row["lost"] is not None]
     if compared:
         write_whole(beside(output, ".png"), _picture(compared))

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.few_shot import FewShotTask, Figures, Prompt, are_numbers, document_of
+from lococo.evaluation.few_shot import FewShotTask, Figures, Prompt, document_of, is_mean
+from lococo.evaluation.losses import model_digest
 from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.metrics import mean_of_items_interval
@@ -98,7 +99,7 @@ def evaluate_tasks(
     dtype = str(model.dtype).removeprefix("torch.")
     facts = {"lm_eval": version("lm_eval"), "dtype": dtype, "batch_size": batch_size, **facts}
     prompts = [[task.prompt(lm, question) for question in task.questions(limit)] for task in tasks]
-    journal = Journal(beside(output, ".partial.jsonl"))
+    journal = Journal(beside(output, ".partial.jsonl"), of=model_digest(model))
     outcomes: dict[tuple[int, int], Outcome] = {}
     for column, run in enumerate(tqdm(runs, desc="methods", disable=None)):
         with run.applied(model):
@@ -112,7 +113,8 @@ def evaluate_tasks(
         for column, run in enumerate(runs)
         for row in _rows(model, task, prompts[line], run, outcomes[line, column], _full(runs, outcomes, line))
     ]
-    write_result(output, command, model.device, rows, seconds=journal.seconds, **facts, max_length=lm.max_length)
+    facts |= {"max_length": lm.max_length, "seconds": journal.seconds, "commits": journal.commits}
+    write_result(output, command, model.device, rows, **facts)
     write_whole(beside(output, ".png"), picture_of(rows))
     journal.finish()
     return rows
@@ -179,9 +181,10 @@ def _rows(
                 **run.columns,
                 "metric": metric,
                 "filter": name,
+                "better": task.better(metric),
                 "score": score,
                 "stderr": error,
-                **_difference(figures, reference, documents),
+                **_difference(functools.partial(task.score, metric), figures, reference, documents),
                 "items": len(figures),
                 "documents": len(set(documents.values())),
                 "shots_that_fit": statistics.fmean(prompt.shots for prompt in measured),
@@ -194,15 +197,25 @@ def _rows(
 
 
 def _difference(
-    figures: Mapping[int, Any], full: Mapping[int, Any], documents: Mapping[int, Hashable]
+    score: Callable[[Sequence[Any]], tuple[float, float | None]],
+    figures: Mapping[int, Any],
+    full: Mapping[int, Any],
+    documents: Mapping[int, Hashable],
 ) -> dict[str, float | None]:
-    """Mean difference to the full cache's figures, item by item, and its 95 % interval by bootstrap over documents."""
+    """Score less that of the full cache over the items that both have a figure of.
+
+    Where scores are means, it is the mean difference item by item, with a 95 % interval by bootstrap over documents.
+    """
     difference, interval = None, None
     both = [number for number in figures if number in full]
-    if both and are_numbers([*figures.values(), *full.values()]):
-        differences = [float(figures[number]) - float(full[number]) for number in both]
-        difference = statistics.fmean(differences)
-        interval = mean_of_items_interval(differences, [documents[number] for number in both])
+    if both:
+        own, others = ([each[number] for number in both] for each in (figures, full))
+        (here, _), (there, _) = score(own), score(others)
+        difference = here - there
+        if is_mean(here, own) and is_mean(there, others):
+            differences = [float(one) - float(other) for one, other in zip(own, others, strict=True)]
+            difference = statistics.fmean(differences)
+            interval = mean_of_items_interval(differences, [documents[number] for number in both])
     low, high = interval or (None, None)
     return {"difference": difference, "difference_low": low, "difference_high": high}
 
@@ -225,7 +238,8 @@ def picture_of(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _name_of(row: dict[str, Any]) -> str:
-    parts = (row["task"], row["shots"], row["metric"], "" if row["filter"] == "none" else row["filter"])
+    parts = [row["task"], row["shots"], row["metric"], "" if row["filter"] == "none" else row["filter"]]
+    parts += ["(lower is better)"] if row["better"] == "lower" else []
     return " ".join(str(part) for part in parts if part != "")
 
 

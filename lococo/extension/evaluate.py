@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
-from lococo.evaluation.losses import Losses, measure_losses
+from lococo.evaluation.losses import Losses, measure_losses, model_digest
 from lococo.evaluation.perplexity import loss_row, plot_by_length
 from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension
@@ -111,10 +111,11 @@ def evaluate_extended(
     first : int
         First token of a window that counts.
     """
-    journal = Journal(beside(output, ".partial.jsonl"))
+    journal = Journal(beside(output, ".partial.jsonl"), of=model_digest(model))
     rows = extended_rows(measure_losses(model, windows, runs, first, journal))
     how = HOW.format(longest=max(window.length for window in windows), first=first)
-    facts: dict[str, Any] = {"how": how, "seconds": journal.seconds, "dtype": str(model.dtype)}
+    facts: dict[str, Any] = {"how": how, "seconds": journal.seconds, "commits": journal.commits}
+    facts["dtype"] = str(model.dtype)
     write_result(output, command, model.device, rows, table=by_length(rows), **facts)
     plot_by_length([{**row, "method": _label(row)} for row in rows], beside(output, ".png"), cut=1.25)
     journal.finish()

@@ -10,6 +10,7 @@ from typing import Any
 
 from lococo.files import check_output
 from lococo.results.deadline import Deadline
+from lococo.results.tables import PACKAGE, own_commit
 
 
 class Journal:
@@ -21,6 +22,13 @@ class Journal:
         Made at the first row; removed by ``finish``.
     deadline : Deadline, optional
         No measurement begins after it: ``measure`` raises ``OutOfTime``.
+    of : str
+        What all keys are about, ``model_digest`` for instance: rows of something else are left aside.
+
+    Attributes
+    ----------
+    seconds : float
+        That all measurements took, of earlier runs too.
 
     Raises
     ------
@@ -28,19 +36,36 @@ class Journal:
         If the file could not be written.
     """
 
-    def __init__(self, path: Path, deadline: Deadline | None = None) -> None:
+    def __init__(self, path: Path, deadline: Deadline | None = None, of: str = "") -> None:
         self.path = check_output(path)
         self.deadline = deadline or Deadline()
+        self.of = of
         self.rows: dict[str, Any] = {}
-        self.seconds = 0.0  # that all measurements took, of earlier runs too
+        self.seconds = 0.0
+        self._commit = own_commit(PACKAGE)  # now: what is loaded measures, whatever is committed meanwhile
+        self._commits: list[str | None] = []
+        self._is_cut = False
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the run was killed while it wrote this line
-                self.rows[entry["key"]] = entry["value"]
-                self.seconds += entry.get("seconds", 0.0)
+            text = path.read_text(encoding="utf-8")
+            self._is_cut = bool(text) and not text.endswith("\n")  # the run was killed while it wrote a line
+            for line in text.splitlines():
+                self._read(line)
+
+    def _read(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return
+        if entry.get("of", self.of) == self.of:  # older journals do not say
+            self.rows[entry["key"]] = entry["value"]
+            self.seconds += entry.get("seconds", 0.0)
+            self._commits += [entry["commit"]] if "commit" in entry else []
+
+    @property
+    def commits(self) -> list[str | None]:
+        """Commits that rows were measured at, in order, those that are no clean one first; where is no row, now's."""
+        found = dict.fromkeys(self._commits or [self._commit])
+        return sorted(found, key=lambda commit: commit is not None and not commit.endswith("-dirty"))
 
     def measure(self, key: Iterable[Any], function: Callable[[], Any]) -> Any:
         """The value under a key, measured now if no earlier run has."""
@@ -58,9 +83,12 @@ class Journal:
         name = json.dumps(list(key))
         self.rows[name] = value
         self.seconds += seconds
+        self._commits.append(self._commit)
+        entry = {"key": name, "value": value, "seconds": round(seconds, 3), "of": self.of, "commit": self._commit}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": name, "value": value, "seconds": round(seconds, 3)}) + "\n")
+            file.write(("\n" if self._is_cut else "") + json.dumps(entry) + "\n")
+        self._is_cut = False
 
     def recall(self, key: Iterable[Any]) -> Any | None:
         """The value under a key, None if it has not been measured."""

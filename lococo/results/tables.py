@@ -37,6 +37,7 @@ def write_result(
     table: Sequence[dict[str, Any]] | None = None,
     how: str | None = None,
     seconds: float | None = None,
+    commits: Sequence[str | None] = (),
     **facts: Any,
 ) -> None:
     """Write ``<path>.json`` and the table ``<path>.md`` of it.
@@ -57,27 +58,34 @@ def write_result(
         How the figures came about, in a sentence or two that both files hold.
     seconds : float, optional
         That measuring took, other work beside it included.
+    commits : sequence of str or None
+        That rows were measured at, as ``Journal.commits`` has them. Empty: the present one.
     **facts
         What else the file says of all rows.
     """
     facts = facts if how is None else {"how": how, **facts}
     facts = facts if seconds is None else {**facts, "seconds": round(seconds)}
-    content = {**facts, **result_content(command, device, rows)}
+    content = {**facts, **result_content(command, device, rows, commits)}
     write_whole(beside(path, ".json"), json.dumps(content, indent=1) + "\n")
     note = f"`{command}` on {content['device']}, {content['date']}"
     note += "" if seconds is None else f", measured in {max(1, round(seconds / 60))} min"
-    note += f", commit {content['commit']}\n\n" if content["commit"] else "\n\n"
+    named = ", then ".join(filter(None, [content["commit"], *content.get("later_commits", [])]))
+    note += f", commit {named}\n\n" if named else "\n\n"
     note += f"{how}\n\n" if how else ""
     shown = rows if table is None else table
     shown = shown if columns is None else [{name: row[name] for name in columns} for row in shown]
     write_whole(beside(path, ".md"), note + markdown_table(shown))
 
 
-def result_content(command: str, device: torch.device | str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def result_content(
+    command: str, device: torch.device | str, rows: Sequence[dict[str, Any]], commits: Sequence[str | None] = ()
+) -> dict[str, Any]:
     """What a result file holds: the rows, and what made them where."""
+    commit, *later = commits or [own_commit(PACKAGE)]
     return {
         "command": command,
-        "commit": own_commit(PACKAGE),
+        "commit": commit,
+        **({"later_commits": later} if later else {}),
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
         "versions": {

@@ -106,6 +106,17 @@ def test_found_is_what_the_answers_hold_and_a_killed_run_goes_on(tmp_path, monke
     assert "| full |  |  | 19200 | 300 | 4 | 0.5 |" in (tmp_path / "needles.md").read_text()
 
 
+def test_answers_in_another_type_are_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(needles_module.Journal, "finish", lambda journal: None)
+    asked = []
+    monkeypatch.setattr(needles_module, "_answer", lambda model, tokenizer, needle: asked.append(model.dtype) or "")
+    tokenizer = word_tokenizer()
+    needles = make_needles(tokenizer, Filler(["w1 w2. w3 w4."]), [300], depths=1)
+    for model in (tiny_llama(), tiny_llama().double(), tiny_llama()):
+        evaluate_needles(model, tokenizer, needles, plan_runs(["full"]), tmp_path / "needles", "lococo x")
+    assert asked == [tiny_llama().dtype, tiny_llama().double().dtype]
+
+
 def test_command(checkpoint, tmp_path, capsys):
     options = ["--methods", "full,h2o", "--num-slots", "16", "--block-size", "8", "--lengths", "200", "--depths", "2"]
     (tmp_path / "text.txt").write_text("w1 w2. w3 w4.")

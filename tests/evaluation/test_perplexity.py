@@ -189,6 +189,20 @@ def test_what_is_not_said_is_that_of_the_heads(tmp_path):
         planned([12], 5, folders)
 
 
+def test_heads_of_equal_slots_are_told_apart(tmp_path):
+    folders = [str(tmp_path / name) for name in ("one/heads", "two/heads", "two/other", "larger")]
+    for folder, slots in zip(folders, (12, 12, 12, 20), strict=True):
+        lococo.save_heads(patched_llama(lococo.LoCoCoConfig(slots, block_size=8)), folder)
+
+    def names(*chosen):
+        return [run.name for run in plan_runs([], heads=[folders[each] for each in chosen])]
+
+    assert names(0, 3) == ["lococo", "lococo"], "other slots tell them apart"
+    assert names(1, 2) == ["lococo-heads", "lococo-other"]
+    assert names(0, 1) == ["lococo-one/heads", "lococo-two/heads"]
+    assert names(0, 0) == ["lococo"], "the same twice is one"
+
+
 def test_codes_are_methods_of_their_own_beside_the_full_cache_and_h2o_without(model, corpus, tmp_path):
     runs = plan_runs(["full", "h2o"], [12], 8, slot_bits=["16", "8", "8-4", "4-4"])
     bits = [run.config and run.config.slot_bits for run in runs]
@@ -264,6 +278,36 @@ def test_documents_of_the_same_place_in_two_files_stay_apart(model, tmp_path):
     both = measure("a", "b")
     assert both["documents"] == 2
     assert both["nll"] == pytest.approx((measure("a")["nll"] + measure("b")["nll"]) / 2)
+
+
+def test_documents_of_one_name_stay_apart_and_a_file_named_twice_counts_once(model, tmp_path):
+    files = [tmp_path / folder / "books" / "heldout.jsonl" for folder in ("one", "two")]
+    for path, text in zip(files, ("abcdefgh" * 10, "zyxwvuts" * 10), strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_text(2 * (json.dumps({"id": "same", "text": text}) + "\n"))
+    cut = Cut((40,), first=20, limit=2, per_document=1)
+    found = read_windows([*files, files[0]], Characters(), cut)
+    assert len({(window.domain, window.document) for window in found}) == len(found) == 4
+    (full,) = plan_runs(["full"], [12], 8)
+    rows = perplexity_module.perplexity_rows(model, found, [full], 20, Journal(tmp_path / "x.partial.jsonl"))
+    assert {row["documents"] for row in rows} == {4}
+    expected = [token_nlls(model, window.ids, 20).mean().item() for window in found]
+    assert rows[0]["nll"] == pytest.approx(sum(expected) / 4)
+
+
+def test_bytes_are_those_of_windows_as_long_as_they_are(model, tmp_path):
+    """A file of short texts, measured on shorter windows."""
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "abcdefgh" * 4}))
+    rows = run(model, tmp_path / "short.jsonl", tmp_path / "x", methods=["full"], length=60, min_length=30)
+    assert {(row["length"], row["bytes_per_head"]) for row in rows} == {(30, 30 * 2 * 8 * 4)}
+
+
+def test_losses_of_other_weights_in_the_same_place_are_not_gone_on_with(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Journal, "finish", lambda journal: None)
+    first, other = tiny_llama(), tiny_llama(seed=1)
+    assert first.name_or_path == other.name_or_path
+    found = [run(model, corpus, tmp_path / "x", methods=["full"])[0]["nll"] for model in (first, other, first)]
+    assert found[0] == found[2] and abs(found[0] - found[1]) > 1e-3
 
 
 def test_budgets_that_hold_the_whole_text_have_no_gap_ratio(model, corpus, tmp_path):

@@ -222,14 +222,16 @@ def test_differences_are_those_of_the_same_items(data, tokenizer, tmp_path):
 
 def test_items_that_only_one_method_has_a_figure_of_are_not_compared():
     documents = {number: number for number in range(4)}
-    found = _difference({0: 1.0, 1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 3: 0.0}, documents)
+    figures, full = {0: 1.0, 1: 0.0, 2: 1.0}, {1: 1.0, 2: 1.0, 3: 0.0}
+    found = _difference(lambda figures: (sum(figures) / len(figures), None), figures, full, documents)
     assert found["difference"] == -0.5 and (found["difference_low"], found["difference_high"]) == (-1, 0)
 
 
 def test_documents_are_told_apart_by_what_a_question_is_about(data):
     questions = [{"context": "a", "question": "1"}, {"context": "a", "question": "2"}, {"document_id": 7}, {}, {}]
+    questions += [{"context": "", "text": "b"}, {"context": "", "text": "c"}, {"context": None}, {"context": None}]
     found = [document_of(question, number) for number, question in enumerate(questions)]
-    assert found[0] == found[1] and len(set(found)) == 4
+    assert found[0] == found[1] and len(set(found)) == 8
 
 
 def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):

@@ -54,7 +54,6 @@ def test_every_variant_is_the_heads_without_one_part(heads):
 
 def test_the_command_writes_what_parts_are_worth(checkpoint, heads, tmp_path, monkeypatch, capsys):
     texts = write_texts(tmp_path / "words.jsonl")
-    monkeypatch.setattr(parts, "BLOCK_SIZE", 8)
     monkeypatch.setattr(parts, "FIRST", 20)
     options = [
         "--model",
@@ -75,6 +74,7 @@ def test_the_command_writes_what_parts_are_worth(checkpoint, heads, tmp_path, mo
     rows = json.loads((tmp_path / "parts.json").read_text())["rows"]
     by_method = {row["method"]: row for row in rows if row["domain"] == "all"}
     assert list(by_method) == ["full", "h2o", "h2o-slot", *(run.name for run in parts.parts(str(heads)))]
+    assert {row["block_size"] for row in rows} == {None, 8}, "of the heads, for what they are compared with, too"
     assert all(row["seconds"] > 0 for row in by_method.values())
     # 60 tokens of a key and a value of 8 numbers in float32.
     assert by_method["full"]["bytes_per_head"] == 60 * 2 * 8 * 4

@@ -136,6 +136,43 @@ def test_a_result_says_how_long_it_was_measured_also_by_runs_that_were_stopped(t
     assert ", measured in 2 min" in (tmp_path / "found.md").read_text().splitlines()[0]
 
 
+def test_a_result_names_the_commit_that_was_there_when_measuring_began(tmp_path, monkeypatch):
+    present = iter(["aaa", "bbb", "ccc-dirty", "ddd"])
+    monkeypatch.setattr("lococo.results.journal.own_commit", lambda package: next(present))
+    monkeypatch.setattr("lococo.results.tables.own_commit", lambda package: "made while it was measured")
+    path = tmp_path / "found.partial.jsonl"
+    assert Journal(path).commits == ["aaa"], "where nothing is measured, that of now"
+    found = []
+    for name in ("a", "b", "a"):
+        journal = Journal(path)
+        journal.measure([name], lambda: 1)
+        found.append(journal.commits)
+    assert found == [["bbb"], ["ccc-dirty", "bbb"], ["ccc-dirty", "bbb"]], "those that are no clean one first"
+    write_result(tmp_path / "found", "lococo eval ppl", "cpu", [{"nll": 1.0}], commits=journal.commits)
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert (content["commit"], content["later_commits"]) == ("ccc-dirty", ["bbb"])
+    assert ", commit ccc-dirty, then bbb\n" in (tmp_path / "found.md").read_text()
+
+
+def test_rows_of_something_else_are_left_aside_and_older_ones_go_on(tmp_path):
+    path = tmp_path / "found.partial.jsonl"
+    path.write_text(json.dumps({"key": json.dumps(["old"]), "value": 1, "seconds": 2}) + "\n")
+    assert Journal(path, of="one model").measure(["new"], lambda: 2) == 2
+    other = Journal(path, of="another model")
+    assert (other.recall(["old"]), other.recall(["new"])) == (1, None) and other.seconds == 2
+    assert other.measure(["new"], lambda: 3) == 3
+    assert [Journal(path, of=of).recall(["new"]) for of in ("one model", "another model")] == [2, 3]
+
+
+def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "found.partial.jsonl"
+    Journal(path).measure(["a"], lambda: 1)
+    path.write_text(path.read_text() + '{"key": "half a li')
+    Journal(path).measure(["b"], lambda: 2)
+    again = Journal(path)
+    assert (again.recall(["a"]), again.recall(["b"])) == (1, 2)
+
+
 # Places
 
 
