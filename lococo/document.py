@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lococo.state import is_ours, patch_of
 
 KEY = "lococo_document"
 PROBES = ("", "?", "a")  # questions that have no beginning in common
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # what a chat template calls for the date
 SAMPLE = 64  # numbers of every parameter by which weights are told from others
 
 
@@ -105,14 +107,18 @@ class Document:
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
-            **({"strftime_now": self.time.strftime} if self.tells_time else {}),
+            **({"chat_template": self._dated_template()} if self.tells_time else {}),
         )
         return chat["input_ids"]
 
     @property
     def tells_time(self) -> bool:
         """Whether the prompts may have a date in them."""
-        return self.is_chat and "strftime_now" in str(self.tokenizer.chat_template)
+        return self.is_chat and NOW.search(str(self.tokenizer.chat_template)) is not None
+
+    def _dated_template(self) -> str:
+        """The chat template with dates in the place of calls for them."""
+        return NOW.sub(lambda call: json.dumps(self.time.strftime(call[2])), self.tokenizer.get_chat_template())
 
     @functools.cached_property
     def ids(self) -> torch.Tensor:
