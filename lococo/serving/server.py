@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -370,6 +370,11 @@ class _Handler:
             kwargs["finish_reason"] = "stop"
         return super()._build_chunk_sse(*args, usage=usage, **kwargs)  # type: ignore[misc]
 
+    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
+        response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
+        response.body_iterator = _with_end(response.body_iterator)
+        return response
+
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         response = await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
         answer, request = json.loads(response.body), CURRENT.get()
@@ -380,6 +385,14 @@ class _Handler:
         if choice["finish_reason"] == "length" and request.is_stopped:
             choice["finish_reason"] = "stop"
         return JSONResponse(answer)
+
+
+async def _with_end(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream with the end that OpenAI's API has."""
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            yield chunk
+    yield "data: [DONE]\n\n"
 
 
 class _Chat(_Handler, ChatCompletionHandler):

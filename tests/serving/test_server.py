@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import json
 import logging
 import random
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import urllib.request
 
 import openai
 import pytest
@@ -225,6 +227,9 @@ def test_what_waits_for_its_turn_may_go_away_too(served):
         assert len(taken) == 1 + 6
 
 
+TWO_ANSWERS = '{"num_return_sequences": 2, "do_sample": true}'
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
@@ -243,7 +248,7 @@ def test_what_waits_for_its_turn_may_go_away_too(served):
         ({"echo": True}, openai.BadRequestError, "echo is not served"),
         ({"suffix": "w2"}, openai.BadRequestError, "suffix is not served"),
         (
-            {"extra_body": {"generation_config": '{"num_return_sequences": 2}'}},
+            {"extra_body": {"generation_config": TWO_ANSWERS}},
             openai.BadRequestError,
             "one answer is",
         ),
@@ -350,6 +355,14 @@ def test_an_error_in_a_stream_is_json_whatever_it_says(served, monkeypatch):
     assert error.value.body == 'a "word"\nand another'
 
 
+def test_a_stream_has_an_end(served):
+    asked = json.dumps({"prompt": "w1 w2", "stream": True, "max_tokens": 2}).encode()
+    request = urllib.request.Request(f"{served.url}/completions", asked, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        *chunks, end = answer.read().decode().split("\n\n")[:-1]
+    assert end == "data: [DONE]" and all(json.loads(chunk[6:])["choices"] for chunk in chunks)
+
+
 def test_a_generation_config_of_the_clients_own_is_bounded_too(served):
     answer = served.complete("w1 w2", max_tokens=None, extra_body={"generation_config": '{"max_length": 7}'})
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (5, "length")
@@ -358,8 +371,9 @@ def test_a_generation_config_of_the_clients_own_is_bounded_too(served):
 
 
 def test_a_tokenizer_that_has_more_than_ids_is_served(served, monkeypatch):
+    expected = served.expected("w1 w2")
     monkeypatch.setattr(served.tokenizer, "model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
-    assert served.complete("w1 w2").choices[0].text == served.expected("w1 w2")
+    assert served.complete("w1 w2").choices[0].text == expected
 
 
 def test_a_name_may_look_like_a_file(served):
