@@ -14,9 +14,9 @@ ROWS = [dict(input_ids=row, labels=row) for row in IDS]
 
 def trainer(folder, callbacks=(SaveHeadsCallback,), **options):
     arguments = TrainingArguments(
-        **dict(output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=1),
-        **dict(learning_rate=0.05, use_cpu=True, report_to=[], disable_tqdm=True),
-        **{"seed": 3, **options},
+        **dict(output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=1, seed=3),
+        **dict(use_cpu=True, report_to=[], disable_tqdm=True),
+        **{"learning_rate": 0.05, **options},
     )
     return Trainer(
         model=patched(tiny_llama()),
@@ -68,7 +68,7 @@ def test_a_checkpoint_without_heads_is_refused(tmp_path):
 
 def test_heads_of_another_training_in_the_folder_are_refused(tmp_path):
     """A checkpoint from elsewhere, and one of the same step in the folder to write."""
-    for name, seed in (("one", 3), ("other", 4)):
-        trainer(tmp_path / name, logging_steps=1, seed=seed).train()
+    for name, rate in (("one", 0.05), ("other", 0.02)):
+        trainer(tmp_path / name, logging_steps=1, learning_rate=rate).train()
     with pytest.raises(ValueError, match=r"other/checkpoint-2 is of another training"):
         trainer(tmp_path / "other", logging_steps=1).train(resume_from_checkpoint=f"{tmp_path}/one/checkpoint-2")
