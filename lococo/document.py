@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from lococo.state import is_ours, patch_of
 
 KEY = "lococo_document"
 PROBES = ("", "?", "a")  # questions that have no beginning in common
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # what a chat template calls for the date
 SAMPLE = 64  # numbers of every parameter by which weights are told from others
 
 
@@ -37,6 +40,16 @@ def text_ids(tokenizer: Any, text: str, max_tokens: int | None = None) -> torch.
     return ids
 
 
+def _first_tokens(tokenizer: Any, text: str, max_tokens: int | None) -> str:
+    """What the first tokens of a longer text stand for."""
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer.decode(tokenizer(text).input_ids[:max_tokens], skip_special_tokens=True)
+    offsets = tokenizer(text, return_offsets_mapping=True).offset_mapping
+    # A character of several tokens is in the offsets of each, a special token at the end in none.
+    starts = [start for start, end in offsets[max_tokens:] if end > start]
+    return text[: min([max(end for _, end in offsets[:max_tokens]), *starts])]
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """A text to be asked about.
@@ -48,24 +61,28 @@ class Document:
         A question follows it after an empty line.
     is_chat : bool
         Whether both stand in the tokenizer's chat template, as what the user says.
+    time : datetime.datetime
+        What a chat template that tells the date takes for now: the prompts of all questions begin alike, at any time.
     """
 
     tokenizer: Any
     text: str
     is_chat: bool
+    time: datetime.datetime = dataclasses.field(default_factory=datetime.datetime.now)
 
     @classmethod
     def of(cls, tokenizer: Any, text: str, max_tokens: int | None = None, is_chat: bool = True) -> Document:
         """A text, cut to its first tokens, in the chat template if the tokenizer has one and ``is_chat``.
+
+        A character that is only in part in these tokens is left out.
 
         Raises
         ------
         ValueError
             If the text is empty.
         """
-        ids = text_ids(tokenizer, text)
-        if max_tokens is not None and ids.shape[1] > max_tokens:
-            text = tokenizer.decode(ids[0, :max_tokens], skip_special_tokens=True)
+        if text_ids(tokenizer, text).shape[1] > (max_tokens or float("inf")):
+            text = _first_tokens(tokenizer, text, max_tokens)
         return cls(tokenizer, text, is_chat and bool(tokenizer.chat_template))
 
     def prompt(self, question: str) -> torch.Tensor:
@@ -86,9 +103,22 @@ class Document:
         if not self.is_chat:
             return text_ids(self.tokenizer, content)
         chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            **({"chat_template": self._dated_template()} if self.tells_time else {}),
         )
         return chat["input_ids"]
+
+    @property
+    def tells_time(self) -> bool:
+        """Whether the prompts may have a date in them."""
+        return self.is_chat and NOW.search(str(self.tokenizer.chat_template)) is not None
+
+    def _dated_template(self) -> str:
+        """The chat template with dates in the place of calls for them."""
+        return NOW.sub(lambda call: json.dumps(self.time.strftime(call[2])), self.tokenizer.get_chat_template())
 
     @functools.cached_property
     def ids(self) -> torch.Tensor:
@@ -127,6 +157,7 @@ def save_document(
     notes = {
         "text": document.text,
         "is_chat": document.is_chat,
+        "time": document.time.isoformat() if document.tells_time else None,
         "tokens": document.ids[0].tolist(),
         "dtype": str(patch_of(model).decoder.dtype),
         "weights": weights_sample(model),
@@ -194,7 +225,8 @@ class SavedDocument:
         if notes["heads"] != (heads and heads_digest(heads)):
             used = "other" if notes["heads"] else "no"
             raise ValueError(f"{path} was read with {used} trained heads: choose --heads or --method as then")
-        document = Document(tokenizer, notes["text"], notes["is_chat"])
+        time = {"time": datetime.datetime.fromisoformat(notes["time"])} if notes.get("time") else {}
+        document = Document(tokenizer, notes["text"], notes["is_chat"], **time)
         if document.ids[0].tolist() != notes["tokens"]:
             raise ValueError(f"{path} was read with another tokenizer or chat template: other tokens come of its text")
         return document

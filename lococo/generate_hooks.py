@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lococo.cache.cache import CROP_ERROR
+from lococo.cache.cache import CROP_ERROR, LoCoCoCache
 from lococo.compat import cache_argument
 from lococo.cuda_graphs import call_model
 from lococo.inputs import check_not_empty
@@ -43,16 +43,28 @@ def prepare_inputs(patch: Patch, model: Any, *args, **kwargs) -> Any:
 def prepare_cache(
     patch: Patch, model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
 ) -> Any:
-    """Stand in for the method by which ``generate`` makes its cache: a patched model gets its own from the start."""
+    """Stand in for the method by which ``generate`` makes its cache: a patched model gets its own from the start.
+
+    Raises
+    ------
+    ValueError
+        If there is a cache to go on with and ``use_cache`` is False: every token would be read again and again.
+    """
     name = cache_argument(model)
+    given = model_kwargs.get(name)
+    if isinstance(given, LoCoCoCache) and generation_config.use_cache is False:
+        raise ValueError(
+            f"use_cache=False, as an argument or in model.generation_config, does not go with a cache as {name}: "
+            "say use_cache=True to go on with it"
+        )
     is_ours = generation_config.use_cache is not False and not patch.is_suspended
-    if is_ours and model_kwargs.get(name) is None:
+    if is_ours and (given is None or isinstance(given, LoCoCoCache)):
         wanted, generation_config.cache_implementation = generation_config.cache_implementation, None
         if wanted is not None:
             patch.say_once(
                 f"cache_implementation={wanted!r} is not used: a patched model keeps its slots in a LoCoCoCache"
             )
-        model_kwargs[name] = patch.new_cache()
+        model_kwargs[name] = patch.new_cache() if given is None else given
     return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
 
 

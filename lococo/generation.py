@@ -19,6 +19,14 @@ from lococo.models import base_shape, length_dependent_rotaries
 from lococo.state import is_patched
 from lococo.whole_text import reading_pieces
 
+ONE_ANSWER = {
+    "use_cache": True,
+    "cache_implementation": None,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
@@ -138,12 +146,18 @@ def read_and_answer(
         **with_cache(model, cache),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
-        **generate_kwargs,
+        **{**_one_answer(model), **generate_kwargs},
     )
     answer = output[0, tokens:]
     seconds = prefill_ended - started, time.perf_counter() - prefill_ended
     usage = _usage(cache, output.shape[1] - 1, tokens - start, len(answer), *seconds)
     return Generated(answer, usage)
+
+
+def _one_answer(model: Any) -> dict[str, Any]:
+    """What ``generate`` is told where a model's generation config would not go on with the cache of one row."""
+    own = getattr(model, "generation_config", None)
+    return {name: value for name, value in ONE_ANSWER.items() if getattr(own, name, None) not in (None, value)}
 
 
 def read_beginning(

@@ -79,6 +79,15 @@ def load_cache(path: str | os.PathLike, device: torch.device | str) -> LoCoCoCac
         raise ValueError(f"{path} is no whole file written by LoCoCoCache.save: {error!r}") from error
 
 
+def is_cache_file(path: str | os.PathLike) -> bool:
+    """Whether a file was written by ``LoCoCoCache.save``, in this format or an older one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_notes(path: str | os.PathLike) -> dict[str, str]:
     """What ``save_cache`` was given to note, beside what else the file's metadata have."""
     with safe_open(path, framework="pt") as file:

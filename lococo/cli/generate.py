@@ -111,10 +111,14 @@ class DocumentOptions:
         ValueError
             Says what would.
         """
+        from lococo.cache.file import is_cache_file
+
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give the text to read once: either --prompt-file or --prompt")
         if (self.save_cache or self.load_cache) and is_full:
             raise ValueError("the full cache is not written to a file: choose a method with slots, or --heads")
+        if self.save_cache and self.save_cache.exists() and not is_cache_file(self.save_cache):
+            raise ValueError(f"--save-cache would replace {self.save_cache}, which holds no cache: give another name")
         if self.load_cache is None:
             return
         others = {

@@ -24,6 +24,8 @@ def inspect(
     from lococo.data.documents import read_text
     from lococo.inspection.page import write_page
 
+    if output.exists() and output.samefile(data):
+        raise ValueError(f"--output would replace the text {data}: give another name")
     text = read_text(data)
     if not text:
         raise ValueError(f"{data}: the text is empty")

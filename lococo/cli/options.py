@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lococo.files import check_output
+from lococo.files import check_output, check_output_file
 
 if TYPE_CHECKING:
     from lococo.config import LoCoCoConfig
@@ -29,15 +29,15 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
 
 
 def writable(output: Path | None) -> Path | None:
-    """The name of files to write, refused where they could not be: better now than after what takes long."""
-    return None if output is None else check_output(output)
+    """A file to write, refused where it could not be: better now than after what takes long."""
+    return None if output is None else check_output_file(output)
 
 
 def drawn(output: Path | None) -> Path | None:
-    """The name of a measurement's files, refused where no picture could be drawn, too."""
+    """The name of a measurement's files, refused where they could not be written or no picture drawn."""
     if not importlib.util.find_spec("matplotlib"):
         raise ImportError("what is measured is drawn with the package matplotlib: pip install lococo[eval]")
-    return writable(output)
+    return None if output is None else check_output(output)
 
 
 GgufFile = Annotated[str | None, option(MODEL, "GGUF file in that folder.", metavar="NAME")]

@@ -75,10 +75,10 @@ class PromptReader:
         on_reuse : callable
             Called before the first new token with the number of tokens of the prompt that did not have to be read.
         **kwargs
-            Of ``model.generate``, with a ``generation_config``.
+            Of ``model.generate``, with a ``generation_config`` that asks for the tokens alone.
         """
         check()
-        kwargs["stopping_criteria"] = StoppingCriteriaList([_Check(check)])
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*kwargs.get("stopping_criteria", ()), _Check(check)])
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         ids = tuple(input_ids[0].tolist())
         if len(ids) < 2 or not self._can_go_on(kwargs["generation_config"]):
@@ -92,7 +92,8 @@ class PromptReader:
     def _can_go_on(self, config: GenerationConfig) -> bool:
         """Whether a generation may begin with a cache of one row that has read a prompt piece by piece."""
         rows = (config.num_beams or 1) * (config.num_return_sequences or 1)
-        return config.use_cache is not False and rows == 1 and self._pieces_are_alike
+        is_any_cache = is_patched(self.model) or config.cache_implementation in (None, "hybrid")
+        return config.use_cache is not False and rows == 1 and is_any_cache and self._pieces_are_alike
 
     @property
     def _pieces_are_alike(self) -> bool:

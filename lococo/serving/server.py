@@ -7,13 +7,14 @@ are read once (``PromptReader``), limits, and generations that end with their re
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -21,22 +22,24 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
 
 from lococo.config import LoCoCoConfig
 from lococo.models import base_config
+from lococo.serving.asked import before, check_messages, checked, may_go_on
 from lococo.serving.reader import PromptReader
 
 SECONDS_TO_END = 5  # for generations that are under way when the server ends: one token, or one piece of a prompt
 CLIENT_CLOSED_REQUEST, UNAVAILABLE = 499, 503
+MAX_TOKENS = 1024  # of an answer, where a request does not say, as in Transformers' server
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,12 +52,18 @@ class Request:
         What its generation is to end with: its client is gone, or the server is about to go.
     seed : int, optional
         Of what is drawn by chance.
+    stops : tuple of str
+        What its answer ends before.
+    is_stopped : bool
+        Whether one of them came.
     cached_tokens : int
         Tokens of its prompt that did not have to be read.
     """
 
     end: HTTPException | None = None
     seed: int | None = None
+    stops: tuple[str, ...] = ()
+    is_stopped: bool = False
     cached_tokens: int = 0
 
     def check(self) -> None:
@@ -65,6 +74,12 @@ class Request:
     def note_reuse(self, tokens: int) -> None:
         """So many tokens did not have to be read."""
         self.cached_tokens = tokens
+
+    def before_stop(self, text: str) -> str:
+        """A text up to where the answer ends."""
+        said = before(text, self.stops)
+        self.is_stopped |= said != text
+        return said
 
 
 CURRENT: ContextVar[Request] = ContextVar("lococo_request")
@@ -126,8 +141,9 @@ class OneModel(ModelManager):
     """
 
     def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        super().__init__(force_model=name)
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.force_model, self.model_timeout = name, -1
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
@@ -153,10 +169,10 @@ class OneModel(ModelManager):
     get_gen_models = list_models  # as the server of 5.8 calls it
 
     def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        return self._model
+        return self.model
 
     def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tokenizer
+        return self.tokenizer
 
 
 class ReadingManager(GenerateManager):
@@ -180,14 +196,17 @@ class ReadingManager(GenerateManager):
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any):
         """Start a generation whose tokens are streamed."""
         self._fit(inputs["input_ids"].shape[1], gen_config)
-        return super().generate_streaming(self._reading(), processor, inputs, gen_config, *args, **kwargs)
+        ids, request = {"input_ids": inputs["input_ids"]}, CURRENT.get()
+        queue, streamer = super().generate_streaming(self._reading(), processor, ids, gen_config, *args, **kwargs)
+        return _Stream(queue, request), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ):
         """Wait for a whole answer."""
         self._fit(inputs["input_ids"].shape[1], gen_config)
-        return await super().generate_non_streaming(self._reading(), processor, inputs, gen_config, *args, **kwargs)
+        ids = {"input_ids": inputs["input_ids"]}
+        return await super().generate_non_streaming(self._reading(), processor, ids, gen_config, *args, **kwargs)
 
     def wait(self, seconds: float) -> None:
         """Wait until all that has been asked for is done, so long at most."""
@@ -205,19 +224,82 @@ class ReadingManager(GenerateManager):
             )
         if self.positions is not None and tokens >= self.positions:
             raise HTTPException(400, f"the prompt has {tokens} tokens, the model {self.positions} positions")
-        if config.max_new_tokens is not None and config.max_new_tokens < 1:
+        if config.max_new_tokens is None:
+            config.max_new_tokens = MAX_TOKENS if config.max_length is None else config.max_length - tokens
+        if config.max_new_tokens < 1:
             raise HTTPException(400, f"max_tokens must be at least 1, got {config.max_new_tokens}")
-        if config.max_new_tokens is not None and self.positions is not None:
+        if self.positions is not None:
             config.max_new_tokens = min(config.max_new_tokens, self.positions - tokens)
 
     def _reading(self) -> Any:
         """What stands for the model in one generation."""
         return SimpleNamespace(generate=functools.partial(self._generate, CURRENT.get()))
 
-    def _generate(self, request: Request, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if request.seed is not None:
-            torch.manual_seed(request.seed)
-        return self.reader.generate(input_ids, check=request.check, on_reuse=request.note_reuse, **kwargs)
+    def _generate(self, request: Request, input_ids: torch.Tensor, tokenizer: Any, **kwargs: Any) -> torch.Tensor:
+        if request.stops:
+            kwargs["stopping_criteria"] = [_Stops(request.stops, tokenizer, input_ids.shape[1])]
+        with _seeded(request.seed, input_ids.device):
+            return self.reader.generate(
+                input_ids, check=request.check, on_reuse=request.note_reuse, tokenizer=tokenizer, **kwargs
+            )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """What is drawn inside the block is what a seed says; what others draw afterwards is left to chance."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+class _Stops(StoppingCriteria):
+    """Ends an answer whose text has one of these strings in it."""
+
+    def __init__(self, stops: Collection[str], tokenizer: Any, prompt_tokens: int) -> None:
+        self._stops, self._tokenizer, self._prompt_tokens = stops, tokenizer, prompt_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
+        """(rows,), which rows are complete."""
+        texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_tokens :], skip_special_tokens=True)
+        is_stopped = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(is_stopped, device=input_ids.device)
+
+
+class _Stream:
+    """The queue of an answer's pieces up to a stop string: what may begin one waits for the next piece."""
+
+    def __init__(self, queue: asyncio.Queue, request: Request) -> None:
+        self._queue, self._request = queue, request
+        self._held: Any = ""
+        self._ready: collections.deque[Any] = collections.deque()
+
+    async def get(self) -> Any:
+        """The next piece."""
+        while not self._ready:
+            self._take(await self._queue.get())
+        return self._ready.popleft()
+
+    def get_nowait(self) -> Any:
+        """The next piece, if it is there."""
+        while not self._ready:
+            self._take(self._queue.get_nowait())
+        return self._ready.popleft()
+
+    def _take(self, piece: Any) -> None:
+        if type(piece) is not type(self._held):  # text of another kind, an error, or the end
+            self._ready.extend([self._held] if self._held else [])
+            self._held = type(piece)() if isinstance(piece, str) else ""
+        if isinstance(piece, _StreamError):
+            piece = _StreamError(json.dumps(piece.msg)[1:-1])  # it is written between quotes
+        if not isinstance(piece, str):
+            self._ready.append(piece)
+        elif not self._request.is_stopped:
+            kind = type(piece)
+            said = self._request.before_stop(self._held + piece)
+            end = len(said) - (0 if self._request.is_stopped else may_go_on(said, self._request.stops))
+            self._ready.extend([kind(said[:end])] if end else [])
+            self._held = kind("" if self._request.is_stopped else said[end:])
 
 
 def text_positions(model: PreTrainedModel, config: LoCoCoConfig | None) -> int | None:
@@ -239,6 +321,9 @@ class OneState(GenerationState):
         return self._manager
 
 
+TEXTS = ("text", "content", "reasoning_content")  # of a choice or its message
+
+
 class _Handler:
     """What is added to Transformers' handlers: refusals with a status, sampling as asked, tokens that were cached."""
 
@@ -249,9 +334,14 @@ class _Handler:
         if not body.get(self.needs):
             raise HTTPException(400, f"{self.needs} is missing or empty")
         try:
-            return await super().handle_request(body, request_id)  # type: ignore[misc]
+            asked = checked(body)
+            self._check(asked)
+            return await super().handle_request(asked, request_id)  # type: ignore[misc]
         except (ValueError, TemplateError) as error:
             raise HTTPException(400, str(error)) from error
+
+    def _check(self, asked: dict) -> None:
+        """Refuse more."""
 
     def _resolve_model(self, body: dict) -> Any:
         manager: OneModel = self.model_manager  # type: ignore[attr-defined]
@@ -259,27 +349,73 @@ class _Handler:
         return name, *manager.load_model_and_processor(name)
 
     def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> GenerationConfig:
+        request, stop = CURRENT.get(), body.pop("stop", ())
         # Set where the tokens are drawn: other requests may be at it now.
-        CURRENT.get().seed = body.pop("seed", None)
+        request.seed = body.pop("seed", None)
+        request.stops = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
         config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
-        if body.get("temperature"):
+        if (config.num_return_sequences or 1) > 1:
+            raise ValueError(f"one answer is served, got num_return_sequences={config.num_return_sequences}")
+        if body.get("temperature", body.get("top_p", 1) < 1):
             config.do_sample = True
+        if "logit_bias" in body:
+            config.sequence_bias = {(token,): bias for token, bias in body["logit_bias"].items()}
+        config.return_dict_in_generate, config.use_cache = False, True
         return config
 
     def _build_chunk_sse(self, *args: Any, usage: CompletionUsage | None = None, **kwargs: Any) -> str:
         if usage is not None:
             usage.prompt_tokens_details = PromptTokensDetails(cached_tokens=CURRENT.get().cached_tokens)
+        if kwargs.get("finish_reason") == "length" and CURRENT.get().is_stopped:
+            kwargs["finish_reason"] = "stop"
         return super()._build_chunk_sse(*args, usage=usage, **kwargs)  # type: ignore[misc]
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
+        response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
+        response.body_iterator = _with_end(response.body_iterator)
+        return response
 
     async def _non_streaming(self, *args: Any, **kwargs: Any) -> JSONResponse:
         response = await super()._non_streaming(*args, **kwargs)  # type: ignore[misc]
-        answer = json.loads(response.body)
-        answer["usage"]["prompt_tokens_details"] = {"cached_tokens": CURRENT.get().cached_tokens}
+        answer, request = json.loads(response.body), CURRENT.get()
+        answer["usage"]["prompt_tokens_details"] = {"cached_tokens": request.cached_tokens}
+        (choice,) = answer["choices"]
+        said = choice.get("message", choice)
+        said.update({name: request.before_stop(said[name]) for name in TEXTS if said.get(name)})
+        if choice["finish_reason"] == "length" and request.is_stopped:
+            choice["finish_reason"] = "stop"
         return JSONResponse(answer)
+
+
+async def _with_end(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream with the end that OpenAI's API has."""
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            yield chunk
+    yield "data: [DONE]\n\n"
 
 
 class _Chat(_Handler, ChatCompletionHandler):
     needs = "messages"
+
+    def _check(self, asked: dict) -> None:
+        check_messages(asked["messages"])
+        apply = self.model_manager.tokenizer.apply_chat_template  # type: ignore[attr-defined]
+        taken = inspect.signature(apply).parameters.keys() & asked.get("chat_template_kwargs", {}).keys()
+        if taken:
+            raise ValueError(f"chat_template_kwargs go to the chat template, which has no {', '.join(sorted(taken))}")
+        if tools := asked.get("tools"):
+            write = functools.partial(apply, [{"role": "user", "content": "?"}], tokenize=False)
+            if write(tools=tools) == write():
+                raise ValueError("the chat template of this model has no place for tools")
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: Any, *args: Any, **kwargs: Any) -> list[dict]:
+        """Messages as the template takes them."""
+        try:
+            return ChatCompletionHandler.get_processor_inputs_from_messages(messages, *args, **kwargs)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"messages are not written as OpenAI's API has them: {error!r}") from error
 
 
 class _Completion(_Handler, CompletionHandler):
@@ -305,6 +441,11 @@ class Server(uvicorn.Server):
         Of the same model.
     host, port
         Where to listen.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer is not one of the package ``tokenizers``, which streams need.
     """
 
     def __init__(
@@ -316,6 +457,8 @@ class Server(uvicorn.Server):
         host: str = "127.0.0.1",
         port: int = 8000,
     ) -> None:
+        if not hasattr(tokenizer, "_tokenizer"):
+            raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: the server cannot stream its tokens")
         self._manager = manager
         self.under_way: set[Request] = set()
         app = _application(OneModel(name, model, tokenizer), OneState(manager))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.heads import load_heads, save_heads
@@ -27,6 +29,8 @@ class SaveHeadsCallback(TrainerCallback):
     ------
     FileNotFoundError
         If the checkpoint that training goes on from has no heads, or does not lie in ``args.output_dir``.
+    ValueError
+        If another training has left a checkpoint of the same step there.
     """
 
     def on_save(
@@ -41,7 +45,9 @@ class SaveHeadsCallback(TrainerCallback):
     ) -> None:
         """Called by the Trainer."""
         if state.global_step:
-            _load(model, _checkpoint(args, state))
+            checkpoint = _checkpoint(args, state)
+            _check_is_of(checkpoint, state)
+            _load(model, checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -53,6 +59,18 @@ class SaveHeadsCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _check_is_of(checkpoint: Path, state: TrainerState) -> None:
+    """Refuse a checkpoint with another history than the one that training goes on from."""
+    written = checkpoint / TRAINER_STATE_NAME
+    if written.is_file():
+        histories = (TrainerState.load_from_json(str(written)).log_history, state.log_history)
+        if len({json.dumps(each) for each in histories}) > 1:  # NaN is NaN here
+            raise ValueError(
+                f"{checkpoint} is of another training than the one that goes on: give an args.output_dir without it, "
+                "or the one that the checkpoint lies in"
+            )
 
 
 def _load(model: nn.Module, checkpoint: Path) -> None:

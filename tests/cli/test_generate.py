@@ -1,17 +1,21 @@
 """The command ``lococo generate``: texts, questions, sampling, and documents kept in a file."""
 
+import datetime
 import io
 import shutil
 
 import pytest
 import torch
-from tiny import tiny_llama
-from transformers import AutoModelForCausalLM
+from tiny import tiny_ids, tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from words import TEXT, WORDS, word_tokenizer
 
 import lococo
 from lococo.cli.main import main
-from lococo.document import Document, SavedDocument
+from lococo.compat import with_cache
+from lococo.document import Document, SavedDocument, save_document
+from lococo.generation import read_and_answer, read_beginning
 
 METHOD = ["--num-slots", "16", "--block-size", "8", "--max-new-tokens", "6"]
 CONFIG = lococo.LoCoCoConfig(16, block_size=8)
@@ -160,6 +164,67 @@ def test_a_question_comes_after_the_text_in_the_chat_template():
     assert torch.equal(left.prompt("w7"), plain.prompt("w7"))
 
 
+def byte_tokenizer():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    of_bytes = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    of_bytes.pre_tokenizer, of_bytes.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=of_bytes)
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 17))
+def test_a_text_is_cut_between_characters(max_tokens):
+    text = "a\u00e9\u20ac b\U0001f600, c ."
+    whole = [text[:end] for end in range(len(text) + 1) if len(text[:end].encode()) <= max_tokens]
+    assert Document.of(byte_tokenizer(), text, max_tokens).text == whole[-1]
+
+
+def test_words_that_are_special_tokens_stay_in_a_text_that_is_cut():
+    assert Document.of(word_tokenizer(), "w1 <pad> w2 w3", 3).text == "w1 <pad> w2"
+
+
+def test_a_template_that_tells_the_date_tells_that_of_the_document(tmp_path):
+    tokenizer, model = word_tokenizer(), lococo.patch_model(tiny_llama(), CONFIG)
+    tokenizer.chat_template = "w{{ strftime_now('%Y') | int - 2000 }} " + TEMPLATE
+    document = Document(tokenizer, TEXT, True, datetime.datetime(2005, 2, 3))
+    assert tokenizer.decode(document.prompt("w7")[0, :3]) == "w5 w0 w0"
+    save_document(tmp_path / "text", document, read_beginning(model, document.ids)[0], model)
+    loaded = SavedDocument.load(tmp_path / "text").document(model, tokenizer)
+    assert torch.equal(loaded.prompt("w7"), document.prompt("w7"))
+    assert tokenizer.decode(Document.of(tokenizer, TEXT).ids[0, 0]) == f"w{datetime.date.today().year - 2000}"
+
+
+SAVED_WITH = [
+    dict(use_cache=False),
+    dict(cache_implementation="static"),
+    dict(return_dict_in_generate=True),
+    dict(num_beams=2),
+    dict(do_sample=True, num_return_sequences=2),
+]
+
+
+@pytest.mark.parametrize("changes", SAVED_WITH, ids=lambda changes: "-".join(changes))
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_a_models_own_generation_config_changes_no_answer(is_patched, changes):
+    model, ids = tiny_llama(), tiny_ids(1, 60)
+    if is_patched:
+        lococo.patch_model(model, CONFIG)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 60:]
+    model.generation_config.update(**changes)
+    answer = read_and_answer(model, ids, max_new_tokens=8, do_sample=False).answer
+    assert torch.equal(answer, expected)
+
+
+def test_a_cache_to_go_on_with_is_not_passed_over():
+    """Every token would be read into it again and again."""
+    model, ids = lococo.patch_model(tiny_llama(), CONFIG), tiny_ids(1, 60)
+    cache = read_beginning(model, ids[:, :40])[0]
+    with pytest.raises(ValueError, match="use_cache=False, .* does not go with a cache"):
+        model.generate(ids, **with_cache(model, cache), use_cache=False, max_new_tokens=2)
+    assert cache.seen_tokens == 40
+    static = model.generate(ids, **with_cache(model, cache), cache_implementation="static", max_new_tokens=6)
+    assert torch.equal(static, model.generate(ids, max_new_tokens=6))
+
+
 @pytest.mark.parametrize("options", [[], ["--no-chat"], ["--method", "full"], DRAWN], ids=" ".join)
 def test_several_questions_are_answered_as_in_runs_of_their_own(ran, options):
     alone = [answers(ran("--prompt", TEXT, *options, "--question", question), 1)[0] for question in QUESTIONS]
@@ -287,6 +352,21 @@ def test_a_saved_text_of_another_model_or_tokenizer_is_refused(chatty, saved, tm
     tokenizer.save_pretrained(talks)
     assert main(["generate", "--model", str(talks), *arguments]) == 2
     assert "was read with another tokenizer or chat template" in errors(capsys)[0]
+
+
+def test_what_is_no_cache_is_never_replaced_by_one(ran, saved, tmp_path, capsys, monkeypatch):
+    book, folder, old = tmp_path / "book.txt", tmp_path / "folder", tmp_path / "old"
+    book.write_text(TEXT)
+    folder.mkdir()
+    shutil.copy(saved / "trained", old)
+    ran("--prompt", "w1 w2 w3", "--save-cache", old)
+    assert SavedDocument.load(old).notes["text"] == "w1 w2 w3"
+    monkeypatch.setattr("lococo.loading.load_model", lambda *names, **options: pytest.fail("the model was loaded"))
+    for output, message in ((book, "which holds no cache: give another name"), (folder, "it is a folder")):
+        arguments = ["--prompt-file", str(book), "--save-cache", str(output)]
+        assert main(["generate", "--model", "none", *METHOD, *arguments]) == 2
+        assert message in errors(capsys)[0]
+    assert book.read_text() == TEXT and not list(folder.iterdir())
 
 
 def test_a_file_without_a_whole_text_is_refused_before_the_model_is_loaded(saved, tmp_path, capsys, monkeypatch):

@@ -284,6 +284,8 @@ def test_inspect_writes_a_page(checkpoint, tmp_path, capsys):
         (["--threshold", "0"], "Invalid value for '--threshold'"),
         (["--num-slots", "0"], "num_slots must be an integer of at least 1, got 0"),
         (["--data", "empty.txt"], "empty.txt: the text is empty"),
+        (["--output", "."], "cannot be written: it is a folder"),
+        (["--output", "./text.txt"], "--output would replace the text text.txt"),
     ],
 )
 def test_bad_options_are_named_before_a_model_is_looked_for(tmp_path, monkeypatch, capsys, arguments, message):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lococo
-from lococo.files import check_output, write_whole
+from lococo.files import check_output, check_output_file, write_whole
 from lococo.results.journal import Journal
 from lococo.results.tables import own_commit, write_result
 
@@ -188,6 +188,15 @@ def test_what_cannot_be_written_is_named_before_and_after(tmp_path):
         assert error.value.filename == str(path)
     assert check_output(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_cannot_take_its_place_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "folder", "text")
+    with pytest.raises(IsADirectoryError, match="folder cannot be written: it is a folder"):
+        check_output_file(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_folders_that_may_not_be_written_to_are_named(tmp_path, monkeypatch):

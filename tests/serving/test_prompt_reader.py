@@ -4,9 +4,10 @@ import random
 
 import pytest
 import torch
-from configs import CONFIGS, FEW
+from configs import CODED, CONFIGS, FEW
+from families import build
 from tiny import tiny_llama
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 import lococo
 from lococo.compat import OUTPUT_CACHE
@@ -80,6 +81,51 @@ def test_answers_are_those_of_generate(name):
     conversations(ask, check)
     has_blocks_of_steps = name != "full" and CONFIGS[name].decode_block_size is not None
     assert (sum(reused) == 0) == has_blocks_of_steps
+
+
+CODED_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CODED if name not in ("8-4", "per-head")]
+
+
+@pytest.mark.parametrize("name", ["8-4", "per-head", *CODED_SLOW])
+def test_answers_from_codes_are_those_of_generate(name):
+    model = lococo.patch_model(tiny_llama().double(), CODED[name])
+    _, ask = read_by(model, kept_caches=5)
+    conversations(ask, lambda ids: _assert_as_alone(model, ask, ids))
+
+
+@pytest.mark.parametrize("name", ["open", "windows-kept", "windows-compressed", "full"])
+def test_answers_of_layers_with_windows_are_those_of_generate(name):
+    model = build("Qwen2-half-window", sliding_window=7).double()
+    if name != "full":
+        lococo.patch_model(model, CONFIGS[name])
+    _, ask = read_by(model, kept_caches=5)
+    conversations(ask, lambda ids: _assert_as_alone(model, ask, ids))
+
+
+def _assert_as_alone(model, ask, ids):
+    assert ask(ids)[0] == alone(model, ids)
+
+
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_a_kind_of_cache_in_the_generation_config_is_no_hindrance(is_patched):
+    """Some models are saved with one, which does not go with a cache to go on with."""
+    model = tiny_llama()
+    if is_patched:
+        lococo.patch_model(model, CONFIGS["default"])
+    _, ask = read_by(model)
+    ids, config = tokens(40, 1), GenerationConfig(max_new_tokens=NEW, do_sample=False, cache_implementation="static")
+    expected = alone(model, ids)
+    assert [ask(ids, config)[0] for _ in range(2)] == [expected, expected]
+    assert bool(ask(ids, config)[1]) == is_patched
+
+
+def test_other_criteria_end_a_generation_too():
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 42])
+
+    _, ask = read_by(lococo.patch_model(tiny_llama(), CONFIGS["default"]))
+    assert len(ask(tokens(40, 1), stopping_criteria=[Stop()])[0]) == 2
 
 
 def test_a_document_is_read_once():

@@ -1,8 +1,10 @@
 """The server, asked by OpenAI's client over loopback."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import json
 import logging
 import random
 import signal
@@ -12,19 +14,23 @@ import sys
 import threading
 import time
 import tracemalloc
+import urllib.request
 
 import openai
 import pytest
 from tiny import tiny_llama
-from words import WORDS, word_tokenizer
+from transformers.cli.serving.utils import ReasoningText
+from words import WORDS, Characters, word_tokenizer
 
 import lococo
+from lococo.serving.asked import before
 from lococo.serving.reader import PromptReader
-from lococo.serving.server import ReadingManager, Server, text_positions
+from lococo.serving.server import ReadingManager, Request, Server, _Stream, text_positions
 
 CONFIG = lococo.LoCoCoConfig(64, block_size=64, gate_init=0.4)
 POSITIONS = 20_000
 NAME = "tiny"
+TOOL = {"type": "function", "function": {"name": "w1", "description": "w2", "parameters": {"type": "object"}}}
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'tool' %}{{ raise_exception('there are no tools') }}{% endif %}"
@@ -221,6 +227,9 @@ def test_what_waits_for_its_turn_may_go_away_too(served):
         assert len(taken) == 1 + 6
 
 
+TWO_ANSWERS = '{"num_return_sequences": 2, "do_sample": true}'
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [
@@ -231,20 +240,196 @@ def test_what_waits_for_its_turn_may_go_away_too(served):
         ({"prompt": ["w1", "w2"]}, openai.BadRequestError, "prompt must be a string"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, openai.BadRequestError, "temperature"),
+        ({"temperature": [1]}, openai.BadRequestError, "temperature: .* got \\[1\\]"),
+        ({"max_tokens": [1]}, openai.BadRequestError, "max_tokens: .* got \\[1\\]"),
+        ({"seed": 2**70}, openai.BadRequestError, "seed: .* got 1180591620717411303424"),
+        ({"n": 2}, openai.BadRequestError, "n is not served: leave out n=2"),
+        ({"logprobs": 0}, openai.BadRequestError, "logprobs is not served"),
+        ({"echo": True}, openai.BadRequestError, "echo is not served"),
+        ({"suffix": "w2"}, openai.BadRequestError, "suffix is not served"),
+        (
+            {"extra_body": {"generation_config": TWO_ANSWERS}},
+            openai.BadRequestError,
+            "one answer is",
+        ),
+        ({"extra_body": {"generation_config": "{"}}, openai.BadRequestError, "Expecting property name"),
     ],
 )
-def test_wrong_requests_are_told_what_is_wrong(served, asked, error, said):
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_requests_are_told_what_is_wrong(served, asked, error, said, stream):
     with pytest.raises(error, match=said):
-        served.complete(**{"prompt": "w1", **asked})
+        served.complete(**{"prompt": "w1", "stream": stream, **asked})
+
+
+def test_what_asks_for_nothing_changes_nothing(served):
+    """As clients write it that send every field."""
+    nothing = dict(
+        n=1, presence_penalty=0, frequency_penalty=0.0, stop=[], logit_bias={}, top_p=1, user="one", seed=None
+    )
+    legacy = dict(best_of=1, echo=False, suffix=None)
+    assert served.complete("w1 w2", **nothing, **legacy).choices[0].text == served.expected("w1 w2")
+    chat = dict(
+        logprobs=False, response_format={"type": "text"}, tool_choice="none", modalities=["text"], tools=[TOOL]
+    )
+    answer = served.chat("w1 w2", **nothing, **chat, store=False, stream_options=None, reasoning_effort=None)
+    assert answer.choices[0].message.content == served.expected(as_prompt("w1 w2"))
+
+
+@pytest.mark.parametrize("kind", ["chat", "complete"])
+def test_a_bias_is_added_to_a_tokens_logits(served, kind):
+    answer = getattr(served, kind)("w1 w2", logit_bias={"9": 100}, max_tokens=3).choices[0]
+    assert (answer.message.content if kind == "chat" else answer.text) == "w6 w6 w6"
+
+
+def test_a_probability_alone_asks_for_drawing(served):
+    answers = {served.complete("w1 w2", top_p=0.999, seed=seed).choices[0].text for seed in range(4)}
+    assert len(answers) > 1
+    assert served.complete("w1 w2", top_p=0.999, temperature=0).choices[0].text == served.expected("w1 w2")
+
+
+def test_a_seed_is_its_requests_alone(served):
+    """What others draw afterwards is not what they drew after the same seed before."""
+    others = set()
+    for _ in range(3):
+        served.complete("w1 w2", temperature=1.0, seed=3)
+        others.add(served.complete("w1 w2", temperature=1.0, max_tokens=12).choices[0].text)
+    assert len(others) == 3
+
+
+@pytest.mark.parametrize("max_tokens", [4, 12])
+@pytest.mark.parametrize("kind", ["chat", "complete"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_string(served, kind, stream, max_tokens):
+    content = "w1 w2 w3"
+    words = served.expected(as_prompt(content) if kind == "chat" else content, 12).split()
+    stop = ["<none>", " ".join(words[2:4])]  # over two tokens: the first of them must wait
+    assert stop[1] not in " ".join(words[:3])
+    answer = getattr(served, kind)(content, stop=stop, max_tokens=max_tokens, stream=stream)
+    chunks = list(answer) if stream else [answer]
+    choices = [chunk.choices[0] for chunk in chunks]
+    if kind == "chat":
+        said = [(each.delta if stream else each.message).content or "" for each in choices]
+    else:
+        said = [each.text for each in choices]
+    assert "".join(said) == " ".join(words[:2]) + " "
+    assert (choices[-1].finish_reason, chunks[-1].usage.completion_tokens) == ("stop", 4)
+
+
+@pytest.mark.parametrize("stop", ["w1", ["w1"]])
+def test_a_stop_string_in_the_prompt_ends_nothing(served, stop):
+    prompt = "w2 w1"
+    assert not {"w1", *(f"w1{digit}" for digit in range(10))} & set(served.expected(prompt).split())
+    assert served.complete(prompt, stop=stop).choices[0].text == served.expected(prompt)
+
+
+@pytest.mark.parametrize("pieces", ["a|bc|ab|d|", "abab|ab|c!", "a|b", "x|ab|abc|a", "|", "ab|a|b|c", "abca|bc"])
+def test_a_stream_is_its_text_before_a_stop_string_however_it_is_cut(pieces):
+    request, queue = Request(stops=("abc", "bd")), asyncio.Queue()
+    for piece in [*pieces.split("|"), None]:
+        queue.put_nowait(piece)
+    stream, told = _Stream(queue, request), []
+    while (piece := stream.get_nowait()) is not None:
+        told.append(piece)
+    whole = pieces.replace("|", "")
+    assert "".join(told) == before(whole, request.stops) and "" not in told
+    assert request.is_stopped == any(stop in whole for stop in request.stops)
+
+
+def test_what_is_thought_and_what_is_said_are_not_mixed():
+    request, queue = Request(stops=("abc",)), asyncio.Queue()
+    for piece in (ReasoningText("xab"), "c", "y", None):
+        queue.put_nowait(piece)
+    stream = _Stream(queue, request)
+    told = [stream.get_nowait() for _ in range(5)]
+    assert told == ["x", "ab", "c", "y", None]
+    assert [type(each) for each in told[:4]] == [ReasoningText, ReasoningText, str, str]
+
+
+def test_an_error_in_a_stream_is_json_whatever_it_says(served, monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError('a "word"\nand another')
+
+    monkeypatch.setattr(served.reader, "generate", failing)
+    with pytest.raises(openai.APIError) as error:
+        list(served.complete("w1 w2", stream=True))
+    assert error.value.body == 'a "word"\nand another'
+
+
+def test_a_stream_has_an_end(served):
+    asked = json.dumps({"prompt": "w1 w2", "stream": True, "max_tokens": 2}).encode()
+    request = urllib.request.Request(f"{served.url}/completions", asked, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        *chunks, end = answer.read().decode().split("\n\n")[:-1]
+    assert end == "data: [DONE]" and all(json.loads(chunk[6:])["choices"] for chunk in chunks)
+
+
+def test_a_generation_config_of_the_clients_own_is_bounded_too(served):
+    answer = served.complete("w1 w2", max_tokens=None, extra_body={"generation_config": '{"max_length": 7}'})
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (5, "length")
+    whole = {"generation_config": '{"return_dict_in_generate": true, "use_cache": false}'}
+    assert served.complete("w1 w2", extra_body=whole).choices[0].text == served.expected("w1 w2")
+
+
+def test_a_tokenizer_that_has_more_than_ids_is_served(served, monkeypatch):
+    expected = served.expected("w1 w2")
+    monkeypatch.setattr(served.tokenizer, "model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+    assert served.complete("w1 w2").choices[0].text == expected
+
+
+def test_a_name_may_look_like_a_file(served):
+    other = Server("org/model:q4.gguf", served.model, served.tokenizer, served.manager)
+    assert not other.started
+
+
+def test_a_tokenizer_that_cannot_stream_is_refused(served):
+    with pytest.raises(ValueError, match="Characters is no fast tokenizer"):
+        Server(NAME, served.model, Characters(), served.manager)
 
 
 @pytest.mark.parametrize(
     ("messages", "said"),
-    [([], "messages is missing or empty"), ([{"role": "tool", "content": "w1"}], "there are no tools")],
+    [
+        ([], "messages is missing or empty"),
+        ([{"role": "tool", "content": "w1"}], "there are no tools"),
+        ("w1", "messages must be a list, got 'w1'"),
+        ([{"content": "w1"}], "messages.0. must have a role"),
+        ([{"role": "user", "content": 5}], "the text of messages.0. must be a string, got 5"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "the text of messages.0. must be a string, got None"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "image_url", "image_url": "x"}]}],
+            "messages.0. must hold text alone, got a part of type 'image_url'",
+        ),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "not written as OpenAI's API has them"),
+    ],
 )
 def test_wrong_conversations_are_told_what_is_wrong(served, messages, said):
     with pytest.raises(openai.BadRequestError, match=said):
         served.chat("", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format is not served"),
+        ({"logprobs": True}, "logprobs is not served"),
+        ({"tools": [TOOL]}, "the chat template of this model has no place for tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice is not served"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "the chat template, which has no tokenize"),
+        ({"extra_body": {"chat_template_kwargs": 5}}, "chat_template_kwargs: .* got 5"),
+    ],
+)
+def test_what_no_chat_has_is_told(served, asked, said):
+    with pytest.raises(openai.BadRequestError, match=said):
+        served.chat("w1", **asked)
+
+
+def test_parts_of_text_are_text(served):
+    parts = [{"type": "text", "text": "w1 w2"}, {"type": "text", "text": "w3"}]
+    answer = served.chat("", messages=[{"role": "system", "content": "w9"}, {"role": "user", "content": parts}])
+    assert answer.choices[0].message.content == served.expected("<s> w9 <s> w1 w2 w3 w60 ")
+
+
+def test_no_route_but_the_two_is_served(served):
     with pytest.raises(openai.NotFoundError, match="answers /v1/chat/completions and /v1/completions"):
         served.client.responses.create(model=NAME, input="w1")
 

@@ -15,8 +15,8 @@ ROWS = [dict(input_ids=row, labels=row) for row in IDS]
 def trainer(folder, callbacks=(SaveHeadsCallback,), **options):
     arguments = TrainingArguments(
         **dict(output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=1, seed=3),
-        **dict(learning_rate=0.05, use_cpu=True, report_to=[], disable_tqdm=True),
-        **options,
+        **dict(use_cpu=True, report_to=[], disable_tqdm=True),
+        **{"learning_rate": 0.05, **options},
     )
     return Trainer(
         model=patched(tiny_llama()),
@@ -64,3 +64,11 @@ def test_a_checkpoint_without_heads_is_refused(tmp_path):
     trainer(tmp_path, callbacks=()).train()
     with pytest.raises(FileNotFoundError, match=r"checkpoint-2/heads does not exist: .*without SaveHeadsCallback"):
         trainer(tmp_path).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+
+
+def test_heads_of_another_training_in_the_folder_are_refused(tmp_path):
+    """A checkpoint from elsewhere, and one of the same step in the folder to write."""
+    for name, rate in (("one", 0.05), ("other", 0.02)):
+        trainer(tmp_path / name, logging_steps=1, learning_rate=rate).train()
+    with pytest.raises(ValueError, match=r"other/checkpoint-2 is of another training"):
+        trainer(tmp_path / "other", logging_steps=1).train(resume_from_checkpoint=f"{tmp_path}/one/checkpoint-2")
