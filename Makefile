@@ -215,7 +215,7 @@ cuda-train-%: | $(VENV)/.installed
 	$(call bench_cuda,train) --lengths $(TRAIN_LENGTHS) --objectives next-token distill
 
 memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memory
-	$(LOCOCO) bench memory $(ON_MODEL) --output $(RESULTS)/memory
+	$(LOCOCO) bench memory $(ON_MODEL) --num-slots 256 --output $(RESULTS)/memory
 
 # Two windows of a domain: 45 minutes on one CPU thread. A killed run goes on when it is made again.
 memory-stream: $(MODEL)/$(GGUF) ## the same for a stream of 100K tokens, in bfloat16 -> docs/results/memory_stream

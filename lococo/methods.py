@@ -30,6 +30,7 @@ PRESETS: dict[str, Callable[..., LoCoCoConfig]] = {
     "lococo-open-rank16": partial(LoCoCoConfig, gate_init=0.5, head_rank=16),
 }
 METHODS = ("full", *PRESETS)
+DEFAULT_METHOD = "lococo-uncalibrated"
 H2O = ("h2o", "h2o-slot")  # its position modes: the better one is what a gap ratio relates to
 
 
@@ -46,6 +47,59 @@ def method_config(name: str, num_slots: int, block_size: int) -> LoCoCoConfig | 
     if name not in PRESETS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     return PRESETS[name](num_slots, block_size=block_size)
+
+
+def chosen_config(
+    method: str | None = None,
+    num_slots: int | None = None,
+    block_size: int | None = None,
+    heads: str | None = None,
+    slot_bits: str | None = None,
+    spelled: Callable[[str], str] = str,
+) -> LoCoCoConfig | None:
+    """Config of one method as a user chose it, or of trained heads; None for ``full``.
+
+    Parameters
+    ----------
+    method : str, optional
+        None: ``lococo-uncalibrated``.
+    num_slots : int, optional
+        None: 512.
+    block_size : int, optional
+        None: ``num_slots``, at most 512.
+    heads : str, optional
+        Folder or Hub id.
+    slot_bits : str, optional
+        As ``parse_bits`` reads it. None: 16, or those of the heads.
+    spelled : callable
+        From a name of these to what the user calls it.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the method is not known, heads cannot be read, or something is chosen that leaves no choice with another.
+    """
+
+    def refuse(why: str, **others: object) -> None:
+        given = [spelled(name) for name, value in others.items() if value is not None]
+        if given:
+            raise ValueError(f"{why}: leave out {', '.join(given)}")
+
+    config: LoCoCoConfig | None
+    if heads:
+        own = {"method": method, "num_slots": num_slots, "block_size": block_size}
+        refuse("trained heads have a method, slots and a block size", **own)
+        config = read_heads_config(heads)
+    elif method == "full":
+        refuse("the full cache keeps every token", num_slots=num_slots, block_size=block_size, slot_bits=slot_bits)
+        return None
+    else:
+        slots = LoCoCoConfig.num_slots if num_slots is None else num_slots
+        block = min(slots, LoCoCoConfig.block_size) if block_size is None else block_size
+        config = method_config(method or DEFAULT_METHOD, slots, block)
+    if config is None or slot_bits is None:
+        return config
+    return dataclasses.replace(config, slot_bits=parse_bits(slot_bits))
 
 
 @dataclasses.dataclass(frozen=True)

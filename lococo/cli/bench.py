@@ -41,8 +41,8 @@ def memory(
     *,
     methods: options.MethodNames = "full,h2o,lococo-uncalibrated",
     heads: options.ComparedHeads = [],
-    num_slots: options.NumSlots = 256,
-    block_size: options.BlockSize = 256,
+    num_slots: options.SlotCounts = [],
+    block_size: options.ComparedBlockSize = None,
     slot_bits: options.SlotBits = [],
     tokens: Annotated[int, option(MEASURED, "Tokens to read.", min=1)] = 16384,
     step: Annotated[int, option(MEASURED, "Tokens between two measurements.", min=1)] = 512,
@@ -55,7 +55,7 @@ def memory(
     from lococo.bench.memory import cache_growth
     from lococo.methods import plan_runs
 
-    of_heads = [num_slots], block_size, heads
+    of_heads = num_slots, block_size, heads
     runs = plan_runs(names_of(methods), *of_heads, name_heads=True, any_block_size=True, slot_bits=slot_bits)
     model, _ = source.load()
     rows = cache_growth(model, runs, tokens, step, output, context.obj)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL, METHOD, TEXT, TRAINING, RUN, MEASURED = "Model", "Method", "Text", "Training", "Run", "What is measured"
 
+DEFAULT_METHOD = "lococo-uncalibrated"
 NUM_SLOTS = 512  # of LoCoCoConfig, which needs torch
 METHODS = "full, streaming, h2o, h2o-slot, lococo-uncalibrated, lococo-paper, lococo-reference, ..."
 
@@ -98,7 +99,6 @@ SlotBits = Annotated[
 ComparedHeads = Annotated[
     list[str], option(METHOD, "Folders or Hub ids of trained heads to compare.", metavar="HEADS", show_default=False)
 ]
-MethodName = Annotated[str, option(METHOD, f"One of {METHODS}", metavar="METHOD")]
 MethodNames = Annotated[str, option(METHOD, f"Methods to compare, separated by commas: {METHODS}", metavar="METHODS")]
 
 Data = Annotated[
@@ -126,11 +126,15 @@ Chat = Annotated[bool, option(TEXT, "Put prompts into the model's chat template.
 class MethodOptions:
     """How a model reads: by a method, or with trained heads."""
 
-    method: MethodName = "lococo-uncalibrated"
+    method: Annotated[
+        str | None, option(METHOD, f"One of {METHODS}", metavar="METHOD", show_default=DEFAULT_METHOD)
+    ] = None
     heads: Annotated[
         str | None, option(METHOD, "Folder or Hub id of trained heads; sets method, slots and block size.")
     ] = None
-    num_slots: NumSlots = NUM_SLOTS
+    num_slots: Annotated[
+        int | None, option(METHOD, "KV slots per layer and KV head (M).", show_default=str(NUM_SLOTS))
+    ] = None
     block_size: OwnBlockSize = None
     slot_bits: Annotated[
         str | None,
@@ -144,20 +148,20 @@ class MethodOptions:
     @property
     def name(self) -> str:
         """What the method is called."""
-        return Path(self.heads).name if self.heads else self.method
+        return Path(self.heads).name if self.heads else self.method or DEFAULT_METHOD
 
     def config(self) -> LoCoCoConfig | None:
-        """The config that a model is patched with; None for the full cache."""
-        from lococo.heads import read_heads_config
-        from lococo.methods import method_config, parse_bits
+        """The config that a model is patched with; None for the full cache.
 
-        block_size = min(self.num_slots, 512) if self.block_size is None else self.block_size
-        config = (
-            read_heads_config(self.heads) if self.heads else method_config(self.method, self.num_slots, block_size)
-        )
-        if config is None or self.slot_bits is None:
-            return config
-        return dataclasses.replace(config, slot_bits=parse_bits(self.slot_bits))
+        Raises
+        ------
+        ValueError
+            If an option is given that heads, or the full cache, leave no room for.
+        """
+        from lococo.methods import chosen_config
+
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return chosen_config(**chosen, spelled=lambda name: f"--{name.replace('_', '-')}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,8 @@ import torch
 from tqdm import tqdm
 
 from lococo.compat import with_cache
-from lococo.config import LoCoCoConfig
 from lococo.evaluation.prefixes import PrefixReader
-from lococo.heads import read_heads_config
-from lococo.methods import method_config
+from lococo.methods import chosen_config
 from lococo.patch import patch_model
 
 try:
@@ -180,13 +178,8 @@ class LoCoCoLM(PrefixLM):
     ----------
     pretrained : str or transformers.PreTrainedModel
         Not patched.
-    method : str
-        A name of ``lococo.methods``.
-    num_slots : int
-    block_size : int, optional
-        None: as many as slots, at most 512.
-    heads : str, optional
-        Folder or Hub id of trained heads; sets method, slots and block.
+    method, num_slots, block_size, heads, slot_bits : optional
+        As ``lococo.methods.chosen_config`` takes them.
     **kwargs
         As ``PrefixLM`` takes them.
     """
@@ -194,15 +187,15 @@ class LoCoCoLM(PrefixLM):
     def __init__(
         self,
         pretrained: Any,
-        method: str = "lococo-uncalibrated",
-        num_slots: int = LoCoCoConfig.num_slots,
+        method: str | None = None,
+        num_slots: int | None = None,
         block_size: int | None = None,
         heads: str | None = None,
+        slot_bits: str | int | None = None,
         **kwargs: Any,
     ) -> None:
-        config = (
-            read_heads_config(heads) if heads else method_config(method, num_slots, block_size or min(num_slots, 512))
-        )
+        bits = None if slot_bits is None else str(slot_bits)  # lm-eval reads 8 as a number, 8-4 as text
+        config = chosen_config(method, num_slots, block_size, heads, bits)
         super().__init__(pretrained, **kwargs)
         if config is not None:
             patch_model(self.model, config, heads=heads)

@@ -12,7 +12,7 @@ from lococo import LoCoCoConfig, patched
 from lococo.data.texts import Cut, read_texts, read_windows, windows
 from lococo.evaluation import losses as losses_module
 from lococo.evaluation import perplexity as perplexity_module
-from lococo.methods import plan_runs
+from lococo.methods import chosen_config, plan_runs
 from lococo.metrics import gap_interval, gap_ratio, mean_interval, perplexity, token_nlls
 from lococo.results.journal import Journal
 from lococo.results.tables import markdown_table
@@ -201,6 +201,35 @@ def test_heads_of_equal_slots_are_told_apart(tmp_path):
     assert names(1, 2) == ["lococo-heads", "lococo-other"]
     assert names(0, 1) == ["lococo-one/heads", "lococo-two/heads"]
     assert names(0, 0) == ["lococo"], "the same twice is one"
+
+
+CHOICES = {
+    "slots of heads": ({"heads": "HEADS", "num_slots": 12}, "heads have .*: leave out --num-slots$"),
+    "method of heads": ({"heads": "HEADS", "method": "h2o", "block_size": 8}, "leave out --method, --block-size$"),
+    "full of heads": ({"heads": "HEADS", "method": "full"}, "leave out --method$"),
+    "slots of full": ({"method": "full", "num_slots": 12}, "every token: leave out --num-slots$"),
+    "bits of full": ({"method": "full", "slot_bits": "8"}, "every token: leave out --slot-bits$"),
+    "bits": ({"slot_bits": "7"}, "7"),
+    "method": ({"method": "h20"}, "unknown method 'h20'"),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_that_another_leaves_no_room_for_is_refused(choice, tmp_path):
+    chosen, message = CHOICES[choice]
+    lococo.save_heads(patched_llama(lococo.LoCoCoConfig(12, block_size=8)), tmp_path / "heads")
+    chosen = {name: str(tmp_path / "heads") if value == "HEADS" else value for name, value in chosen.items()}
+    with pytest.raises(ValueError, match=message):
+        chosen_config(**chosen, spelled=lambda name: f"--{name.replace('_', '-')}")
+
+
+def test_a_choice_of_one_method(tmp_path):
+    lococo.save_heads(patched_llama(lococo.LoCoCoConfig(12, block_size=8)), tmp_path / "heads")
+    assert chosen_config() == lococo.LoCoCoConfig() and chosen_config("full") is None
+    assert chosen_config(num_slots=20) == lococo.LoCoCoConfig(20, block_size=20)
+    assert chosen_config("h2o", 600, 8) == lococo.LoCoCoConfig.h2o(600, block_size=8)
+    trained = chosen_config(heads=str(tmp_path / "heads"), slot_bits="8-4")
+    assert trained == lococo.LoCoCoConfig(12, block_size=8, slot_bits=(8, 4))
 
 
 def test_codes_are_methods_of_their_own_beside_the_full_cache_and_h2o_without(model, corpus, tmp_path):
