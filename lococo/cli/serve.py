@@ -38,8 +38,9 @@ def serve(
     from transformers.utils import logging
 
     from lococo.methods import as_method
+    from lococo.serving.manager import ReadingManager, text_positions
     from lococo.serving.reader import PromptReader
-    from lococo.serving.server import ReadingManager, Server, text_positions
+    from lococo.serving.server import Server
 
     logging.set_verbosity_error()  # Transformers' server warns of every request, which uvicorn lists
     config = method.config()

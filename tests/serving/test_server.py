@@ -24,8 +24,10 @@ from words import WORDS, Characters, word_tokenizer
 
 import lococo
 from lococo.serving.asked import before
+from lococo.serving.manager import ReadingManager, _Stream, text_positions
 from lococo.serving.reader import PromptReader
-from lococo.serving.server import ReadingManager, Request, Server, _Stream, text_positions
+from lococo.serving.requests import Request
+from lococo.serving.server import Server
 
 CONFIG = lococo.LoCoCoConfig(64, block_size=64, gate_init=0.4)
 POSITIONS = 20_000
