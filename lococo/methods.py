@@ -57,7 +57,7 @@ def chosen_config(
     slot_bits: str | None = None,
     spelled: Callable[[str], str] = str,
 ) -> LoCoCoConfig | None:
-    """Config of one method as a user chose it, or of trained heads; None for ``full``.
+    """Config of one method as a user chose it, or of trained heads; None for ``full``, which has no slots.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def chosen_config(
         refuse("trained heads have a method, slots and a block size", **own)
         config = read_heads_config(heads)
     elif method == "full":
-        refuse("the full cache keeps every token", num_slots=num_slots, block_size=block_size, slot_bits=slot_bits)
+        refuse("the full cache has no codes", slot_bits=slot_bits)
         return None
     else:
         slots = LoCoCoConfig.num_slots if num_slots is None else num_slots

@@ -18,6 +18,13 @@ from lococo.document import Document, SavedDocument, save_document
 from lococo.generation import read_and_answer, read_beginning
 
 METHOD = ["--num-slots", "16", "--block-size", "8", "--max-new-tokens", "6"]
+
+
+def read_by(arguments):
+    """Options of the method, but for heads, which have slots and blocks of their own."""
+    return METHOD[4:] if "--heads" in arguments else METHOD
+
+
 CONFIG = lococo.LoCoCoConfig(16, block_size=8)
 QUESTIONS = ["w3 w9", "w17", "w40 w41 w42 w2"]
 DRAWN = ["--do-sample", "--temperature", "1.7", "--top-p", "0.9", "--top-k", "30", "--seed", "5"]
@@ -54,7 +61,7 @@ def ran(chatty, capsys):
     """What the command prints with these arguments."""
 
     def run(*arguments):
-        status = main(["generate", "--model", str(chatty), *METHOD, *map(str, arguments)])
+        status = main(["generate", "--model", str(chatty), *read_by(arguments), *map(str, arguments)])
         output = capsys.readouterr()
         assert status == 0, output.err
         return output.out
@@ -306,9 +313,9 @@ def saved(chatty, tmp_path_factory):
         torch.manual_seed(number)
         lococo.patch_model(model, lococo.LoCoCoConfig(16, block_size=8, gate_init=0.5))
         lococo.save_heads(model, folder / f"heads-{number}")
-    arguments = ["generate", "--model", str(chatty), "--prompt", TEXT, *METHOD]
-    assert main([*arguments, "--save-cache", str(folder / "plain")]) == 0
-    assert main([*arguments, "--heads", str(folder / "heads-0"), "--save-cache", str(folder / "trained")]) == 0
+    for name, heads in (("plain", []), ("trained", ["--heads", str(folder / "heads-0")])):
+        arguments = ["generate", "--model", str(chatty), "--prompt", TEXT, *read_by(heads), *heads]
+        assert main([*arguments, "--save-cache", str(folder / name)]) == 0
     return folder
 
 
@@ -330,8 +337,8 @@ MISFITS = {
 def test_a_saved_text_that_does_not_fit_is_refused(chatty, saved, capsys, monkeypatch, name):
     monkeypatch.chdir(saved)
     file, changed, message = MISFITS[name]
-    arguments = ["generate", "--model", str(chatty), *METHOD, "--load-cache", file, "--question", "w1", *changed]
-    assert main(arguments) == 2
+    arguments = ["generate", "--model", str(chatty), "--load-cache", file, "--question", "w1"]
+    assert main([*arguments, *read_by(changed), *changed]) == 2
     (error,) = errors(capsys)
     assert file in error and message in error
 

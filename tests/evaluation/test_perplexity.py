@@ -207,8 +207,7 @@ CHOICES = {
     "slots of heads": ({"heads": "HEADS", "num_slots": 12}, "heads have .*: leave out --num-slots$"),
     "method of heads": ({"heads": "HEADS", "method": "h2o", "block_size": 8}, "leave out --method, --block-size$"),
     "full of heads": ({"heads": "HEADS", "method": "full"}, "leave out --method$"),
-    "slots of full": ({"method": "full", "num_slots": 12}, "every token: leave out --num-slots$"),
-    "bits of full": ({"method": "full", "slot_bits": "8"}, "every token: leave out --slot-bits$"),
+    "bits of full": ({"method": "full", "slot_bits": "8"}, "no codes: leave out --slot-bits$"),
     "bits": ({"slot_bits": "7"}, "7"),
     "method": ({"method": "h20"}, "unknown method 'h20'"),
 }
@@ -225,7 +224,7 @@ def test_a_choice_that_another_leaves_no_room_for_is_refused(choice, tmp_path):
 
 def test_a_choice_of_one_method(tmp_path):
     lococo.save_heads(patched_llama(lococo.LoCoCoConfig(12, block_size=8)), tmp_path / "heads")
-    assert chosen_config() == lococo.LoCoCoConfig() and chosen_config("full") is None
+    assert chosen_config() == lococo.LoCoCoConfig() and chosen_config("full", 12) is None
     assert chosen_config(num_slots=20) == lococo.LoCoCoConfig(20, block_size=20)
     assert chosen_config("h2o", 600, 8) == lococo.LoCoCoConfig.h2o(600, block_size=8)
     trained = chosen_config(heads=str(tmp_path / "heads"), slot_bits="8-4")

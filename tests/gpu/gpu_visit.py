@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import shlex
@@ -123,7 +124,13 @@ def run(command, seconds, log, env):
     with log.open("w", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored in the background
         )
         try:
             return process.wait(max(seconds - GRACE, seconds / 2))

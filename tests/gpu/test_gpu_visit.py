@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -174,9 +175,15 @@ def is_running(pid):
     return True
 
 
-def test_a_stage_is_interrupted_first_so_that_it_can_write(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_stage_is_interrupted_first_so_that_it_can_write(tmp_path, monkeypatch, before):
+    """Also where interrupts are ignored, as in what a shell runs in the background."""
+    here = signal.signal(signal.SIGINT, before)
     code = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  WRITE"
-    assert not visit(tmp_path, {"kernels": code}, monkeypatch, kernels=8)
+    try:
+        assert not visit(tmp_path, {"kernels": code}, monkeypatch, kernels=8)
+    finally:
+        signal.signal(signal.SIGINT, here)
     (row,) = [row for row in read(tmp_path, "gpu")["rows"] if row["name"] == "kernels"]
     assert (row["outcome"], row["detail"], row["result"]) == ("stopped", "1 passed", "gpu_kernels.json")
 

@@ -158,7 +158,7 @@ def test_a_killed_write_leaves_no_file_taken_for_whole(tmp_path, calls, monkeypa
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "write_bytes", killed)
         recorded(tmp_path, model)
-    assert len(list(tmp_path.iterdir())) == 2 and len(calls) == 2
+    assert len(list(tmp_path.iterdir())) == 1 and len(calls) == 2
     recordings = recorded(tmp_path, model)
     assert len(calls) == 5 and len(recordings.paths) == len(list(tmp_path.iterdir())) == 4
     for path in recordings.paths:
