@@ -64,8 +64,8 @@ def steps(torch: str) -> list[Step]:
         Step("README's Python, with the demo's model and CHANGELOG.md as the book", f"own/bin/python {QUICKSTART}"),
         Step(
             "A text and two questions, read once",
-            f"own/bin/lococo generate {ON_MODEL} {HEADS} --prompt-file docs/using.md --max-new-tokens 24 "
-            '--question "Which function patches a model?" "In one sentence, what is this text about?"',
+            f"own/bin/lococo generate {ON_MODEL} {HEADS} --prompt-file docs/serving.md --max-new-tokens 24 "
+            '--question "On which address does the server listen?" "In one sentence, what is this text about?"',
         ),
         Step(
             "The same behind an API",
