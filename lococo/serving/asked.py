@@ -74,7 +74,7 @@ def checked(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuse messages without a role, and what is no text in them.
+    """Refuse messages without a role, what is no text in them, and calls of tools without a function's name.
 
     Raises
     ------
@@ -93,6 +93,14 @@ def check_messages(messages: Any) -> None:
                 raise ValueError(f"messages[{number}] must hold text alone, got a part of type {kind!r}")
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"the text of messages[{number}] must be a string, got {part.get('text')!r}")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise ValueError(f"messages[{number}] must have tool_calls of functions with a name, got {calls!r}")
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def before(text: str, stops: Collection[str]) -> str:
