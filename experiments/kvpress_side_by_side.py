@@ -36,7 +36,7 @@ from experiments.kvpress_presses import (
 )
 from experiments.kvpress_table import FULL, REFERENCE, Nlls, join, plot
 from lococo.data.texts import Cut, Window, read_windows
-from lococo.evaluation.losses import model_digest
+from lococo.digest import model_digest
 from lococo.methods import Run, plan_runs
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, token_nlls
 from lococo.results.journal import Journal

@@ -24,8 +24,9 @@ from torch import nn
 from experiments.common import add_model_options, command_of, load
 from lococo.config import LoCoCoConfig
 from lococo.data.texts import Cut, read_windows
+from lococo.digest import model_digest
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.losses import ALL_DOMAINS, Losses, digest, measure_losses, model_digest
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, digest, measure_losses
 from lococo.evaluation.perplexity import loss_row
 from lococo.files import write_whole
 from lococo.heads import read_heads_config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import os
 import re
@@ -16,14 +15,14 @@ from torch import nn
 
 from lococo.cache.cache import LoCoCoCache
 from lococo.cache.file import load_notes, save_cache
+from lococo.digest import model_digest
 from lococo.heads import heads_digest
 from lococo.models import base_shape
-from lococo.state import is_ours, patch_of
+from lococo.state import patch_of
 
 KEY = "lococo_document"
 PROBES = ("", "?", "a")  # questions that have no beginning in common
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # what a chat template calls for the date
-SAMPLE = 64  # numbers of every parameter by which weights are told from others
 
 
 def text_ids(tokenizer: Any, text: str, max_tokens: int | None = None) -> torch.Tensor:
@@ -160,7 +159,7 @@ def save_document(
         "time": document.time.isoformat() if document.tells_time else None,
         "tokens": document.ids[0].tolist(),
         "dtype": str(patch_of(model).decoder.dtype),
-        "weights": weights_sample(model),
+        "weights": model_digest(model),
         "heads": heads and heads_digest(heads),
     }
     save_cache(cache, path, {KEY: json.dumps(notes)})
@@ -220,7 +219,7 @@ class SavedDocument:
             raise ValueError(
                 f"{path} was read in {notes['dtype']}, the model is in {patch.decoder.dtype}: give --dtype"
             )
-        if notes["weights"] != weights_sample(model):
+        if notes["weights"] != model_digest(model):
             raise ValueError(f"{path} was read by a model with other weights")
         if notes["heads"] != (heads and heads_digest(heads)):
             used = "other" if notes["heads"] else "no"
@@ -230,14 +229,3 @@ class SavedDocument:
         if document.ids[0].tolist() != notes["tokens"]:
             raise ValueError(f"{path} was read with another tokenizer or chat template: other tokens come of its text")
         return document
-
-
-def weights_sample(model: nn.Module) -> str:
-    """Name of a model by a few numbers of every parameter of its own that is in memory."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not is_ours(name) and not parameter.is_meta:
-            digest.update(
-                parameter.detach().reshape(-1)[:SAMPLE].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()

@@ -21,7 +21,6 @@ from lococo.metrics import token_nlls
 from lococo.results.journal import Journal
 
 ALL_DOMAINS = "all"
-SAMPLED = 64  # of a parameter's weights, about
 
 
 class DocumentLosses:
@@ -135,17 +134,6 @@ def references(losses: Losses, run: Run, group: tuple[int, str]) -> tuple[Docume
     full = next((groups[group] for other, groups in losses.items() if other.name == "full"), None)
     h2o = [groups[group] for other, groups in losses.items() if other.name in H2O and other.num_slots == slots]
     return full, h2o
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """Name of a model by its type and some of its weights, to tell it from another that was in the same place."""
-    found = hashlib.sha256(str(model.dtype).encode())
-    for name, parameter in model.named_parameters():
-        weights = parameter.data
-        if type(weights) is torch.Tensor and not weights.is_meta:
-            some = weights.flatten()[:: max(1, weights.numel() // SAMPLED)]
-            found.update(name.encode() + some.double().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 def digest(ids: torch.Tensor) -> str:

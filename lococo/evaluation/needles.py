@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from lococo.digest import model_digest
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.losses import digest, model_digest
+from lococo.evaluation.losses import digest
 from lococo.files import write_whole
 from lococo.generation import read_and_answer
 from lococo.methods import Run

@@ -13,8 +13,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
+from lococo.digest import model_digest
 from lococo.evaluation.equal_bytes import bytes_per_head
-from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses, model_digest, references
+from lococo.evaluation.losses import ALL_DOMAINS, Losses, measure_losses, references
 from lococo.evaluation.recall import write_recall
 from lococo.files import write_whole
 from lococo.methods import Run

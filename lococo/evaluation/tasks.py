@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from lococo.digest import model_digest
 from lococo.evaluation.equal_bytes import bytes_per_head
 from lococo.evaluation.few_shot import FewShotTask, Figures, Prompt, document_of, is_mean
-from lococo.evaluation.losses import model_digest
 from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.metrics import mean_of_items_interval

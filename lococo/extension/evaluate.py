@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lococo.data.texts import Window
-from lococo.evaluation.losses import Losses, measure_losses, model_digest
+from lococo.digest import model_digest
+from lococo.evaluation.losses import Losses, measure_losses
 from lococo.evaluation.perplexity import loss_row, plot_by_length
 from lococo.extension.adapters import restored
 from lococo.extension.folder import extension_digest, load_extended, read_extension

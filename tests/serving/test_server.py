@@ -405,6 +405,10 @@ def test_a_tokenizer_that_cannot_stream_is_refused(served):
             "messages.0. must hold text alone, got a part of type 'image_url'",
         ),
         ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages.0. must have tool_calls of functions with a"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}],
+            "messages.0. must have tool_calls of functions",
+        ),
         ([{"role": "assistant", "tool_calls": "w1"}], "messages.0. must have tool_calls of functions with a name"),
     ],
 )
