@@ -23,7 +23,10 @@ GEMMA_GGUF := gemma-3-270m-q4_k_m.gguf
 # No held-out thread of stackexchange has 2048 tokens.
 DOMAINS := books wikipedia math_latex arxiv code web
 LOCOCO = $(VENV)/bin/lococo
-EXPERIMENT = $(VENV)/bin/python -m experiments
+# With VENV empty PYTHON as it is, for what has torch, Transformers, Triton, typer and pytest, and no package index.
+RUN = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY = $(addsuffix /.installed,$(VENV))
+EXPERIMENT = $(RUN) -m experiments
 ON_MODEL := --model $(MODEL) --gguf-file $(GGUF)
 ON_GEMMA := --model $(GEMMA) --gguf-file $(GEMMA_GGUF)
 HELDOUT := $(DOMAINS:%=$(DATA)/%/heldout.jsonl)
@@ -54,12 +57,11 @@ EXTENDED_HERE := lococo-slot h2o-slot streaming full
 EXTENDED := $(EXTENDED_HERE) lococo h2o longlora
 EXTENSION_TEXTS := books math_latex code
 # A visit to a GPU: the choice of stages, and the seconds each may take where they are not those of tests/gpu/gpu_visit.py
-# (SECONDS_decode=100). With VENV empty it runs in PYTHON as it is: torch, Transformers, Triton, typer and pytest are enough.
+# (SECONDS_decode=100).
 STAGES ?= a b c d e
 TIMED := recorded tests kernels decode prefill score
 GPU_SECONDS = $(foreach stage,$(TIMED),$(addprefix $(stage)=,$(SECONDS_$(stage))))
-GPU_VISIT = $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) tests/gpu/gpu_visit.py --stages $(STAGES) \
-	$(addprefix --seconds ,$(GPU_SECONDS))
+GPU_VISIT = $(RUN) tests/gpu/gpu_visit.py --stages $(STAGES) $(addprefix --seconds ,$(GPU_SECONDS))
 
 # In gpu-long a stage ends after LIMIT seconds and all of them after GPU_MINUTES; the same command goes on with them.
 LIMIT ?= 300
@@ -202,16 +204,16 @@ bench_cuda = if $(call is_current,$(cuda_result)); then exit 0; fi; $(within_tim
 	$(EXPERIMENT).benchmarks $(1) --shape $* --device $(DEVICE) --num-slots $(SLOTS) --block-size $(SLOTS) \
 	--time-limit $$left --output $(cuda_result)
 
-cuda-decode-%: | $(VENV)/.installed
+cuda-decode-%: | $(READY)
 	$(call bench_cuda,decode) --lengths $(LENGTHS) --batches $(BATCHES)
 
-cuda-prefill-%: | $(VENV)/.installed
+cuda-prefill-%: | $(READY)
 	$(call bench_cuda,prefill) --lengths $(LENGTHS)
 
-cuda-score-%: | $(VENV)/.installed
+cuda-score-%: | $(READY)
 	$(call bench_cuda,score)
 
-cuda-train-%: | $(VENV)/.installed
+cuda-train-%: | $(READY)
 	$(call bench_cuda,train) --lengths $(TRAIN_LENGTHS) --objectives next-token distill
 
 memory: $(MODEL)/$(GGUF) ## cache bytes against tokens read -> docs/results/memory
@@ -355,13 +357,13 @@ ablate: .demo/stories260k/config.json ## memory size, kernel size and kinds of s
 .demo/stories260k/config.json: | $(VENV)/.installed
 	$(EXPERIMENT).stories260k $(STORIES) --output $(@D)
 
-gpu: $(addsuffix /.installed,$(VENV)) ## 12 minutes on a GPU: right first, then fast; STAGES of them -> docs/results/gpu
+gpu: $(READY) ## 12 minutes on a GPU: right first, then fast; STAGES of them -> docs/results/gpu
 	PYTHONPATH=$(CURDIR) $(GPU_VISIT) --device $(DEVICE) --results $(RESULTS)
 
 .PHONY: gpu-dry gpu-documents
 
 # Packages that are missing there are hidden.
-gpu-dry: $(addsuffix /.installed,$(VENV)) ## the same on this CPU, tiny, without packages that may be missing there
+gpu-dry: $(READY) ## the same on this CPU, tiny, without packages that may be missing there
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/gpu/bare $(GPU_VISIT) --device cpu --results .demo/gpu-dry
 
 gpu-long: $(MODEL)/$(GGUF) ## on a GPU, GPU_MINUTES at a time: all speeds, calibration, perplexity, tasks -> RESULTS
@@ -397,7 +399,7 @@ gpu-extend: $(GPU_EXTENDED)
 		--data $(EXTENSION_TEXTS:%=$(DATA)/%/heldout.jsonl) --lengths $(EXTENSION_LENGTHS) --documents 2 \
 		--output $(RESULTS)/extension_$(DEVICE) || test $$? -eq 124
 
-cuda-extend-%: | $(VENV)/.installed
+cuda-extend-%: | $(READY)
 	$(call bench_cuda,extend) --lengths $(TRAIN_LENGTHS)
 
 gpu-tasks: $(MODEL)/$(GGUF) $(TASK_FILES)/niah_questions.yaml

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from lococo.cache.buffers import LayerModules, is_locked
 from lococo.cache.cache import LoCoCoCache
@@ -173,8 +174,9 @@ class DecodeGraph:
 
         with _on_device(self.input_ids.device):
             self._replay, output = record(forward)
-        self._logits = output.logits
-        self._output_type = type(output)
+        self._output_type, self._logits = type(output), output.logits
+        # Logits, and what a config asks for. Not the cache: what a graph holds is never freed before the graph.
+        self._output = {name: value for name, value in output.items() if name != OUTPUT_CACHE}
         self._is_tried = False
         self._snapshot = Snapshot(model)
 
@@ -209,7 +211,8 @@ class DecodeGraph:
         if not self._is_tried and bool((self._logits == nothing).all()):
             raise EmptyRecordingError("the recording is empty")
         self._is_tried = True
-        return self._output_type(logits=self._logits.clone(), **{OUTPUT_CACHE: cache})
+        output = tree_map_only(torch.Tensor, torch.clone, self._output)
+        return self._output_type(**output, **{OUTPUT_CACHE: cache})
 
 
 def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
@@ -248,6 +251,7 @@ def call_model(patch: Patch, model: nn.Module, *args, **kwargs) -> Any:
     if cache.config.positions == "slot" or position_ids is None:
         position_ids = plan.cache_positions if cache.config.positions == "slot" else plan.positions
     if graph is None or not graph.fits(cache):
+        graph = None
         _graphs.pop(cache, None)  # its memory is free before the next one takes some
         try:
             graph = _graphs[cache] = DecodeGraph(patch, model, cache, kwargs, RECORDERS[input_ids.device.type])
@@ -276,6 +280,7 @@ def _can_replay(patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: d
     positions = arguments.get("position_ids")
     return (
         wanted <= ARGUMENTS
+        and arguments.get("return_dict") is not False
         and cache.num_steps >= STEPS_BEFORE_RECORDING
         and not cache.is_reading
         and cache.config == patch.config

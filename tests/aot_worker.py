@@ -95,6 +95,7 @@ CASES = [
     (blend, 256, FP16, True, True),
     (decode, 64, BF16, (8, 8), True),
     (decode, 128, BF16, (8, 4), True),
+    (decode, 128, BF16, (16, 16), True),
     (decode, 256, FP16, (4, 16), False),
 ]
 

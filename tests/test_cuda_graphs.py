@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,56 @@ def test_a_cache_that_changes_is_recorded_anew(name, recorder):
         assert recorder.recordings == 2
         text = torch.cat([tiny_ids(2, 21)[1:], *[tiny_ids(2, 1)[1:]] * 12, tokens], dim=1)
         torch.testing.assert_close(torch.cat(replayed, dim=1), model(text).logits[:, -12:], rtol=0, atol=1e-5)
+
+
+def test_the_memory_of_a_recording_is_free_before_the_next_one_takes_some(monkeypatch):
+    alive, graphs_made = [], weakref.WeakSet()
+
+    class Watching(TapeRecorder):
+        def __call__(self, function):
+            alive.append(len(graphs_made))
+            return super().__call__(function)
+
+    class Listed(graphs.DecodeGraph):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            graphs_made.add(self)
+
+    monkeypatch.setattr(graphs, "DecodeGraph", Listed)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", Watching())
+    model = patched_llama(CONFIGS["open"])
+    with torch.no_grad():
+        cache = model(PROMPT, use_cache=True).past_key_values
+        for _ in range(2):
+            for _ in range(12):
+                model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([1]))  # as before, in other buffers
+    assert alive == [0, 0]
+
+
+@torch.no_grad()
+def test_a_step_gives_all_that_a_config_asks_for(monkeypatch):
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorder := TapeRecorder())
+    model, ids = patched_llama(CONFIGS["open"]), tiny_ids(1, 60)
+    model.config.output_hidden_states = True
+    caches, given = [model(ids[:, :21], use_cache=True).past_key_values for _ in range(2)], []
+    for column in range(21, 60):
+        launched = model(ids[:, [column]], past_key_values=caches[0])
+        given.append((launched, model.__call__(input_ids=ids[:, [column]], past_key_values=caches[1])))
+    assert recorder.replays > 20
+    for launched, replayed in given:
+        assert set(replayed) == set(launched)
+        assert all(map(torch.equal, replayed.hidden_states, launched.hidden_states))
+
+
+@torch.no_grad()
+def test_a_tuple_is_given_to_who_asks_for_one(recorder):
+    model = patched_llama(CONFIGS["open"])
+    cache = model(PROMPT, use_cache=True).past_key_values
+    for _ in range(12):
+        output = model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache, return_dict=False)
+    assert isinstance(output, tuple) and not recorder.recordings
 
 
 def test_longer_calls_come_between(recorder):

@@ -192,7 +192,8 @@ class Codec:
         self, function: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]], *pair: torch.Tensor
     ) -> Sequence[tuple[torch.Tensor, torch.Tensor | None]]:
         keys, values = pair
-        if self.bits[0] == self.bits[1] and keys.shape == values.shape and keys.dtype == values.dtype:
+        is_same = self.bits[0] == self.bits[1] and keys.shape == values.shape and keys.dtype == values.dtype
+        if is_same and self.bits[0] != 16:
             tensors, spans = function(torch.stack(pair), self.bits[0])  # at once: half the operations
             return list(zip(tensors, spans, strict=True))
         return [

@@ -40,7 +40,6 @@ from lococo.vllm.pages import PagedLayer, PageLayout, StepBatch
 from lococo.vllm.settings import Settings
 
 TESTED = (Version("0.29"), Version("0.33"))  # from the first on, before the second
-MODEL_TYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def register() -> None:
@@ -312,15 +311,17 @@ class LoCoCoImpl(AttentionImpl):
                     f"LoCoCo in vLLM does not support {name} ({value}): leave --attention-backend CUSTOM out for this "
                     "model, or give it to full attention alone: --attention-config.backend_per_kind"
                 )
-        if kv_cache_dtype not in MODEL_TYPES:
+        vllm_config = get_current_vllm_config()
+        model_type = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        if kv_cache_dtype not in ("auto", model_type):
             raise ValueError(
-                f"LoCoCo codes pages itself: leave --kv-cache-dtype {kv_cache_dtype} out and put "
-                '"slot_bits": 8 into --additional-config\'s "lococo"'
+                f"LoCoCo keeps entries in the model's type ({model_type}) or codes them: leave --kv-cache-dtype "
+                f'{kv_cache_dtype} out, or put "slot_bits": 8 into --additional-config\'s "lococo"'
             )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.softcap = logits_soft_cap or None
-        self._server = server(get_current_vllm_config())
+        self._server = server(vllm_config)
         # Scores are of all queries of a KV head: each rank that has it attends with all of them.
         copies = self._server.ranks // self._server.total_kv_heads if self._server.is_repeated else 1
         self._num_heads = num_heads * copies

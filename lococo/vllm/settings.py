@@ -43,7 +43,7 @@ class Settings:
         ValueError
             If there are none, a name or a value is wrong, or a server cannot do it.
         """
-        if not isinstance(options, dict) or not options:
+        if not isinstance(options, dict) or all(value is None for value in options.values()):
             raise ValueError(
                 'LoCoCo needs to know its slots: --additional-config \'{"lococo": {"num_slots": 512}}\', or {"heads": '
                 f"folder or Hub id}}, got {options!r}"

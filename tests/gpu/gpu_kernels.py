@@ -140,7 +140,7 @@ def checks(dims, dtypes, is_small):
                 continue
             for flag in (True, False):
                 yield ("mass", dim, dtype, name + ", squared" * flag), check_mass, (shape, flag)
-        for bits in ((8, 8), (8, 4)):
+        for bits in ((8, 8), (8, 4), (16, 16)):
             shape = (1, 4, 2, 1, 64) if is_small else (2, 32, 8, 1, 1024)
             yield ("decode", dim, dtype, "{} and {} bits".format(*bits)), check_decode, (shape, bits)
         for name, fields in BLENDS.items():

@@ -169,7 +169,8 @@ def test_a_request_has_one_page_however_long(run):
         ({**SLOTS, "decode_block_size": 4}, {}, "decode_block_size=4 must be left out in vLLM"),
         ({"heads": "nowhere/at/all"}, {}, "nowhere/at/all"),
         (SLOTS, {"max_model_len": 9000}, "8192"),
-        (SLOTS, {"kv_cache_dtype": "fp8"}, "LoCoCo codes pages itself"),
+        (SLOTS, {"kv_cache_dtype": "fp8"}, "leave --kv-cache-dtype fp8 out"),
+        (SLOTS, {"kv_cache_dtype": "bfloat16"}, "the model's type (float32) or codes them"),
         (
             SLOTS,
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},

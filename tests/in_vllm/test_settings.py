@@ -53,6 +53,8 @@ def test_options_of_a_command_line_become_a_config(tmp_path):
         (None, "LoCoCo needs to know its slots"),
         ({}, "LoCoCo needs to know its slots"),
         ([], "LoCoCo needs to know its slots"),
+        ({"heads": None}, "LoCoCo needs to know its slots"),
+        ({"heads": None, "num_slots": None}, "LoCoCo needs to know its slots"),
         ({"slots": 3, "num_slots": 4}, "has slots: known are heads, "),
         ({"heads": "x", "num_slots": 4}, "has num_slots: beside heads there may be slot_bits alone"),
         ({"num_slots": 4, "positions": "slot"}, "positions must be 'absolute'"),

@@ -26,7 +26,7 @@ def test_kernels_fit_registers_and_shared_memory(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {kernel["architecture"] for kernel in kernels} == set(SHARED) and len(kernels) == 12 * len(SHARED)
+    assert {kernel["architecture"] for kernel in kernels} == set(SHARED) and len(kernels) == 13 * len(SHARED)
     too_large = [
         kernel
         for kernel in kernels

@@ -288,6 +288,7 @@ def test_random_blends(seed):
         ((8, 4), (80, 80), 1, True),
         ((4, 16), (128, 40), 8, False),
         ((4, 4), (33, 33), 2, False),
+        ((16, 16), (64, 64), 2, True),
     ],
 )
 @pytest.mark.parametrize("starts", [None, (0, 91, 45)])
@@ -364,7 +365,7 @@ def test_model_decodes_from_codes(changes, family, in_every_type, monkeypatch):
     assert not calls
 
 
-@pytest.mark.parametrize("changes", CODED_RUNS.values(), ids=CODED_RUNS)
+@pytest.mark.parametrize("changes", [*CODED_RUNS.values(), dict(score="last")], ids=[*CODED_RUNS, "no-codes"])
 def test_texts_in_pages_decode_in_triton(changes, monkeypatch):
     """Many texts at once, from where their pages lie."""
     config = LoCoCoConfig(16, block_size=8, **{**changes, "positions": "absolute"})
