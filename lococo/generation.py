@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import time
@@ -15,9 +14,8 @@ from transformers.utils import ModelOutput
 
 from lococo.cache.cache import LoCoCoCache
 from lococo.compat import OUTPUT_CACHE, cache_of, with_cache
-from lococo.models import base_shape, length_dependent_rotaries
-from lococo.state import is_patched
-from lococo.whole_text import reading_pieces
+from lococo.models import base_shape
+from lococo.whole_text import pieces
 
 ONE_ANSWER = {
     "use_cache": True,
@@ -230,12 +228,8 @@ def read_tokens(
     """
     tokens = input_ids.shape[1]
     last = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-    pieces: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if is_patched(model):
-        pieces = reading_pieces(model, (start + tokens if length is None else length) - 1)
-    elif length_dependent_rotaries(model):
-        chunk = max(tokens, 1)
-    with pieces, tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
+    in_pieces, chunk = pieces(model, tokens, chunk, start + tokens if length is None else length)
+    with in_pieces, tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
         for first in range(0, tokens, chunk):
             part = input_ids[:, first : first + chunk]
             # ChatGLM's own code does not count them on.
