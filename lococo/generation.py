@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from lococo.compat import OUTPUT_CACHE, cache_of, with_cache
 from lococo.models import base_shape
 from lococo.whole_text import pieces
 
+# Where layers of Transformers' caches hold keys and values, quantised or not.
+LAYER_STATES = ("keys", "values", "_quantized_keys", "_quantized_values")
 ONE_ANSWER = {
     "use_cache": True,
     "cache_implementation": None,
@@ -264,7 +267,19 @@ def cache_bytes(cache: Any) -> int:
             raise ValueError("the output has no cache: call the model with use_cache=True")
     if isinstance(cache, LoCoCoCache):
         return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    states = (getattr(layer, name, None) for layer in cache.layers for name in LAYER_STATES)
+    return sum(tensor.nbytes for each in states for tensor in _plain_tensors(each))
+
+
+def _plain_tensors(held: Any) -> Iterator[torch.Tensor]:
+    """What a state is made of: itself, or where a backend has quantised it its codes and their scales."""
+    if hasattr(held, "__tensor_flatten__"):
+        held = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _plain_tensors(part)
 
 
 def random_full_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCache:
