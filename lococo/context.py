@@ -28,6 +28,8 @@ class ForwardContext:
         ``Rotary`` (or None) by layer index.
     rows, real
         What the plan was made from, as in ``plan_call``, for heads with another number of slots.
+    is_piece
+        As in ``plan_call``.
     attention : str
         Name of the attention kernel.
     earlier : list of torch.Tensor
@@ -50,6 +52,7 @@ class ForwardContext:
     rotary_tables: dict[int, Rotary | None]
     rows: Sequence[RowState] = (RowState(),)
     real: Sequence[Sequence[bool]] | None = None
+    is_piece: bool = False
     attention: str = "auto"
     earlier: list[torch.Tensor] = dataclasses.field(default_factory=list)
     plans: dict[tuple[int, torch.device], Plan] = dataclasses.field(default_factory=dict)
@@ -65,7 +68,8 @@ class ForwardContext:
             if config.num_slots == self.config.num_slots or self.is_recorded:
                 self.plans[key] = self.plan.to(device)
             else:
-                self.plans[key] = plan_call(self.rows, self.plan.positions.shape[1], config, self.real, device)
+                num_tokens = self.plan.positions.shape[1]
+                self.plans[key] = plan_call(self.rows, num_tokens, config, self.real, device, self.is_piece)
         return self.plans[key]
 
     def layer(self, layer_idx: int, window: int | None) -> LayerCache:

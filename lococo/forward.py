@@ -95,24 +95,23 @@ def _context(
     batch, num_tokens = tokens.shape[:2]
     check_shapes(kwargs, batch, num_tokens, seen=0 if cache is None else cache.seen_tokens)
     earlier: list[torch.Tensor] = []
-    is_whole, ends_text = not request.is_chunk, False
-    chunk = chunk_for(patch, kwargs, tokens) if is_whole else None
+    is_piece, ends_text = request.is_chunk, False
+    chunk = None if is_piece else chunk_for(patch, kwargs, tokens)
     if chunk is not None and chunk < num_tokens:
         cache = patch.new_cache() if cache is None else cache
         length = _check_whole(patch, cache, kwargs.get("attention_mask"), num_tokens)
         ends_text = whole_text.note_last_position(patch, kwargs.get("position_ids"), length)
         earlier, tokens = read_but_last_chunk(patch, cache, kwargs, tokens, chunk, keep)
-        num_tokens = tokens.shape[1]
-    mask, is_step = kwargs.get("attention_mask"), is_whole and not earlier
-    real = padded_columns(mask, batch, num_tokens, cache, is_step=is_step)
+        num_tokens, is_piece = tokens.shape[1], True
+    real = padded_columns(kwargs.get("attention_mask"), batch, num_tokens, cache, is_step=not is_piece)
     rows = (RowState(),) if cache is None else cache.rows
-    plan = plan_call(rows, num_tokens, config, real, tokens.device)
+    plan = plan_call(rows, num_tokens, config, real, tokens.device, is_piece)
     if config.positions == "slot":
         _say_positions_are_ours(patch, kwargs.get("position_ids"), real)
         kwargs["position_ids"] = plan.cache_positions
     elif kwargs.get("position_ids") is None:
         kwargs["position_ids"] = plan.positions
-    elif config.has_features and is_whole:  # once a text: a GPU is waited for
+    elif config.has_features and not request.is_chunk:  # once a text: a GPU is waited for
         _say_keys_are_rotated_elsewhere(patch, kwargs["position_ids"], plan, real)
     seen = max(row.seen for row in plan.rows)
     check_positions(patch.family, config.capacity if config.positions == "slot" else seen)
@@ -123,6 +122,7 @@ def _context(
         patch.rotary_tables,
         rows,
         real,
+        is_piece,
         patch.attention,
         earlier,
         hands_out=request.cache is None and kwargs.get("use_cache") is not False,

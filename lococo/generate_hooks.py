@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lococo.cache.cache import CROP_ERROR, LoCoCoCache
 from lococo.compat import cache_argument
 from lococo.cuda_graphs import call_model
-from lococo.inputs import check_not_empty
+from lococo.inputs import check_not_empty, check_text_goes_on, usable_cache
 from lococo.state import Patch
 
 # Methods by which ``generate`` begins continuous batching, in one release or another.
@@ -33,11 +33,14 @@ def add_generate_hooks(patch: Patch, model: PreTrainedModel) -> None:
 
 
 def prepare_inputs(patch: Patch, model: Any, *args, **kwargs) -> Any:
-    """Stand in for the method by which ``generate`` finds its prompt, to refuse an empty one by name."""
-    result = type(model)._prepare_model_inputs(model, *args, **kwargs)
+    """Stand in for the method by which ``generate`` finds its prompt, to refuse one that leaves nothing to read."""
+    prompt, name, model_kwargs = type(model)._prepare_model_inputs(model, *args, **kwargs)
     if not patch.is_suspended:
-        check_not_empty(result[0])
-    return result
+        check_not_empty(prompt)
+        cache = model_kwargs.get(cache_argument(model))
+        if isinstance(cache, LoCoCoCache):
+            check_text_goes_on(prompt, model_kwargs.get("attention_mask"), cache.seen_tokens)
+    return prompt, name, model_kwargs
 
 
 def prepare_cache(
@@ -48,7 +51,8 @@ def prepare_cache(
     Raises
     ------
     ValueError
-        If there is a cache to go on with and ``use_cache`` is False: every token would be read again and again.
+        If there is a cache to go on with and ``use_cache`` is False: every token would be read again and again. If
+        it is not the model's own.
     """
     name = cache_argument(model)
     given = model_kwargs.get(name)
@@ -57,8 +61,8 @@ def prepare_cache(
             f"use_cache=False, as an argument or in model.generation_config, does not go with a cache as {name}: "
             "say use_cache=True to go on with it"
         )
-    is_ours = generation_config.use_cache is not False and not patch.is_suspended
-    if is_ours and (given is None or isinstance(given, LoCoCoCache)):
+    if generation_config.use_cache is not False and not patch.is_suspended:
+        given = usable_cache(patch, given, name)
         wanted, generation_config.cache_implementation = generation_config.cache_implementation, None
         if wanted is not None:
             patch.say_once(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 
 from lococo.cache.cache import LoCoCoCache
 from lococo.compat import OUTPUT_CACHE, cache_of, with_cache
-from lococo.models import base_shape, length_dependent_rotaries
-from lococo.state import is_patched
-from lococo.whole_text import reading_pieces
+from lococo.models import base_shape
+from lococo.whole_text import pieces
 
+# Where layers of Transformers' caches hold keys and values, quantised or not.
+LAYER_STATES = ("keys", "values", "_quantized_keys", "_quantized_values")
 ONE_ANSWER = {
     "use_cache": True,
     "cache_implementation": None,
@@ -230,12 +231,8 @@ def read_tokens(
     """
     tokens = input_ids.shape[1]
     last = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-    pieces: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if is_patched(model):
-        pieces = reading_pieces(model, (start + tokens if length is None else length) - 1)
-    elif length_dependent_rotaries(model):
-        chunk = max(tokens, 1)
-    with pieces, tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
+    in_pieces, chunk = pieces(model, tokens, chunk, start + tokens if length is None else length)
+    with in_pieces, tqdm(total=tokens, unit="token", desc="reading", disable=None if progress else True) as bar:
         for first in range(0, tokens, chunk):
             part = input_ids[:, first : first + chunk]
             # ChatGLM's own code does not count them on.
@@ -270,7 +267,19 @@ def cache_bytes(cache: Any) -> int:
             raise ValueError("the output has no cache: call the model with use_cache=True")
     if isinstance(cache, LoCoCoCache):
         return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    states = (getattr(layer, name, None) for layer in cache.layers for name in LAYER_STATES)
+    return sum(tensor.nbytes for each in states for tensor in _plain_tensors(each))
+
+
+def _plain_tensors(held: Any) -> Iterator[torch.Tensor]:
+    """What a state is made of: itself, or where a backend has quantised it its codes and their scales."""
+    if hasattr(held, "__tensor_flatten__"):
+        held = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _plain_tensors(part)
 
 
 def random_full_cache(model: PreTrainedModel, length: int, batch: int) -> DynamicCache:

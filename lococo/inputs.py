@@ -28,10 +28,13 @@ def arguments_by_name(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> dict
 
 
 def padding_of(mask: Any) -> Any:
-    """The 2-D mask in what a decoder is given: itself, or as ``padding_mask`` made one for every type of layers."""
-    if isinstance(mask, Mapping):
-        mask = next(iter(mask.values()), None)
-    return mask.tokens if isinstance(mask, PaddingMask) else mask
+    """The 2-D mask in what a decoder is given: itself, or as ``padding_mask`` made one for every type of layers.
+
+    Of several the one with the most dimensions: a matrix that is for some layers alone must be seen, to be refused.
+    """
+    masks = list(mask.values()) if isinstance(mask, Mapping) else [mask]
+    tokens = [each.tokens if isinstance(each, PaddingMask) else each for each in masks]
+    return max(tokens, key=lambda each: -1 if each is None else getattr(each, "ndim", 0), default=None)
 
 
 def check_arguments(decoder: Any, kwargs: dict[str, Any]) -> None:
@@ -147,6 +150,59 @@ def check_not_empty(tokens: torch.Tensor) -> None:
         raise ValueError(f"there is nothing to read: the input has shape {tuple(tokens.shape)}, 0 tokens")
 
 
+def usable_cache(patch: Patch, given: Any, name: str) -> LoCoCoCache | None:
+    """The cache that a patched model was given, if it is one of its own; None for none, or an empty one that is not.
+
+    Parameters
+    ----------
+    name : str
+        What the model calls its cache.
+
+    Raises
+    ------
+    ValueError
+        For a cache of another kind that holds tokens, or of another model or method.
+    """
+    if given is None:
+        return None
+    if isinstance(given, LoCoCoCache):
+        given.check_fits(patch.config, patch.family.shape, name)
+        return given
+    if not isinstance(given, Cache) or given.get_seq_length() > 0:
+        raise ValueError(
+            f"{name} is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
+            "LoCoCoCache: start without one, or unpatch the model"
+        )
+    patch.say_once(
+        f"the empty {type(given).__name__} given as {name} stays empty: a patched model keeps its slots in a "
+        f"LoCoCoCache; go on with the {OUTPUT_CACHE} of the output"
+    )
+    return None
+
+
+def check_text_goes_on(prompt: torch.Tensor, mask: torch.Tensor | None, seen: int) -> None:
+    """Refuse a prompt for ``generate`` of which its cache has left nothing to read.
+
+    Parameters
+    ----------
+    prompt : torch.Tensor
+        (batch, tokens, ...), what has been read included, unless a longer ``mask`` says that it is not.
+    seen : int
+        Columns that the cache has read.
+
+    Raises
+    ------
+    ValueError
+        Gives both lengths. Transformers would read some of the text, or all of it, once more.
+    """
+    tokens = prompt.shape[1]
+    if 0 < seen >= tokens and (mask is None or mask.shape[1] == tokens):
+        raise ValueError(
+            f"the cache has read {seen} tokens and the prompt has {tokens}: it must begin with what was read, and go "
+            "on with at least one token"
+        )
+
+
 def cache_for(patch: Patch, kwargs: dict[str, Any]) -> LoCoCoCache | None:
     """The cache that a forward reads into, which is put into its arguments; None: nothing is remembered after it.
 
@@ -157,35 +213,22 @@ def cache_for(patch: Patch, kwargs: dict[str, Any]) -> LoCoCoCache | None:
     """
     decoder = patch.decoder
     name = cache_argument(decoder)
-    given = kwargs.get(name)
+    given = usable_cache(patch, kwargs.get(name), name)
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
-    if isinstance(given, LoCoCoCache):
-        given.check_fits(patch.config, patch.family.shape, name)
-    elif given is not None and (not isinstance(given, Cache) or given.get_seq_length() > 0):
-        raise ValueError(
-            f"{name} is a {type(given).__name__} that already holds tokens; a patched model reads only its own "
-            "LoCoCoCache: start without one, or unpatch the model"
-        )
-    elif given is not None:
-        patch.say_once(
-            f"the empty {type(given).__name__} given as {name} stays empty: a patched model keeps its slots in a "
-            f"LoCoCoCache; go on with the {OUTPUT_CACHE} of the output"
-        )
     if decoder.training and torch.is_grad_enabled():
         # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
         kwargs["use_cache"] = False
         if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-            if isinstance(given, LoCoCoCache) and given.seen_tokens:
+            if given is not None and given.seen_tokens:
                 raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
             kwargs[name] = None
             return None
         use_cache = False
-    if given is None and not use_cache:
+    if kwargs.get(name) is None and not use_cache:
         return None
-    cache = given if isinstance(given, LoCoCoCache) else patch.new_cache()
-    kwargs[name] = cache
-    return cache
+    kwargs[name] = patch.new_cache() if given is None else given
+    return kwargs[name]
 
 
 def check_cache(cache: LoCoCoCache, batch: int) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from lococo.compat import cache_of, with_cache
+from lococo.whole_text import pieces
 
 CHUNK = 2048
 CONFIDENCE = 0.95
@@ -24,7 +25,7 @@ def token_nlls(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> tor
     """Negative log-likelihood of each token of a text given those before it.
 
     The text goes through the model in chunks, each with the cache of the last, so that no more than a chunk's logits
-    are held.
+    are held; at once, where an unpatched model's rotary tables depend on the length of the text.
 
     Parameters
     ----------
@@ -41,19 +42,23 @@ def token_nlls(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> tor
     Raises
     ------
     ValueError
-        If no token is left to count.
+        If it is not one text, or no token is left to count.
     """
+    if ids.dim() != 2 or ids.shape[0] != 1:
+        raise ValueError(f"a text must be token ids of shape (1, tokens), got {tuple(ids.shape)}")
     tokens = ids.shape[1]
     if not 1 <= first < tokens:
         raise ValueError(f"first must lie between 1 and {tokens - 1} for a text of {tokens} tokens, got {first}")
     ids = ids.to(model.device)
     cache, nlls = None, []
-    for start in range(0, tokens - 1, CHUNK):
-        stop = min(start + CHUNK, tokens - 1)
-        positions = torch.arange(start, stop, device=ids.device)[None]  # ChatGLM's own code does not count on
-        output = model(ids[:, start:stop], position_ids=positions, **with_cache(model, cache), use_cache=True)
-        cache = cache_of(output)
-        nlls.append(F.cross_entropy(output.logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
+    in_pieces, chunk = pieces(model, tokens - 1, CHUNK, tokens - 1)
+    with in_pieces:
+        for start in range(0, tokens - 1, chunk):
+            stop = min(start + chunk, tokens - 1)
+            positions = torch.arange(start, stop, device=ids.device)[None]  # ChatGLM's own code does not count on
+            output = model(ids[:, start:stop], position_ids=positions, **with_cache(model, cache), use_cache=True)
+            cache = cache_of(output)
+            nlls.append(F.cross_entropy(output.logits[0].float(), ids[0, start + 1 : stop + 1], reduction="none"))
     return torch.cat(nlls)[first - 1 :]
 
 
@@ -79,7 +84,8 @@ def perplexity(
     Raises
     ------
     ValueError
-        If there is no text, a text is shorter than ``first + 1`` tokens, or strings come without a tokenizer.
+        If there is no text, a text is shorter than ``first + 1`` tokens, a tensor is not one text, or strings come
+        without a tokenizer.
     """
     if not len(texts):
         raise ValueError("texts is empty: perplexity needs at least one text")

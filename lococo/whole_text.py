@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lococo.models import length_dependent_rotaries
-from lococo.state import Patch, patch_of
+from lococo.state import Patch, is_patched, patch_of
 
 
 def add_hooks(patch: Patch) -> None:
@@ -42,6 +42,31 @@ def reading_pieces(model: nn.Module, last_position: int) -> Iterator[None]:
         yield
     finally:
         thread.last_position = before
+
+
+def pieces(
+    model: nn.Module, tokens: int, size: int, length: int
+) -> tuple[contextlib.AbstractContextManager[None], int]:
+    """How some tokens of a text are read in pieces, by a patched model or another.
+
+    Parameters
+    ----------
+    tokens : int
+        To be read.
+    size : int
+        Tokens at a time, if the model has a choice.
+    length : int
+        Tokens of the whole text.
+
+    Returns
+    -------
+    tuple
+        A context for the forwards, and the tokens at a time: all of them where nobody tells an unpatched model's
+        rotary tables of the length.
+    """
+    if is_patched(model):
+        return reading_pieces(model, length - 1), size
+    return contextlib.nullcontext(), max(tokens, 1) if length_dependent_rotaries(model) else size
 
 
 def note_last_position(patch: Patch, position_ids: torch.Tensor | None, length: int) -> bool:

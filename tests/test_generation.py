@@ -6,7 +6,7 @@ import transformers
 from families import build, gap, greedy, pad_left, patch, read
 from generating import NEW_TOKENS, ROWS, answer, beam_search
 from tiny import tiny_ids, tiny_llama
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import lococo
 from lococo.cache.cache import LoCoCoCache
@@ -154,6 +154,49 @@ def test_compressing_after_every_token_while_decoding_is_a_block_of_one_token():
     after_a_prompt = answer(fast, PROMPT, output_logits=True, return_dict_in_generate=True)
     torch.testing.assert_close(after_a_prompt.logits[0], fast(PROMPT).logits[:, -1], **TOLERANCE)
     assert gap(after_a_prompt.logits[-1], read(fast, after_a_prompt.sequences[:, :-1])[:, -1]) > 1e-2
+
+
+@pytest.mark.parametrize("keep", [0, 8])
+@pytest.mark.parametrize("chunk", [1, 7, 8, 16])
+def test_a_piece_of_a_prompt_is_no_generated_token_however_short(chunk, keep):
+    text, logits = tiny_ids(1, 60), []
+    for size in (512, chunk):
+        model = patch(tiny_llama(), CONFIG, block_size=8, decode_block_size=1, prefill_chunk_size=size)
+        cache = model(text[:, :33], use_cache=True, logits_to_keep=keep).past_key_values
+        steps = [model(token, past_key_values=cache).logits for token in text[:, 33:].split(1, dim=1)]
+        logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("tokens", [20, 31])
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_a_prompt_that_the_cache_has_read_is_not_read_again(model, given, tokens):
+    cache, prompt = model(PROMPT, use_cache=True).past_key_values, PROMPT[:, :tokens]
+    if given == "inputs_embeds":
+        prompt = model.get_input_embeddings()(prompt)
+    with pytest.raises(ValueError, match=f"has read 31 tokens and the prompt has {tokens}: it must begin with"):
+        model.generate(**{given: prompt}, past_key_values=cache, max_new_tokens=1, pad_token_id=0)
+    longer = tiny_ids(1, 40)
+    assert cache.seen_tokens == 31
+    assert torch.equal(answer(model, longer, past_key_values=cache), answer(model, longer))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_an_empty_cache_of_another_kind_changes_no_answer(kind):
+    model, (ids, mask) = patch(build("Llama"), CONFIG), pad_left(ROWS)
+    given = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=128)
+    with pytest.warns(UserWarning, match=f"the empty {type(given).__name__} given as"):
+        output = answer(model, ids, attention_mask=mask, past_key_values=given, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, LoCoCoCache)
+    assert torch.equal(output.sequences, answer(model, ids, attention_mask=mask))
+
+
+def test_a_full_cache_of_another_kind_is_refused_before_anything_is_read(model):
+    given = tiny_llama()(PROMPT[:, :9], use_cache=True).past_key_values
+    widths = widths_read(model)
+    with pytest.raises(ValueError, match="is a DynamicCache that already holds tokens"):
+        answer(model, PROMPT, past_key_values=given)
+    assert not widths
 
 
 @pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_llama(seed=1)}])

@@ -98,7 +98,7 @@ def test_matrices_are_refused_by_shape_and_leave_the_cache_alone(given, with_gra
         cache = model(IDS[:, :5], use_cache=True).past_key_values
     matrix = torch.ones(2, 1, 7, LENGTH, dtype=torch.bool).tril(5)
     part = model.model if given == "decoder" else model
-    for mask in (matrix, {"full_attention": matrix}):
+    for mask in (matrix, {"full_attention": matrix}, {"full_attention": None, "sliding_attention": matrix}):
         with (
             torch.set_grad_enabled(with_gradients),
             pytest.raises(ValueError, match=r"2-D .* got shape \(2, 1, 7, 12\)"),

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from tiny import SIZES, tiny_ids, tiny_llama
+from torch.nn.functional import cross_entropy
 from training_worker import head_trainer
 from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -14,6 +15,7 @@ import lococo
 from lococo import LoCoCoConfig
 from lococo.compat import RELEASE
 from lococo.generation import read_and_answer, read_tokens
+from lococo.metrics import token_nlls
 from lococo.models import length_dependent_rotaries
 from lococo.training.objectives import Distill, NextToken
 from lococo.whole_text import reading_pieces
@@ -114,6 +116,16 @@ def test_compressed_texts_do_not_depend_on_the_pieces(name):
         results.append(model(ids).logits)
     assert_close(results[1], results[0])
     assert_close(results[2], results[0])
+
+
+@every_model
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_losses_of_a_long_text_are_those_of_the_text_read_at_once(name, is_patched, monkeypatch):
+    monkeypatch.setattr("lococo.metrics.CHUNK", 16)
+    ids = tiny_ids(1, 61)
+    expected = cross_entropy(build(name)(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
+    model = large(build(name)) if is_patched else build(name)
+    assert_close(token_nlls(model, ids), expected)
 
 
 @every_model

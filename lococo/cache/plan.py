@@ -229,6 +229,7 @@ def plan_call(
     config: LoCoCoConfig,
     real: Sequence[Sequence[bool]] | None = None,
     device: torch.device | str = "cpu",
+    is_piece: bool = False,
 ) -> Plan:
     """Cut a call into segments.
 
@@ -240,9 +241,11 @@ def plan_call(
         Columns of the call.
     real : sequence of sequences of bool, optional
         (batch, num_tokens), False for padding. None: no padding in this call.
+    is_piece : bool
+        It is a piece of a longer call: a single token is not one that was generated.
     """
     limit = config.block_size
-    if num_tokens == 1 and config.decode_block_size is not None:
+    if num_tokens == 1 and not is_piece and config.decode_block_size is not None:
         limit = config.decode_block_size
     if real is None and len(set(rows)) == 1:
         plan = _plan_aligned(rows[0], num_tokens, config.num_slots, limit, device)

@@ -67,9 +67,10 @@ class FusionHead(Compressor):
             return False
         # Tensors made in inference mode do not count their changes, and may only be changed in it.
         state = (self.gate.data_ptr(), 0 if self.gate.is_inference() else self.gate._version)
-        if self._closed is None or self._closed[:2] != state or not self.gate.is_cuda:
-            self._closed = (*state, bool((self.gate <= 0).all()))
-        return self._closed[2]
+        closed = self._closed
+        if closed is None or closed[:2] != state or not self.gate.is_cuda:
+            self._closed = closed = (*state, bool((self.gate <= 0).all()))
+        return closed[2]
 
     def weights(self, entries: Entries, choice: Choice) -> torch.Tensor:
         """Mixing weights of every fused slot over the entries, those of ``forward``."""

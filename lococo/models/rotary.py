@@ -64,9 +64,10 @@ class TextRotary(Rotary):
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Computed once for a call, whose layers ask with the same tensor one after another."""
-        if self._last is None or self._last[0] is not positions:
-            self._last = (positions, self._angles(positions))
-        return self._last[1]
+        last = self._last
+        if last is None or last[0] is not positions:
+            self._last = last = (positions, self._angles(positions))  # another thread may put its own there
+        return last[1]
 
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Position 0 in front, where a cosine is the scale of YaRN and its kin alone.

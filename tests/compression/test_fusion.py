@@ -91,6 +91,18 @@ def test_closed_is_noticed_after_every_change_of_the_gates():
     assert not head.is_closed, "a gate that is being trained must stay in the graph"
 
 
+def test_a_thread_that_trains_does_not_disturb_one_that_reads():
+    class Interrupted(FusionHead):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_closed" and value is not None:
+                with torch.enable_grad():
+                    assert not self.is_closed
+
+    with torch.no_grad():
+        assert Interrupted(LoCoCoConfig(16), 4).is_closed
+
+
 def opened_by(gates, weigh, **options):
     """A head in float64 whose gates have these values, and a loss that is linear in its weights."""
     config = LoCoCoConfig(16, **options)

@@ -52,7 +52,13 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens(model):
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [([], "texts is empty"), (["abc"], "pass the model's tokenizer"), ([tiny_ids(1, 1)], "first")],
+    [
+        ([], "texts is empty"),
+        (["abc"], "pass the model's tokenizer"),
+        ([tiny_ids(1, 1)], "first"),
+        ([tiny_ids(2, 20)], r"shape \(1, tokens\), got \(2, 20\)"),
+        (tiny_ids(1, 20), r"shape \(1, tokens\), got \(20,\)"),
+    ],
 )
 def test_bad_texts_are_refused(model, texts, message):
     with pytest.raises(ValueError, match=message):

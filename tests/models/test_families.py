@@ -34,7 +34,7 @@ import lococo
 from lococo.compat import RELEASE
 from lococo.config import LoCoCoConfig
 from lococo.models import find_family
-from lococo.models.rotary import rotary_tables
+from lococo.models.rotary import TextRotary, rotary_tables
 from lococo.state import patch_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -167,6 +167,19 @@ def test_networks_see_keys_as_they_were_before_they_were_rotated(family, feature
         got = torch.cat([seen[index][0][:, :, 5:], *seen[index][1:]], dim=2)
         assert_close(got, scale * torch.cat([prompt[:, :, 5:], *steps], dim=2))
     assert any(seen.values()) == (family != "Mistral-window")
+
+
+def test_an_interrupted_thread_does_not_go_on_with_the_angles_of_another():
+    family, mine, other = find_family(tiny_llama()), torch.arange(3)[None], torch.arange(7, 10)[None]
+
+    class Interrupted(TextRotary):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_last" and value is not None and value[0] is mine:
+                self.angles(other)
+
+    found, expected = (kind(family, family.layers[0]).angles(mine) for kind in (Interrupted, TextRotary))
+    assert_close(found, expected)
 
 
 @every_rotation
