@@ -172,20 +172,25 @@ def cache_for(patch: Patch, kwargs: dict[str, Any]) -> LoCoCoCache | None:
             f"the empty {type(given).__name__} given as {name} stays empty: a patched model keeps its slots in a "
             f"LoCoCoCache; go on with the {OUTPUT_CACHE} of the output"
         )
-    if decoder.training and torch.is_grad_enabled():
-        # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
-        kwargs["use_cache"] = False
-        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-            if isinstance(given, LoCoCoCache) and given.seen_tokens:
-                raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
-            kwargs[name] = None
-            return None
-        use_cache = False
+    if _runs_layers_twice(decoder):
+        if isinstance(given, LoCoCoCache) and given.seen_tokens:
+            raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
+        if isinstance(given, LoCoCoCache) or kwargs.get("use_cache"):
+            patch.say_once("gradient checkpointing runs layers twice: nothing is kept in a cache in training mode")
+        kwargs.update({"use_cache": False, name: None})
+        return None
     if given is None and not use_cache:
         return None
     cache = given if isinstance(given, LoCoCoCache) else patch.new_cache()
     kwargs[name] = cache
     return cache
+
+
+def _runs_layers_twice(decoder: Any) -> bool:
+    """Whether a forward is one of training with gradient checkpointing."""
+    if not decoder.training or not torch.is_grad_enabled():
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def check_cache(cache: LoCoCoCache, batch: int) -> None:
