@@ -9,6 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def temporary_name(name: str) -> str:
+    """What ``write_whole`` calls a file until it is whole; a process that is killed leaves it there."""
+    return f".{name}.tmp"
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under another name beside its place, then move it there. Folders are made if missing.
 
@@ -17,7 +22,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     OSError
         If it cannot be written; names the file, not the other one.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

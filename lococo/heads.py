@@ -91,6 +91,17 @@ def save_heads(
     return folder
 
 
+def check_heads(model: nn.Module) -> None:
+    """Refuse a model whose heads could not be saved.
+
+    Raises
+    ------
+    ValueError
+        If it is not patched, or a head is not in memory as a whole.
+    """
+    _head_parameters(patch_of(model, NO_HEADS))
+
+
 def check_heads_folder(folder: Path) -> None:
     """Refuse a folder that ``save_heads`` would not replace.
 
@@ -240,12 +251,20 @@ def _head_parameters(patch: Patch) -> dict[str, nn.Parameter]:
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values; load the model's weights first")
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name} lies in parts on several processes (FSDP): save and load heads inside "
+                "lococo.extension.sharding.gathered(model), which puts them together"
+            )
     return parameters
 
 
 def _active_head(head: Any) -> nn.Module:
-    """The head itself, or the copy that PEFT's ``modules_to_save`` trains in its place."""
-    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head
+    """What the model reads with: the head itself, or the copy that PEFT's ``modules_to_save`` trains in its place."""
+    if not hasattr(head, "modules_to_save"):
+        return head
+    is_original = head.disable_adapters or not head.active_adapters
+    return head.original_module if is_original else head.modules_to_save[head.active_adapters[0]]
 
 
 def _heads_files(

@@ -216,19 +216,24 @@ def cache_for(patch: Patch, kwargs: dict[str, Any]) -> LoCoCoCache | None:
     given = usable_cache(patch, kwargs.get(name), name)
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
-    if decoder.training and torch.is_grad_enabled():
-        # The model would otherwise build a cache of its own, and checkpointing would run twice over ours.
-        kwargs["use_cache"] = False
-        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-            if given is not None and given.seen_tokens:
-                raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
-            kwargs[name] = None
-            return None
-        use_cache = False
+    if _runs_layers_twice(decoder):
+        if given is not None and given.seen_tokens:
+            raise ValueError(f"{name} cannot be used with gradient checkpointing: its layers run twice")
+        if given is not None or kwargs.get("use_cache"):
+            patch.say_once("gradient checkpointing runs layers twice: nothing is kept in a cache in training mode")
+        kwargs.update({"use_cache": False, name: None})
+        return None
     if kwargs.get(name) is None and not use_cache:
         return None
     kwargs[name] = patch.new_cache() if given is None else given
     return kwargs[name]
+
+
+def _runs_layers_twice(decoder: Any) -> bool:
+    """Whether a forward is one of training with gradient checkpointing."""
+    if not decoder.training or not torch.is_grad_enabled():
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def check_cache(cache: LoCoCoCache, batch: int) -> None:

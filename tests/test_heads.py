@@ -140,6 +140,20 @@ class TestRoundTrip:
         changed = {name for name, tensor in values(tuned).items() if not torch.equal(tensor, before[name])}
         assert changed and all("lococo_head.modules_to_save" in name or name.startswith("layers.") for name in changed)
 
+    def test_heads_that_another_adapter_has_no_copy_of(self, tmp_path):
+        import peft
+
+        tuned = peft.get_peft_model(
+            make_model(seed=1), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lococo_head"])
+        )
+        lococo.load_heads(tuned, lococo.save_heads(make_model(seed=2), tmp_path / "other"))
+        tuned.add_adapter("plain", peft.LoraConfig(target_modules=["q_proj"]))
+        tuned.set_adapter("plain")
+        folder = lococo.save_heads(tuned, tmp_path / "heads")
+        assert same(load_file(folder / HEADS_NAME), head_values(make_model(seed=1)))
+        tuned.set_adapter("default")
+        assert same(load_file(lococo.save_heads(tuned, folder) / HEADS_NAME), head_values(make_model(seed=2)))
+
     def test_str_folder(self, model, tmp_path):
         folder = lococo.save_heads(model, str(tmp_path / "made" / "here"))
         other = make_model(seed=1)

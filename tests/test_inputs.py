@@ -1,11 +1,15 @@
 """Arguments that do not fit the tokens of a call are refused by name, before anything of it is read."""
 
+import warnings
+
 import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
 
 import lococo
 from lococo import LoCoCoConfig
+from lococo.extension.adapters import checkpoint_layers
+from lococo.state import patch_of
 
 READ, LENGTH = 12, 61
 IDS = tiny_ids(2, READ + LENGTH)
@@ -107,3 +111,35 @@ def test_positions_of_a_step_are_one_for_each_row(shape):
     cache = model(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"position_ids has shape .*, expected \(2, 1\)"):
         model(IDS[:, :1], position_ids=torch.zeros(shape, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize("use_cache", [True, None])
+def test_in_training_mode_a_model_hands_its_cache_out_and_learns_through_it(use_cache):
+    models = [patch().train(), patch()]
+    with torch.enable_grad():
+        outputs = [model(IDS[:, :50], use_cache=use_cache) for model in models]
+        cache = outputs[0].past_key_values
+        following = models[0](IDS[:, 50:], past_key_values=cache).logits
+        torch.testing.assert_close(following, models[1](IDS).logits[:, 50:], atol=1e-5, rtol=0)
+        assert cache.seen_tokens == IDS.shape[1] and torch.equal(outputs[0].logits, outputs[1].logits)
+        models[0].zero_grad()
+        following.square().sum().backward()
+    assert all(head.gate.grad.abs().sum() > 0 for head in patch_of(models[0]).heads.values())
+
+
+@pytest.mark.parametrize("options", [{"use_cache": True}, {"past_key_values": None}])
+def test_with_gradient_checkpointing_nothing_is_cached_which_is_said(options):
+    model = patch().train()
+    checkpoint_layers(model)
+    options = {"past_key_values": patch_of(model).new_cache()} if "past_key_values" in options else options
+    with torch.enable_grad(), pytest.warns(UserWarning, match="gradient checkpointing runs layers twice: nothing is"):
+        output = model(IDS, **options)
+    assert output.past_key_values is None
+
+
+def test_with_gradient_checkpointing_nothing_is_said_that_was_not_asked():
+    model = patch().train()
+    checkpoint_layers(model)
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model(IDS).past_key_values is None

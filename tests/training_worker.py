@@ -13,17 +13,22 @@ from families import build
 from tiny import tiny_ids, tiny_llama
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
 import lococo
 from lococo.data.windows import Windows
 from lococo.patch import suspended
+from lococo.results.deadline import Deadline, OutOfTime
 from lococo.state import patch_of
 from lococo.training.objectives import Distill, NextToken
+from lococo.training.processes import main_process_first
 from lococo.training.recipes import ScoreConfig
 from lococo.training.scores import ScoreNetworks, train_scores
 from lococo.training.trainer import HeadTrainer
+from lococo.training.window_trainer import StopInTime
 
 CONFIG = lococo.LoCoCoConfig(
     num_slots=16, block_size=8, num_sinks=2, num_heavy=4, num_recent=4, kernel_size=5, gate_init=0.3
@@ -140,6 +145,67 @@ def suspended_in_ddp():
         return wrapped(input_ids=tiny_ids(1, 64)).logits
 
 
+class AfterAsking(Deadline):
+    """Is over once it has been asked so often."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.left = times
+
+    @property
+    def is_over(self):
+        """Asked by whoever is to end in time."""
+        self.left -= 1
+        return self.left < 0
+
+
+def out_of_time(function):
+    """Whether a function runs out of time."""
+    try:
+        function()
+    except OutOfTime:
+        return True
+    return False
+
+
+def stop_in_time(rank, folder):
+    """Where each process ends of which the first has less time than the second."""
+    stop = StopInTime(AfterAsking(1 + rank))
+    trainer = head_trainer(patched_tiny(), folder / "stopped", NextToken(), callbacks=[stop], max_steps=6)
+    trainer.train()
+    config = lococo.LoCoCoConfig(16, block_size=8, score="learned", num_sinks=2, num_heavy=8, num_recent=6)
+    model, settings = tiny_llama(), ScoreConfig(texts_at_once=2, repeats=1)
+    told = []
+    in_scores = out_of_time(
+        lambda: train_scores(
+            model,
+            ScoreNetworks.of(model, config),
+            tiny_ids(8, 48),
+            settings,
+            folder / "stopped.safetensors",
+            AfterAsking(1 + rank),
+            lambda **row: told.append(row["step"]),
+        )
+    )
+
+    def wait_for_the_first():
+        with main_process_first():
+            if rank == 0:
+                raise OutOfTime
+
+    return trainer.state.global_step, in_scores, told, out_of_time(wait_for_the_first)
+
+
+def save_sharded(folder):
+    """What is said of heads of which each process has a part."""
+    model = patched_tiny()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        lococo.save_heads(model, folder / "sharded")
+    except ValueError as error:
+        return str(error)
+
+
 def join(rank, folder):
     """Become one of two processes."""
     torch.set_num_threads(1)
@@ -153,7 +219,9 @@ def join(rank, folder):
 def main(rank, folder):
     join(rank, folder)
     results = {task: run(task, folder / task, per_device=1, accumulation=2) for task in TASKS}
-    torch.save({**results, "scores": learn_scores(folder), "suspended": suspended_in_ddp()}, folder / f"{rank}.pt")
+    results |= {"scores": learn_scores(folder), "suspended": suspended_in_ddp()}
+    results |= {"stopped": stop_in_time(rank, folder), "sharded": save_sharded(folder)}
+    torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -32,7 +32,14 @@ class CalibrationOptions:
         ),
     ] = "default"
     length: Annotated[int, option(TEXT, "Tokens per window.")] = 4096
-    first: Annotated[int, option(TEXT, "First token of a window that counts for the gap ratio.")] = 512
+    first: Annotated[
+        int | None,
+        option(
+            TEXT,
+            "First token of a window that counts for the gap ratio.",
+            show_default="512, or half the length if that is less",
+        ),
+    ] = None
     num_heldout: Annotated[int, option(TEXT, "Windows to measure the gap ratio on.", "--heldout")] = 8
     heldout_share: Annotated[
         float | None, option(TEXT, "Share of the documents to hold out.", show_default="at least one document")

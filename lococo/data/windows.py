@@ -244,11 +244,20 @@ def fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     files = [path for source in config.sources for path in local_files(source) or []]
     content = {
         "config": dataclasses.asdict(config),
-        "tokenizer": [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())],
+        "tokenizer": [type(tokenizer).__name__, _tokenizer_parts(tokenizer)],
         "special_tokens": [tokenizer("").input_ids, tokenizer.eos_token_id],
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What makes tokens of a text, as plain JSON values; of a tokenizer in Python the vocabulary alone."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return sorted(tokenizer.get_vocab().items())
+    of_calls = ("truncation", "padding")
+    return {name: part for name, part in json.loads(backend.to_str()).items() if name not in of_calls}
 
 
 def is_heldout(text: str, share: float, seed: int) -> bool:

@@ -137,7 +137,8 @@ def restored(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[N
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    fields = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
+    # Of configs inside configs the objects themselves: layers read theirs.
+    fields = [(vars(config), copy.deepcopy(vars(config), dict(configs))) for config in configs.values()]
 
     def undo() -> None:
         if is_patched(model) and not was_patched:

@@ -16,10 +16,10 @@ from lococo.config import LoCoCoConfig
 from lococo.extension.adapters import load_adapter, restored
 from lococo.extension.rope_scaling import RopeScaling, scale_positions
 from lococo.files import as_path, check_output, check_replaceable, new_folder, write_whole
-from lococo.heads import save_heads
+from lococo.heads import load_heads, save_heads
 from lococo.models import base_config, base_shape
 from lococo.patch import patch_model
-from lococo.state import find_patch, is_patched
+from lococo.state import find_patch, is_patched, patch_of
 from lococo.version import __version__
 
 EXTENSION_NAME = "extension.json"
@@ -171,9 +171,18 @@ def load_extended(base: nn.Module | str | os.PathLike, folder: str | os.PathLike
             scale_positions(base, extension.rope_scaling)
         model = load_adapter(base, Path(folder, ADAPTER_FOLDER))
         if extension.config:
-            heads = Path(folder, HEADS_FOLDER)
-            patch_model(model, extension.config, heads=heads if heads.is_dir() else None)
+            patch_model(model, extension.config)
+            _load_heads(model, Path(folder, HEADS_FOLDER))
     return model.eval()
+
+
+def _load_heads(model: Any, folder: Path) -> None:
+    patch = patch_of(model)
+    if not (patch.heads or patch.networks):
+        return
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist: the heads that were trained with the adapters are missing")
+    load_heads(model, folder)
 
 
 def merge_extended(model: Any, folder: str | os.PathLike | None = None, tokenizer: Any = None) -> Any:

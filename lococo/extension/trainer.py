@@ -15,7 +15,12 @@ from lococo.extension.sharding import check_sharding, gathered, keep_precision
 from lococo.heads import load_heads
 from lococo.state import is_ours
 from lococo.training.objectives import NextToken, NextTokenLoss
-from lococo.training.window_trainer import WindowTrainer
+from lococo.training.window_trainer import EMBEDDING_NOISE, WindowTrainer
+
+TWICE = (
+    "layers of a full cache are computed twice already; with a compressed one they would read twice into the cache, "
+    "set depth to save memory"
+)
 
 
 class ExtensionTrainer(WindowTrainer):
@@ -42,7 +47,12 @@ class ExtensionTrainer(WindowTrainer):
         For arguments under which the model cannot be trained.
     """
 
-    not_supported = {"push_to_hub": "upload the folder that the run writes"}
+    not_supported = {
+        "gradient_checkpointing": TWICE,
+        "activation_checkpointing": TWICE,
+        **EMBEDDING_NOISE,
+        "push_to_hub": "upload the folder that the run writes",
+    }
     all_finite = "all parameters are finite: the numbers of the model overflow"
 
     def __init__(

@@ -26,8 +26,10 @@ from lococo.results.plots import HeatMap, Lines, Panel, Series, picture
 from lococo.state import patch_of
 from lococo.training.budgets import allocate_with_scales, slot_levels
 from lococo.training.evictions import compressed_layers, eviction_errors, has_centroids
+from lococo.training.frozen import modes_kept
 from lococo.training.gap import GapRatio, MeasureGap, baselines
 from lococo.training.local import Recordings, train_locally
+from lococo.training.processes import main_process_first
 from lococo.training.recipes import RECIPES, Recipe, adjusted
 from lococo.training.runs import (
     RUN_NAME,
@@ -294,6 +296,11 @@ class Calibration(TrainingRun):
             ScoreNetworks.from_heads(model, self.config, self.scores_from)
 
     def _run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
+        with modes_kept(model):
+            return self._calibrate(model.eval(), tokenizer)
+
+    def _calibrate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Result:
+        """Train and save; the model is in evaluation mode."""
         usage = self.meter()
         has_steps = self.recipe.objective is not None
         processes = self.processes(on_cpu=model.device.type == "cpu", has_steps=has_steps)
@@ -304,7 +311,7 @@ class Calibration(TrainingRun):
             rows.append({"stage": stage, **row})
             self.tell(rows[-1])
 
-        with processes.main_process_first():
+        with main_process_first():
             train, heldout = prepare(self.data, tokenizer, self.cache_dir / "tokens")
             description = self._description(weights_identity(model))
             check_same_run(self.work / RUN_NAME, description)
@@ -313,7 +320,7 @@ class Calibration(TrainingRun):
             if processes.is_main_process:
                 self.begin(description)
         networks = self._learn_scores(model, train, add)
-        with processes.main_process_first():
+        with main_process_first():
             # Read anew: the first process has written into it.
             config, scales = self._with_budgets(model, train, Journal(measured, self.deadline), networks, add)
             recordings = Recordings(self.recordings_dir or self.work / "recordings", self.deadline)
@@ -327,7 +334,7 @@ class Calibration(TrainingRun):
                 _weigh_centroids(model, scales)
             add("start", step=0, **gap.measure(model))
             if local := self.recipe.local:
-                with processes.main_process_first():
+                with main_process_first():
                     for row in train_locally(model, recordings, local, self.work / "local", self.deadline):
                         add("local", **row)
                 add("local", step=local.steps, **gap.measure(model))

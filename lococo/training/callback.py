@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lococo.heads import load_heads, save_heads
+from lococo.heads import check_heads, load_heads, save_heads
 from lococo.training.trainer import HEADS_FOLDER
 
 
@@ -30,7 +30,8 @@ class SaveHeadsCallback(TrainerCallback):
     FileNotFoundError
         If the checkpoint that training goes on from has no heads, or does not lie in ``args.output_dir``.
     ValueError
-        If another training has left a checkpoint of the same step there.
+        If another training has left a checkpoint of the same step there, the model is not patched, or its heads lie in
+        parts on several processes (FSDP).
     """
 
     def on_save(
@@ -44,6 +45,7 @@ class SaveHeadsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Called by the Trainer."""
+        check_heads(model)
         if state.global_step:
             checkpoint = _checkpoint(args, state)
             _check_is_of(checkpoint, state)

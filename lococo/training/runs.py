@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,22 +22,24 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lococo.data.documents import check_sources, local_files
 from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
-from lococo.files import as_path, check_output, write_whole
-from lococo.models import find_family
+from lococo.files import as_path, check_output, temporary_name, write_whole
+from lococo.models import base_config, find_family
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.plots import THIN, Lines, Panel, Series
 from lococo.results.tables import peak_memory, result_content
 from lococo.state import is_patched
 from lococo.training.frozen import checksums, random_state_kept
 from lococo.training.recipes import TrainingRecipe
-from lococo.training.window_trainer import StopInTime, WindowTrainer
+from lococo.training.window_trainer import StopInTime, WindowTrainer, step_of, whole_checkpoints
 
 RUN_NAME, TRAINER_FOLDER = "run.json", "trainer"
 FIGURES = ("loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")  # of a step
+
+# Fields of a model's config that change none of its figures.
+NOT_OF_FIGURES = {"_name_or_path", "architectures", "transformers_version", "use_cache"}
 
 Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
 R = TypeVar("R", bound="TrainingRun")
@@ -133,14 +136,20 @@ class TrainingRun(abc.ABC):
         self._check_training_arguments()
         for path in (self.output, self.work / RUN_NAME, self.cache_dir / "tokens"):
             check_output(path)
-        if self.work.exists() and not self.resume:
-            raise FileExistsError(f"{self.work} holds an unfinished run: resume it (--resume) or remove that folder")
-        surplus = {entry.name for entry in self.work.iterdir()} if self.work.exists() else set()
-        if surplus := surplus.difference(self.work_names):
-            raise FileExistsError(f"{self.work} holds {', '.join(sorted(surplus))}, so it is no run to resume")
+        if self.work.exists():
+            self._check_work_folder()
         check_sources(self.data.sources, self.data.text_column)
         if not importlib.util.find_spec("matplotlib"):
             raise ImportError("training draws a picture with the package matplotlib: pip install lococo[train]")
+
+    def _check_work_folder(self) -> None:
+        if not self.resume:
+            raise FileExistsError(f"{self.work} holds an unfinished run: resume it (--resume) or remove that folder")
+        found = {entry.name for entry in self.work.iterdir()}.difference(map(temporary_name, self.work_names))
+        if surplus := found.difference(self.work_names):
+            raise FileExistsError(f"{self.work} holds {', '.join(sorted(surplus))}, so it is no run to resume")
+        if found and RUN_NAME not in found:  # it was killed while it removed the folder
+            raise FileExistsError(f"{self.work} has no {RUN_NAME}, so it is no run to resume: remove that folder")
 
     def _check_training_arguments(self) -> None:
         given = {} if self.training_arguments is None else self.training_arguments
@@ -266,13 +275,12 @@ class TrainingRun(abc.ABC):
         OutOfTime
             If the deadline came before.
         """
-        folder, steps = Path(str(trainer.args.output_dir)), trainer.args.max_steps
-        state, last = trainer.state, folder / f"{PREFIX_CHECKPOINT_DIR}-{steps}"
-        if (last / TRAINER_STATE_NAME).is_file():  # Trainer would train a step more
-            load(last)
-            state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        checkpoints, steps = whole_checkpoints(str(trainer.args.output_dir)), trainer.args.max_steps
+        if checkpoints and step_of(checkpoints[-1]) == steps:  # Trainer would train a step more
+            load(checkpoints[-1])
+            state = TrainerState.load_from_json(str(checkpoints[-1] / TRAINER_STATE_NAME))
         else:
-            trainer.train(resume_from_checkpoint=any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")))
+            trainer.train(resume_from_checkpoint=bool(checkpoints))
             state = trainer.state
             if state.global_step < steps:
                 raise OutOfTime
@@ -405,11 +413,11 @@ def this_process(*, on_cpu: bool) -> PartialState:
 
 
 def weights_identity(model: nn.Module) -> str:
-    """Name of a model by its weights, for figures measured on it."""
-    total = 0
-    for value in checksums(model).values():
-        total = (31 * total + value) % 2**64
-    return f"{total:016x}"
+    """Name of a model by its weights and its config, for figures measured on it."""
+    config = base_config(model).to_diff_dict()
+    said = {name: value for name, value in config.items() if name not in NOT_OF_FIGURES}
+    content = json.dumps([list(checksums(model).values()), said], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def plain(content: Any) -> dict[str, Any]:

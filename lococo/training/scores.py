@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
@@ -28,9 +27,10 @@ from lococo.models.family import execution_device
 from lococo.models.rotary import Rotary, rotary_tables
 from lococo.patch import patched
 from lococo.registry import SCORES
-from lococo.results.deadline import Deadline
+from lococo.results.deadline import Deadline, OutOfTime
 from lococo.state import Patch, patch_of
 from lococo.training.lookups import Lookups, record_lookups
+from lococo.training.processes import is_over_anywhere, summed
 from lococo.training.recipes import ScoreConfig
 
 # Log-probability, all but, of a token that is no candidate.
@@ -177,7 +177,8 @@ def train_scores(
     with tqdm(total=len(windows), desc="scores", unit="text", disable=None) as bar:
         bar.update(sum(map(len, batches[: trainer.batch])))
         for batch in batches[trainer.batch :]:
-            (deadline or Deadline()).check()
+            if is_over_anywhere(deadline or Deadline()):
+                raise OutOfTime
             loss = trainer.learn_from(batch)
             bar.update(len(batch))
             bar.set_postfix(loss=f"{loss:.3f}", closed=f"{trainer.closed:.2f}")
@@ -239,7 +240,7 @@ class _Trainer:
         """Read texts, measure on them, learn from them; save. Returns the first loss."""
         steps = [self._read(batch) for batch in windows.split(self.settings.texts_per_step)]
         lost = [weight * self._lost_shares(text) for texts, weight in steps for text in texts]
-        self.lost.append(_summed([torch.stack(lost).sum(dim=0) / len(steps)])[0].tolist())
+        self.lost.append(summed([torch.stack(lost).sum(dim=0) / len(steps)])[0].tolist())
         losses = []
         for index in range(self.settings.repeats * len(steps)):
             done = (self.batch + index / (self.settings.repeats * len(steps))) / self.batches
@@ -269,12 +270,12 @@ class _Trainer:
                 loss = lookup_loss(self.networks.by_layer[layer_idx], lookups, self.networks.config)
                 (weight * loss).backward()
                 total += weight * loss.item() / len(text)
-        total = float(_summed([torch.tensor(total, dtype=torch.float64)])[0])
+        total = float(summed([torch.tensor(total, dtype=torch.float64)])[0])
         if not math.isfinite(total):  # in all processes, so that none waits for another
             raise FloatingPointError(f"scores, step {self.batch + 1} of {self.batches}: the loss is {total}")
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        for gradient, summed in zip(gradients, _summed(gradients), strict=True):
-            gradient.copy_(summed)
+        for gradient, total_gradient in zip(gradients, summed(gradients), strict=True):
+            gradient.copy_(total_gradient)
         self.optimizer.step()
         return total
 
@@ -315,12 +316,6 @@ class _Trainer:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
                 }
-
-
-def _summed(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Over all processes."""
-    processes = PartialState()
-    return tensors if processes.num_processes == 1 else reduce([each.to(processes.device) for each in tensors], "sum")
 
 
 def lookup_loss(network: Any, lookups: Lookups, config: LoCoCoConfig) -> torch.Tensor:

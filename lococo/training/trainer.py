@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainOutput
 from lococo.heads import load_heads, save_heads
 from lococo.training.frozen import base_unchanged, only_heads_learn
 from lococo.training.objectives import Objective, WindowLoss
-from lococo.training.window_trainer import WindowTrainer
+from lococo.training.window_trainer import EMBEDDING_NOISE, WindowTrainer
 
 HEADS_FOLDER = "heads"
 TWICE = "layers run twice would read twice into the cache; set backprop_tokens to save memory"
@@ -44,6 +44,7 @@ class HeadTrainer(WindowTrainer):
         "gradient_checkpointing": TWICE,
         "activation_checkpointing": TWICE,
         "fsdp": "use a copy of the model per process, a device map, or lococo.training.window_trainer.DEEPSPEED_ZERO2",
+        **EMBEDDING_NOISE,
         "push_to_hub": "use lococo.push_heads after training",
     }
     all_finite = "all heads are finite: the numbers of the base model overflow"

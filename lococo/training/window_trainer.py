@@ -6,6 +6,7 @@ import abc
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from lococo.results.deadline import Deadline
 from lococo.state import Patch
 from lococo.training.objectives import Caches, NextTokenLoss, WindowLoss
+from lococo.training.processes import is_over_anywhere
 
+# What none of these trainers can follow: it is put into the embeddings of the module that is trained.
+EMBEDDING_NOISE = {"neftune_noise_alpha": "the loss that is trained has no embeddings to put noise into"}
 DEEPSPEED_ZERO2 = Path(__file__).with_name("deepspeed_zero2.json")  # for TrainingArguments(deepspeed=...)
 
 
@@ -258,14 +262,14 @@ class GatesWithinReach(TrainerCallback):
 
 
 class StopInTime(TrainerCallback):
-    """Ends training after the first step that a deadline came before, with a checkpoint."""
+    """Ends training after the first step that a deadline came before in any of the processes, with a checkpoint."""
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = deadline
 
     def on_step_end(self, args, state, control, **kwargs):
         """Called by the Trainer."""
-        if self.deadline.is_over:
+        if is_over_anywhere(self.deadline):
             control.should_save = control.should_training_stop = True
 
 
@@ -293,18 +297,36 @@ def deepspeed_arguments(config: str) -> dict[str, str]:
 
 
 def last_checkpoint(folder: str | os.PathLike) -> Path:
-    """The last checkpoint in a folder whose writing was not cut short: the Trainer's state is written last.
+    """The last checkpoint in a folder whose writing was not cut short.
 
     Raises
     ------
     ValueError
         If there is none.
     """
-    states = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    whole = sorted((state.parent for state in states), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = whole_checkpoints(folder)
     if not whole:
         raise ValueError(f"{folder} has no checkpoint to resume from")
     return whole[-1]
+
+
+def whole_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """Checkpoints in a folder whose writing was not cut short, by steps: the Trainer's state is written last."""
+    states = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    return sorted((state.parent for state in states if _is_whole_json(state)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were done when a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _unpadded(inputs: dict[str, Any]) -> torch.Tensor:

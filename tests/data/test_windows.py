@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_words import WORDS, config, text_of, word_tokenizer, write_lines
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import default_data_collator
 
 from lococo.data import windows as data
@@ -157,11 +157,15 @@ def test_fingerprint_covers_config_tokenizer_and_files(tmp_path):
         data.fingerprint(dataclasses.replace(wish, **{name: value}), tokenizer) for name, value in changes.items()
     ]
     prints += [data.fingerprint(wish, word_tokenizer(bos=True)), data.fingerprint(wish, word_tokenizer(words=98))]
+    small = word_tokenizer()
+    small.backend_tokenizer.normalizer = normalizers.Lowercase()
+    prints.append(data.fingerprint(wish, small))
+    tokenizer(["w0 w1"], truncation=True, max_length=1)  # says nothing of how texts are read
     assert data.fingerprint(wish, word_tokenizer()) == data.fingerprint(wish, tokenizer)
     before = data.fingerprint(wish, tokenizer)
     write_lines(path, many_texts(seed=1))
     prints += [before, data.fingerprint(wish, tokenizer)]
-    assert len(set(prints)) == len(changes) + 4
+    assert len(set(prints)) == len(changes) + 5
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -488,3 +488,12 @@ def test_command_refuses_bad_input(words, message, checkpoint, text, tmp_path, c
     assert command(checkpoint, text, tmp_path, "--factor", 4, *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_are_missing_leave_the_model_as_it_was(tokenizer, text, tmp_path):
+    extend(tiny_llama(), tokenizer, text, tmp_path)
+    shutil.rmtree(tmp_path / "out" / "heads")
+    model = tiny_llama()
+    with pytest.raises(FileNotFoundError, match="heads does not exist: the heads that were trained with the adapters"):
+        lococo.load_extended(model, tmp_path / "out")
+    assert_as_it_was(model)

@@ -12,13 +12,14 @@ import torch
 from extension_worker import CONFIG, CONFIGS, SCALING, learned, recipe, trainer
 from naive_llama import naive_gradients
 from tiny import tiny_ids, tiny_llama
-from transformers import TrainerCallback
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 
 import lococo
 from lococo.data.windows import Windows
 from lococo.extension.adapters import checkpoint_layers, restored
 from lococo.extension.extend import extended_for_training
 from lococo.extension.rope_scaling import scale_positions
+from lococo.extension.trainer import ExtensionTrainer
 from lococo.state import HEAD
 
 IDS = tiny_ids(2, 64, seed=1)
@@ -242,6 +243,9 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
     refused = pytest.raises(ValueError, match="push_to_hub=True")
     with extended_for_training(tiny_llama(), recipe()) as learner, refused:
         trainer(learner, recipe(), tmp_path, push_to_hub=True)
+    for name, value in {"gradient_checkpointing": True, "neftune_noise_alpha": 5.0}.items():
+        with pytest.raises(ValueError, match=f"{name}={value} is not supported by ExtensionTrainer: "):
+            ExtensionTrainer.check_supported({name: value})
     with extended_for_training(tiny_llama(), recipe("full")) as learner:
         how = recipe()
         with pytest.raises(ValueError, match="backprop_tokens is for compressed caches"):
@@ -263,3 +267,17 @@ def test_stretched_positions_are_trained(tmp_path):
         with extended_for_training(tiny_llama(), recipe(method)) as learner:
             found = learner.base_model.model.model.rotary_emb.inv_freq
             assert torch.equal(found, expected.model.rotary_emb.inv_freq)
+
+
+def test_a_restored_model_has_its_own_configs_inside_its_config():
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=8, **sizes)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_index=1)
+    )
+    decoder = model.model.language_model
+    assert model.config.text_config is decoder.config
+    with restored(model):
+        scale_positions(model, SCALING)
+    assert model.config.text_config is decoder.config
+    assert decoder.config.to_dict()["rope_parameters"] == tiny_llama().config.to_dict()["rope_parameters"]

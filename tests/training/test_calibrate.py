@@ -436,3 +436,26 @@ def test_the_example_trains_heads_and_measures_them(checkpoint, texts, tmp_path,
     assert all((head.gate != config.gate_init).any() for head in patch.heads.values()) and patch.heads
     assert all(network.output.weight.abs().max() > 0 for network in patch.networks.values())
     assert len(patch.networks) == 2 and config.slots_per_head is not None
+
+
+def measured(model, texts, cache, output):
+    """Figures of heads that nothing was learned for."""
+    nothing = dict(score_texts=0, objective="none", budget_texts=0, local_steps=0, steps=None)
+    calibrate_in_python(model, texts, output, cache, **nothing)
+    return content(output)["metrics"]
+
+
+def test_models_in_training_mode_are_measured_without_dropout(texts, tmp_path):
+    expected = measured(tiny_llama(), texts, tmp_path / "cache", tmp_path / "expected")
+    model = tiny_llama(attention_dropout=0.5).train()
+    found = measured(model, texts, tmp_path / "other_cache", tmp_path / "heads")
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert all(module.training for module in model.modules())
+
+
+def test_figures_of_the_same_weights_in_another_config_are_not_reused(texts, tmp_path):
+    cache = tmp_path / "cache"
+    measured(tiny_llama(), texts, cache, tmp_path / "plain")
+    model = tiny_llama(rope_theta=100.0)
+    found = measured(model, texts, cache, tmp_path / "other")["heldout_nll_full"]
+    assert found == pytest.approx(nll(model, heldout_windows(texts, cache)), abs=1e-6)

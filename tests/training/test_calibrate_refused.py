@@ -191,3 +191,11 @@ def test_what_the_text_is_not_like_is_one_line(options, message, run, tmp_path, 
     (error,) = errors(capsys)
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_shorter_than_the_first_token_that_counts_in_longer_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "words.jsonl", 1)
+    short = ["--length", "80", "--num-slots", str(SLOTS), "--block-size", str(BLOCK), *NOTHING]
+    assert main(["calibrate", "--model", "no-model", "--dataset", "words.jsonl", "--output", "heads", *short]) == 2
+    assert "no-model" in errors(capsys)[0]

@@ -72,3 +72,11 @@ def test_heads_of_another_training_in_the_folder_are_refused(tmp_path):
         trainer(tmp_path / name, logging_steps=1, learning_rate=rate).train()
     with pytest.raises(ValueError, match=r"other/checkpoint-2 is of another training"):
         trainer(tmp_path / "other", logging_steps=1).train(resume_from_checkpoint=f"{tmp_path}/one/checkpoint-2")
+
+
+def test_a_model_without_heads_is_refused_before_the_first_step(tmp_path):
+    run = trainer(tmp_path)
+    lococo.unpatch_model(run.model)
+    with pytest.raises(ValueError, match="is not patched: it has no heads"):
+        run.train()
+    assert run.state.global_step == 0

@@ -17,6 +17,7 @@ from calibrated import (
     SHORT,
     SLOTS,
     assert_same_heads,
+    calibrate_in_python,
     content,
     data_config,
     errors,
@@ -130,6 +131,38 @@ def test_a_folder_of_something_else_is_neither_resumed_nor_removed(run, tmp_path
     assert run(tmp_path / "heads", *NOTHING, "--resume", "--work-dir", tmp_path / "mine") == 2
     assert "mine holds thesis.txt, so it is no run to resume" in errors(capsys)[0]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+def killed_at_the_end(output, texts, cache, monkeypatch, **options):
+    """The work folder of a calibration that was stopped before it could save."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_in("_save", 1)(patched, Calibration)
+        shortly_calibrated(output, texts, cache, **options)
+    return output.with_name(f"{output.name}.work")
+
+
+def shortly_calibrated(output, texts, cache, **options):
+    short = dict(score_texts=4, budget_texts=0, local_steps=0, steps=3, measure_every=1)
+    calibrate_in_python(tiny_llama(), texts, output, cache, **{**short, **options})
+
+
+def test_what_a_kill_left_half_written_is_passed_over(texts, cache, tmp_path, monkeypatch):
+    shortly_calibrated(tmp_path / "whole", texts, cache)
+    work = killed_at_the_end(tmp_path / "cut", texts, cache, monkeypatch)
+    (work / ".scores.safetensors.tmp").write_bytes(b"cut sho")
+    state = work / "trainer" / "checkpoint-3" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:50])
+    shortly_calibrated(tmp_path / "cut", texts, cache, resume=True)
+    assert_same_heads(tmp_path / "cut", tmp_path / "whole")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert not work.exists()
+
+
+def test_what_is_left_of_a_finished_run_is_not_gone_on_with(texts, cache, tmp_path, monkeypatch):
+    work = killed_at_the_end(tmp_path / "heads", texts, cache, monkeypatch)
+    (work / "run.json").unlink()
+    with pytest.raises(FileExistsError, match=r"heads\.work has no run\.json, so it is no run to resume"):
+        shortly_calibrated(tmp_path / "heads", texts, cache, resume=True, seed=1)
 
 
 # Several processes

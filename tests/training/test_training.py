@@ -223,6 +223,17 @@ def test_suspension_reaches_into_ddp(two_processes):
     assert all(torch.equal(result["suspended"], expected) for result in two_processes)
 
 
+@pytest.mark.slow
+def test_processes_end_where_the_first_of_them_has_no_time_left(two_processes):
+    assert [result["stopped"] for result in two_processes] == 2 * [(2, True, [1], True)]
+
+
+@pytest.mark.slow
+def test_heads_in_parts_are_refused(two_processes):
+    for result in two_processes:
+        assert "lies in parts on several processes (FSDP)" in result["sharded"]
+
+
 # Memory
 
 
