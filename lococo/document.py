@@ -220,7 +220,7 @@ class SavedDocument:
                 f"{path} was read in {notes['dtype']}, the model is in {patch.decoder.dtype}: give --dtype"
             )
         if notes["weights"] != model_digest(model):
-            raise ValueError(f"{path} was read by a model with other weights")
+            raise ValueError(f"{path} was read by a model with other weights or another config")
         if notes["heads"] != (heads and heads_digest(heads)):
             used = "other" if notes["heads"] else "no"
             raise ValueError(f"{path} was read with {used} trained heads: choose --heads or --method as then")

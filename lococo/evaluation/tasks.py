@@ -24,7 +24,7 @@ from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.metrics import mean_of_items_interval
 from lococo.results.journal import Journal
-from lococo.results.plots import GAP, Bars, Series, picture
+from lococo.results.plots import GAP, Bars, Lines, Panel, Series, picture
 from lococo.results.tables import beside, label_of, write_result
 
 if TYPE_CHECKING:
@@ -221,7 +221,12 @@ def _difference(
 
 
 def picture_of(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Differences to the full cache by task, metric and method, with their intervals; without it scores."""
+    """Differences to the full cache by task, metric and method, with their intervals; without it scores.
+
+    With several numbers of slots: scores against these, a panel for every task and metric.
+    """
+    if len({row["num_slots"] for row in rows} - {None}) > 1:
+        return _by_slots(rows)
     compared = [row for row in rows if row["difference"] is not None]
     found = {(_name_of(row), label_of(row)): row for row in compared or rows}
     names, methods = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
@@ -235,6 +240,32 @@ def picture_of(rows: Sequence[dict[str, Any]]) -> bytes:
     )
     panel = Bars(names, series, xlabel=shown)
     return picture([[panel]], (8, panel.height))
+
+
+def _by_slots(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Scores, shaded by their standard errors; without slots a level."""
+    panels: list[Panel | None] = []
+    by_name, slots = _grouped(rows, _name_of), sorted({row["num_slots"] for row in rows} - {None})
+    for name, measured in by_name.items():
+        lines = []
+        for method, points in _grouped(measured, lambda row: row["method"]).items():
+            points = sorted(points, key=lambda row: row["num_slots"] or 0)
+            places = [row["num_slots"] for row in points]
+            low, score, high = (list(each) for each in zip(*(_ends(row, False) for row in points), strict=True))
+            lines.append(Series(method, score, None if None in places else places, low, high))
+        panels.append(Lines(lines, name, log="x", ticks={each: str(each) for each in slots}, bottom=0))
+    columns = min(len(panels), 3)
+    panels += [None] * (-len(panels) % columns)
+    grid = [panels[first : first + columns] for first in range(0, len(panels), columns)]
+    size = (3.2 * columns, 0.8 + 2.6 * len(grid))
+    return picture(grid, size, xlabel="slots", ylabel="score, with its standard error")
+
+
+def _grouped(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def _name_of(row: dict[str, Any]) -> str:

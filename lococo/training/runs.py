@@ -25,8 +25,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lococo.data.documents import check_sources, local_files
 from lococo.data.windows import DEFAULT_CACHE, DataConfig, as_sources, prepare
+from lococo.digest import config_text
 from lococo.files import as_path, check_output, temporary_name, write_whole
-from lococo.models import base_config, find_family
+from lococo.models import find_family
 from lococo.results.deadline import Deadline, OutOfTime
 from lococo.results.plots import THIN, Lines, Panel, Series
 from lococo.results.tables import peak_memory, result_content
@@ -37,9 +38,6 @@ from lococo.training.window_trainer import StopInTime, WindowTrainer, step_of, w
 
 RUN_NAME, TRAINER_FOLDER = "run.json", "trainer"
 FIGURES = ("loss", "grad_norm", "learning_rate", "heldout_nll", "gap_ratio")  # of a step
-
-# Fields of a model's config that change none of its figures.
-NOT_OF_FIGURES = {"_name_or_path", "architectures", "transformers_version", "use_cache"}
 
 Dataset = str | os.PathLike | Iterable[str | os.PathLike | Mapping[str, Any]]
 R = TypeVar("R", bound="TrainingRun")
@@ -414,9 +412,7 @@ def this_process(*, on_cpu: bool) -> PartialState:
 
 def weights_identity(model: nn.Module) -> str:
     """Name of a model by its weights and its config, for figures measured on it."""
-    config = base_config(model).to_diff_dict()
-    said = {name: value for name, value in config.items() if name not in NOT_OF_FIGURES}
-    content = json.dumps([list(checksums(model).values()), said], sort_keys=True, default=str)
+    content = json.dumps([list(checksums(model).values()), config_text(model)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

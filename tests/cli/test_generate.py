@@ -345,10 +345,11 @@ def test_a_saved_text_that_does_not_fit_is_refused(chatty, saved, capsys, monkey
 
 def test_a_saved_text_of_another_model_or_tokenizer_is_refused(chatty, saved, tmp_path, capsys):
     arguments = [*METHOD, "--load-cache", str(saved / "plain"), "--question", "w1"]
-    other = shutil.copytree(chatty, tmp_path / "other")
-    tiny_llama(seed=3).save_pretrained(other)
-    assert main(["generate", "--model", str(other), *arguments]) == 2
-    assert "was read by a model with other weights" in errors(capsys)[0]
+    for name, change in {"weights": {"seed": 3}, "config": {"rms_norm_eps": 0.1}}.items():
+        other = shutil.copytree(chatty, tmp_path / name)
+        tiny_llama(**change).save_pretrained(other)
+        assert main(["generate", "--model", str(other), *arguments]) == 2
+        assert "was read by a model with other weights or another config" in errors(capsys)[0]
     deeper = shutil.copytree(chatty, tmp_path / "deeper")
     tiny_llama(num_hidden_layers=3).save_pretrained(deeper)
     assert main(["generate", "--model", str(deeper), *arguments]) == 2

@@ -336,9 +336,10 @@ def test_bytes_are_those_of_windows_as_long_as_they_are(model, tmp_path):
     assert {(row["length"], row["bytes_per_head"]) for row in rows} == {(30, 30 * 2 * 8 * 4)}
 
 
-def test_losses_of_other_weights_in_the_same_place_are_not_gone_on_with(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [{"seed": 1}, {"rope_theta": 100.0}], ids=["weights", "config"])
+def test_losses_of_another_model_in_the_same_place_are_not_gone_on_with(corpus, tmp_path, monkeypatch, change):
     monkeypatch.setattr(Journal, "finish", lambda journal: None)
-    first, other = tiny_llama(), tiny_llama(seed=1)
+    first, other = tiny_llama(), tiny_llama(**change)
     assert first.name_or_path == other.name_or_path
     found = [run(model, corpus, tmp_path / "x", methods=["full"])[0]["nll"] for model in (first, other, first)]
     assert found[0] == found[2] and abs(found[0] - found[1]) > 1e-3

@@ -23,6 +23,7 @@ from tiny import tiny_llama
 
 import lococo
 from lococo.cli.main import main
+from lococo.evaluation import tasks
 from lococo.evaluation.few_shot import document_of, read_tasks
 from lococo.evaluation.harness import PrefixLM
 from lococo.evaluation.tasks import _difference, evaluate_tasks
@@ -247,3 +248,27 @@ def test_command_measures_with_heads(data, checkpoint, tmp_path, capsys):
     found = dict.fromkeys((row["task"], row["method"], row["items"]) for row in content["rows"])
     assert list(found) == [(task, method, 3) for task in ("hellaswag", "race") for method in ("full", "lococo")]
     assert capsys.readouterr().out.count("\n") >= 6
+
+
+def scored(task, method, num_slots, score):
+    row = {"task": task, "shots": 0, "method": method, "num_slots": num_slots, "metric": "acc", "filter": "none"}
+    return row | {"score": score, "stderr": 0.1, "difference": None, "better": "higher"}
+
+
+def test_scores_by_number_of_slots_are_lines_beside_the_level_of_the_full_cache(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tasks, "picture", lambda grid, *_, **__: drawn.append(grid) or b"")
+    rows = [
+        scored(task, *each)
+        for task in ("one", "two")
+        for each in [("full", None, 0.9), ("h2o", 32, 0.6), ("lococo", 32, 0.8), ("h2o", 16, 0.5)]
+    ]
+    tasks.picture_of(rows)
+    ((first, second),) = drawn[0]
+    assert (first.title, second.title) == ("one 0 acc", "two 0 acc")
+    assert [(line.label, line.x, line.y) for line in first.series] == [
+        ("full", None, [0.9]),
+        ("h2o", [16, 32], [0.5, 0.6]),
+        ("lococo", [32], [0.8]),
+    ]
+    assert first.series[1].low == pytest.approx([0.4, 0.5]) and list(first.ticks) == [16, 32]

@@ -105,8 +105,11 @@ def test_checkpointing_reads_a_given_cache_no_second_time(use_reentrant):
         torch.testing.assert_close(kept[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_training_leaves_no_cache_behind():
-    assert patched(tiny_llama()).train()(input_ids=IDS).past_key_values is None
+def test_training_without_a_cache_leaves_none_behind():
+    model = patched(tiny_llama()).train()
+    assert model(input_ids=IDS, use_cache=False).past_key_values is None
+    model.config.use_cache = False  # as Transformers' Trainer sets it
+    assert model(input_ids=IDS).past_key_values is None
 
 
 @pytest.mark.parametrize("length", [12, 16, 64])
