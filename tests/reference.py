@@ -433,7 +433,7 @@ def _compress(
         """Note it of every token, with the weights of the entries in each slot by the entry it begins with."""
         for index, entry in enumerate(entries):
             if entry.tokens.float().max() == 1:
-                weights = [float(shares[first][index]) for first in sorted(shares)]
+                weights = [shares[first][index].item() for first in sorted(shares)]
                 outcome = "dropped" if index not in shares else "fused"
                 if index in sinks or index in recents:
                     outcome = "sink" if index in sinks else "recent"
