@@ -22,6 +22,7 @@ from lococo.context import ForwardContext, ForwardRequest
 from lococo.forward import after_forward, ask_for_last_states, before_forward
 from lococo.inputs import padded_columns
 from lococo.state import Patch, is_ours
+from lococo.whole_text import is_in_pieces
 
 # A recording costs about as much as a few steps, so a cache has to show first that it is there to stay.
 STEPS_BEFORE_RECORDING = 8
@@ -289,6 +290,7 @@ def _can_replay(patch: Patch, model: nn.Module, cache: LoCoCoCache, arguments: d
         and (cache not in _graphs or _graphs[cache] is not None)
         and all(layer.has_stepped and (layer.window is None or seen > layer.window) for layer in cache.layers)
         and not patch.is_suspended
+        and not is_in_pieces(patch)
         and not torch.is_grad_enabled()
         and not model.training
         and not torch.is_autocast_enabled(input_ids.device.type)

@@ -95,8 +95,8 @@ def _context(
     batch, num_tokens = tokens.shape[:2]
     check_shapes(kwargs, batch, num_tokens, seen=0 if cache is None else cache.seen_tokens)
     earlier: list[torch.Tensor] = []
-    is_piece, ends_text = request.is_chunk, False
-    chunk = None if is_piece else chunk_for(patch, kwargs, tokens)
+    is_piece, ends_text = request.is_chunk or whole_text.is_in_pieces(patch), False
+    chunk = None if request.is_chunk else chunk_for(patch, kwargs, tokens)
     if chunk is not None and chunk < num_tokens:
         cache = patch.new_cache() if cache is None else cache
         length = _check_whole(patch, cache, kwargs.get("attention_mask"), num_tokens)

@@ -1,4 +1,4 @@
-"""Rotary tables that depend on the length of a text, while the text is read in pieces.
+"""A text that is read in pieces: rotary tables that depend on its length, and what is a step of generation.
 
 "longrope" rotates texts beyond the original window with other factors, "dynamic" with a base that grows with the
 longest position. Transformers looks at the positions of a call; a call that is read in pieces is shown its last one
@@ -69,6 +69,11 @@ def pieces(
     return contextlib.nullcontext(), max(tokens, 1) if length_dependent_rotaries(model) else size
 
 
+def is_in_pieces(patch: Patch) -> bool:
+    """Whether forwards are pieces of a longer text, so that a single token is not one that was generated."""
+    return patch.thread.last_position is not None
+
+
 def note_last_position(patch: Patch, position_ids: torch.Tensor | None, length: int) -> bool:
     """Note the last position of a call before it is read in pieces; False if one is noted, of a longer text.
 
@@ -79,7 +84,7 @@ def note_last_position(patch: Patch, position_ids: torch.Tensor | None, length: 
     length : int
         Tokens of the longest row after the call.
     """
-    if patch.thread.last_position is not None:
+    if is_in_pieces(patch):
         return False
     patch.thread.last_position = torch.tensor(length - 1) if position_ids is None else position_ids.amax()
     return True

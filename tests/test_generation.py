@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 import lococo
 from lococo.cache.cache import LoCoCoCache
 from lococo.config import LoCoCoConfig
+from lococo.generation import read_tokens
 
 CONFIG = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5)
 SLOT_POSITIONS = LoCoCoConfig(num_slots=12, block_size=6, kernel_size=5, gate_init=0.5, positions="slot")
@@ -165,6 +166,16 @@ def test_a_piece_of_a_prompt_is_no_generated_token_however_short(chunk, keep):
         cache = model(text[:, :33], use_cache=True, logits_to_keep=keep).past_key_values
         steps = [model(token, past_key_values=cache).logits for token in text[:, 33:].split(1, dim=1)]
         logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 11])
+def test_a_piece_of_a_text_is_no_generated_token_either(chunk):
+    text, logits = tiny_ids(1, 60), []
+    for size in (33, chunk):
+        model = patch(tiny_llama(), CONFIG, block_size=8, decode_block_size=1)
+        cache = read_tokens(model, text[:, :33], chunk=size)
+        logits.append(model(text[:, 33:34], past_key_values=cache).logits)
     torch.testing.assert_close(*logits, **TOLERANCE)
 
 
