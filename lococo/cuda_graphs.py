@@ -125,7 +125,7 @@ class Snapshot:
         """Whether everything is as it was."""
         try:
             # Dictionaries compare what they hold by identity first, so that no tensor is looked into.
-            is_same = all(now == then for now, then in self._kept)
+            is_same = all(attributes == before for attributes, before in self._kept)
         except RuntimeError:  # two tensors of several numbers have been compared: one has been replaced
             return False
         return is_same and all(tensor.data_ptr() == address for tensor, address in self._addresses)

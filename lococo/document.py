@@ -61,7 +61,7 @@ class Document:
     is_chat : bool
         Whether both stand in the tokenizer's chat template, as what the user says.
     time : datetime.datetime
-        What a chat template that tells the date takes for now: the prompts of all questions begin alike, at any time.
+        The present for a chat template that tells the date: the prompts of all questions begin alike, at any time.
     """
 
     tokenizer: Any

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lococo
 from lococo import cuda_graphs as graphs
+from lococo.whole_text import reading_pieces
 
 PROMPT = tiny_ids(1, 21)
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -169,6 +170,16 @@ def test_a_tuple_is_given_to_who_asks_for_one(recorder):
     for _ in range(12):
         output = model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache, return_dict=False)
     assert isinstance(output, tuple) and not recorder.recordings
+
+
+@torch.no_grad()
+def test_pieces_of_a_text_are_no_steps(recorder):
+    model = patched_llama(CONFIGS["open"])
+    with reading_pieces(model, 40):
+        cache = model(PROMPT, use_cache=True).past_key_values
+        for _ in range(12):
+            model.__call__(input_ids=tiny_ids(1, 1), past_key_values=cache)
+    assert not recorder.recordings
 
 
 def test_longer_calls_come_between(recorder):

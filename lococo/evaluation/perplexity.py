@@ -21,7 +21,7 @@ from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, gap_interval, gap_ratio
 from lococo.results.journal import Journal
-from lococo.results.plots import Bars, Lines, Series, picture
+from lococo.results.plots import Bars, Lines, Series, in_rows, lines_over, method_styles, picture
 from lococo.results.tables import beside, label_of, write_result
 
 Row = dict[str, Any]
@@ -165,24 +165,17 @@ def _method(row: Row) -> str:
 def _plot_by(
     rows: Sequence[Row], x: str, label: str, name: Callable[[Row], str], path: Path, cut: float = math.inf
 ) -> None:
-    domains, names = _domains(rows), list(dict.fromkeys(map(name, rows)))
+    domains, styles = _domains(rows), method_styles(rows, x, name)
 
     def panel(domain: str) -> Lines:
-        lines, found = [], [row for row in rows if row["domain"] == domain]
-        for index, each in enumerate(names):
-            points = sorted((row for row in found if name(row) == each), key=lambda row: row[x] or 0)
-            if points:
-                places = [row[x] for row in points] if points[0][x] is not None else None
-                lines.append(Series(each, [row["ppl"] for row in points], places, style={"color": f"C{index}"}))
+        found = [row for row in rows if row["domain"] == domain]
         top = cut * statistics.median(row["ppl"] for row in found)
         is_cut = max(row["ppl"] for row in found) > top
-        ticks = {tick: str(tick) for tick in sorted({row[x] for row in found if row[x] is not None})}
         title = f"{domain}, cut at the top" if is_cut else domain
-        return Lines(lines, title, log="x", ticks=ticks, top=top if is_cut else None)
+        return lines_over(found, x, "ppl", styles, name, title=title, top=top if is_cut else None)
 
     columns = min(len(domains), 4)
-    panels = [*map(panel, domains), *[None] * (-len(domains) % columns)]
-    grid = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    grid = in_rows(list(map(panel, domains)), columns)
     size = (max(6, 3.2 * columns), 2.8 * len(grid) + 0.8)
     write_whole(path, picture(grid, size, xlabel=label, ylabel="perplexity (lower is better)"))
 

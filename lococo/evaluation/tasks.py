@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from lococo.files import write_whole
 from lococo.methods import Run
 from lococo.metrics import mean_of_items_interval
 from lococo.results.journal import Journal
-from lococo.results.plots import GAP, Bars, Lines, Panel, Series, picture
+from lococo.results.plots import GAP, Bars, Series, in_rows, lines_over, method_styles, picture
 from lococo.results.tables import beside, label_of, write_result
 
 if TYPE_CHECKING:
@@ -244,28 +245,15 @@ def picture_of(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def _by_slots(rows: Sequence[dict[str, Any]]) -> bytes:
     """Scores, shaded by their standard errors; without slots a level."""
-    panels: list[Panel | None] = []
-    by_name, slots = _grouped(rows, _name_of), sorted({row["num_slots"] for row in rows} - {None})
-    for name, measured in by_name.items():
-        lines = []
-        for method, points in _grouped(measured, lambda row: row["method"]).items():
-            points = sorted(points, key=lambda row: row["num_slots"] or 0)
-            places = [row["num_slots"] for row in points]
-            low, score, high = (list(each) for each in zip(*(_ends(row, False) for row in points), strict=True))
-            lines.append(Series(method, score, None if None in places else places, low, high))
-        panels.append(Lines(lines, name, log="x", ticks={each: str(each) for each in slots}, bottom=0))
+    method, panels = itemgetter("method"), []
+    styles = method_styles(rows, "num_slots", method)
+    for name in dict.fromkeys(map(_name_of, rows)):
+        found = [row for row in rows if _name_of(row) == name]
+        panels.append(lines_over(found, "num_slots", "score", styles, method, "stderr", title=name, bottom=0))
     columns = min(len(panels), 3)
-    panels += [None] * (-len(panels) % columns)
-    grid = [panels[first : first + columns] for first in range(0, len(panels), columns)]
-    size = (3.2 * columns, 0.8 + 2.6 * len(grid))
+    grid = in_rows(panels, columns)
+    size = (3.2 * columns, 2.6 * len(grid) + 0.8)
     return picture(grid, size, xlabel="slots", ylabel="score, with its standard error")
-
-
-def _grouped(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
 
 
 def _name_of(row: dict[str, Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 GAP = math.nan  # in a line, or a bar that is left out
+DASHES = ("-", "--", ":", "-.")
 THIN = {"marker": "", "linewidth": 1}  # a line of many points
 
 
@@ -199,6 +200,59 @@ class HeatMap:
             bar.ax.yaxis.set_major_formatter("{x:.0f}")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
         axes.set_title(self.title, fontsize=9)
+
+
+def lines_over(
+    rows: Sequence[Mapping[str, Any]],
+    x: str,
+    y: str,
+    styles: Mapping[str, Mapping[str, Any]],
+    name: Callable[[Any], str],
+    error: str | None = None,
+    **panel: Any,
+) -> Lines:
+    """A panel with a line for every name that rows of a table have, over one of their columns.
+
+    Parameters
+    ----------
+    x, y, error : str
+        Columns; ``error`` is drawn above and below ``y``. Where ``x`` is None a row is a level.
+    styles : mapping of str to mapping
+        What matplotlib is told of each name, the same in all panels of a picture.
+    name : callable
+        Name of a row.
+    **panel
+        Fields of ``Lines``.
+    """
+    lines = []
+    for each, style in styles.items():
+        points = sorted((row for row in rows if name(row) == each), key=lambda row: row[x] or 0)
+        if points:
+            places = None if points[0][x] is None else [row[x] for row in points]
+            low, high = (
+                None if error is None else [row[y] + sign * (row[error] or 0) for row in points] for sign in (-1, 1)
+            )
+            lines.append(Series(each, [row[y] for row in points], places, low, high, style))
+    ticks = {tick: str(tick) for tick in sorted({row[x] for row in rows} - {None})}
+    return Lines(lines, log="x", ticks=ticks, **panel)
+
+
+def method_styles(rows: Sequence[Mapping[str, Any]], x: str, name: Callable[[Any], str]) -> dict[str, dict[str, Any]]:
+    """Styles for ``lines_over``: a colour for every ``method``, and dashes for the larger of its ``num_slots``."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    slots = sorted({row["num_slots"] for row in rows} - {None})
+    styles = {}
+    for row in sorted(rows, key=lambda row: row["num_slots"] or 0):
+        style = styles[name(row)] = {"color": f"C{methods.index(row['method'])}"}
+        if x != "num_slots" and row["num_slots"]:
+            style["linestyle"] = DASHES[slots.index(row["num_slots"]) % len(DASHES)]
+    return styles
+
+
+def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel | None]]:
+    """Panels as a grid for ``picture``, whose last row may have empty places."""
+    filled = [*panels, *[None] * (-len(panels) % columns)]
+    return [filled[first : first + columns] for first in range(0, len(filled), columns)]
 
 
 def picture(

@@ -4,7 +4,19 @@ import builtins
 
 import pytest
 
-from lococo.results.plots import GAP, Band, Bars, HeatMap, Lines, Series, picture, thousands
+from lococo.results.plots import (
+    GAP,
+    Band,
+    Bars,
+    HeatMap,
+    Lines,
+    Series,
+    in_rows,
+    lines_over,
+    method_styles,
+    picture,
+    thousands,
+)
 
 
 def drawn(panel):
@@ -61,6 +73,45 @@ def test_a_picture_is_a_grid_of_panels():
     content = picture([[line, line], [HeatMap([[1.0]]), None]], (6, 5), title="t", xlabel="x", ylabel="y", share=True)
     assert content.startswith(b"\x89PNG")
     assert picture([[Bars(["a"], [Series("", [1.0])])]], (3, 2)).startswith(b"\x89PNG")
+
+
+def test_a_method_has_one_colour_and_more_slots_are_dashed_but_over_slots():
+    rows = [
+        {"method": method, "num_slots": slots, "length": length, "loss": slots or 1, "error": error}
+        for length in (30, 20)
+        for method, slots, error in [("full", None, 2), ("h2o", 16, None), ("h2o", 32, 1)]
+    ]
+
+    def name(row):
+        return f"{row['method']} {row['num_slots']}"
+
+    styles = method_styles(rows, "length", name)
+    assert styles == {
+        "full None": {"color": "C0"},
+        "h2o 16": {"color": "C1", "linestyle": "-"},
+        "h2o 32": {"color": "C1", "linestyle": "--"},
+    }
+    panel = lines_over(rows, "length", "loss", {**styles, "missing": {}}, name, "error", title="t")
+    assert [(line.label, line.x, line.y, line.low, line.high) for line in panel.series] == [
+        ("full None", [20, 30], [1, 1], [-1, -1], [3, 3]),
+        ("h2o 16", [20, 30], [16, 16], [16, 16], [16, 16]),
+        ("h2o 32", [20, 30], [32, 32], [31, 31], [33, 33]),
+    ]
+    assert [line.style for line in panel.series] == list(styles.values())
+    assert panel.ticks == {20: "20", 30: "30"} and panel.title == "t"
+
+    def method(row):
+        return row["method"]
+
+    styles = method_styles(rows, "num_slots", method)
+    assert styles == {"full": {"color": "C0"}, "h2o": {"color": "C1"}}
+    level, line = lines_over([row for row in rows if row["length"] == 20], "num_slots", "loss", styles, method).series
+    assert (level.x, line.x, line.low) == (None, [16, 32], None)
+
+
+def test_the_last_row_of_a_grid_may_have_empty_places():
+    one, two, three = (Lines([], title) for title in "abc")
+    assert in_rows([one, two, three], 2) == [[one, two], [three, None]] and in_rows([one], 1) == [[one]]
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
