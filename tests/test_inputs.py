@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
+from transformers import DynamicCache
 
 import lococo
 from lococo import LoCoCoConfig
@@ -143,3 +144,16 @@ def test_with_gradient_checkpointing_nothing_is_said_that_was_not_asked():
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model(IDS).past_key_values is None
+
+
+@torch.no_grad()
+def test_a_cache_that_is_given_is_read_into_whatever_use_cache_says():
+    model = patch()
+    cache = model(IDS[:, :50], use_cache=True).past_key_values
+    logits = model(IDS[:, 50:], past_key_values=cache, use_cache=False).logits
+    torch.testing.assert_close(logits, model(IDS).logits[:, 50:], atol=1e-5, rtol=0)
+    assert cache.seen_tokens == IDS.shape[1]
+    other = DynamicCache()
+    with pytest.warns(UserWarning, match="the empty DynamicCache given as"):
+        model(IDS, past_key_values=other, use_cache=False)
+    assert other.get_seq_length() == 0
