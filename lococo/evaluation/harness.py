@@ -141,7 +141,7 @@ class PrefixLM(HFLM):
         return answers
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> Any:
-        if context.shape[0] > 1:
+        if context.shape[0] > 1 or self.reader.reads_whole_texts:
             self.reader.tokens_read += int(settings["attention_mask"].sum())
         else:
             cache = self.reader.read(context[0, :-1].tolist())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lococo.compat import with_cache
 from lococo.generation import read_tokens
+from lococo.models import length_dependent_rotaries
 
 # A copy of a cache costs about as much as reading some tokens, and stays in memory.
 WORTH_KEEPING = 32
@@ -30,12 +31,15 @@ class PrefixReader:
 
     Attributes
     ----------
+    reads_whole_texts : bool
+        Whether no text begins like a longer one, because the model's rotary tables depend on their length.
     tokens_read : int
         Tokens of prompts that went through the model so far.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.reads_whole_texts = bool(length_dependent_rotaries(model))
         self.tokens_read = 0
         self.kept: dict[tuple[int, ...], Any] = {}
         self._partings: dict[tuple[int, ...], list[int]] = {}
@@ -75,6 +79,8 @@ class PrefixReader:
         continuations : sequence of sequences of int
             Each at least one token.
         """
+        if self.reads_whole_texts:
+            return [self._score_whole(context, ids) for ids in continuations]
         start = len(context) - 1
         cache = self.read(context[:-1])
         self.tokens_read += 1
@@ -87,6 +93,11 @@ class PrefixReader:
         inputs = torch.tensor(rows, device=self.model.device)
         output = self.model(inputs, position_ids=positions, **with_cache(self.model, cache), use_cache=True)
         return [_score(logits[: len(ids)], ids) for logits, ids in zip(output.logits, continuations, strict=True)]
+
+    def _score_whole(self, context: Sequence[int], ids: Sequence[int]) -> tuple[float, bool]:
+        self.tokens_read += len(context)
+        output = self.model(torch.tensor([[*context, *ids[:-1]]], device=self.model.device))
+        return _score(output.logits[0, -len(ids) :], ids)
 
     def _keep(self, ids: tuple[int, ...], cache: Any) -> None:
         self.kept[ids] = cache

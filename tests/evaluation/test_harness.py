@@ -170,6 +170,37 @@ def test_beginnings_within_beginnings_are_read_as_whole_prompts(seed):
     assert len(prompts) == 1 or reader.tokens_read < plain.tokens_read
 
 
+ROPES = {
+    "longrope": {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 4.0, 16.0, 48.0]},
+    "dynamic": {},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("is_patched", [False, True], ids=["full", "patched"])
+def test_texts_whose_length_changes_their_beginning_are_read_whole(tokenizer, rope, is_patched):
+    """Prompts that begin alike, on both sides of the window for which rotary tables change."""
+    window = {"original_max_position_embeddings": 48} if rope == "longrope" else {}
+    scaling = {"rope_type": rope, "factor": 4.0, "rope_theta": 10000.0, **ROPES[rope], **window}
+    prompts = [words(*range(1, 40), *range(50, 50 + more)) for more in (3, 8, 9, 30)]
+
+    def model():
+        made = tiny_llama(rope_scaling=scaling, max_position_embeddings=48)
+        return lococo.patch_model(made, CONFIG) if is_patched else made
+
+    ours = PrefixLM(model(), tokenizer=tokenizer, max_length=128)
+    theirs = HFLM(model(), tokenizer=tokenizer, backend="causal", max_length=128)
+    pairs = [(prompt, " " + words(end, end + 1)) for prompt in prompts for end in (5, 9)]
+    asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    # One at a time, the longest last: a "dynamic" table stays as large as it was made for a text before.
+    expected = [theirs.loglikelihood([each])[0] for each in copies(asked)]
+    assert_same(ours.loglikelihood(copies(asked)), expected)
+    asked = short_answers([Instance("generate_until", {}, (prompt, {}), 0) for prompt in prompts])
+    expected = [theirs.generate_until([each])[0] for each in copies(asked)]
+    assert ours.generate_until(copies(asked)) == expected
+    assert ours.reader.tokens_read == sum(3 * len(tokenizer(prompt).input_ids) for prompt in prompts)
+
+
 # lm-eval's own command
 
 
