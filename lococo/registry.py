@@ -48,7 +48,7 @@ class Registry(Generic[Item]):
             self._import_homes()  # their names are taken first
             taken = self._items.get(name)
             # A module that is read again, in a notebook for one, may register its own again.
-            if taken is not None and taken.__qualname__ != item.__qualname__:
+            if taken is not None and _name(taken) != _name(item):
                 raise ValueError(f"{self.kind} {name!r} is registered already: {taken.__qualname__}")
             self._items[name] = item
             return item
@@ -78,6 +78,10 @@ class Registry(Generic[Item]):
     def _import_homes(self) -> None:
         for home in self._homes:
             importlib.import_module(home)
+
+
+def _name(item: Any) -> tuple[str, str]:
+    return item.__module__, item.__qualname__
 
 
 SCORES: Registry[type[Score]] = Registry("score", "lococo.compression.scores")

@@ -199,6 +199,10 @@ def test_what_is_no_score_is_refused():
             def rank(self, entries, age, config):
                 """Nothing."""
 
+    namesake = type("MeanScore", (scores.MeanScore,), {"__module__": "__main__"})
+    with pytest.raises(ValueError, match="score 'mean' is registered already: MeanScore"):
+        register_score("mean")(namesake)
+
     assert list(scores.SCORES) == ["distant", "learned", "mean", "sum", "last"]
     key_norm()
     key_norm()  # a cell of a notebook, run again
