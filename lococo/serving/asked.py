@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 # What is not done, and the values of it that ask for nothing else than what is done.
 NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -31,6 +32,12 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
+def _as_object(text: str) -> str:
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("must be a JSON object")
+    return text
+
+
 class _Done(BaseModel):
     """Types and ranges of what is done."""
 
@@ -45,7 +52,7 @@ class _Done(BaseModel):
     seed: int = Field(0, ge=-(2**63), lt=2**63)
     stop: str | list[str] = ""
     logit_bias: dict[int, float] = {}
-    generation_config: str = ""
+    generation_config: Annotated[str, AfterValidator(_as_object)] = "{}"
     chat_template_kwargs: dict[str, Any] = {}
 
 
@@ -58,6 +65,7 @@ def checked(body: dict[str, Any]) -> dict[str, Any]:
         If it asks for what is not done, or a value is none of its kind; says which.
     """
     given = {name: value for name, value in body.items() if value is not None}
+    _check_characters(given)
     for name in NOT_DONE.keys() & given.keys():
         if not _is_among(given[name], NOT_DONE[name]):
             raise ValueError(f"{name} is not served: leave out {name}={given[name]!r}")
@@ -71,6 +79,14 @@ def checked(body: dict[str, Any]) -> dict[str, Any]:
     if given.get("tool_choice") == "none":
         given.pop("tools", None)
     return {**{name: value for name, value in given.items() if name not in NOT_DONE}, **done}
+
+
+def _check_characters(body: dict[str, Any]) -> None:
+    """Refuse texts that no tokenizer takes, as clients make them that cut a text by its UTF-16 units."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!r} is half a character: texts must be of whole ones") from error
 
 
 def check_messages(messages: Any) -> None:

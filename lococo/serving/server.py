@@ -31,6 +31,7 @@ from lococo.serving.requests import CURRENT, Request, Requests
 
 SECONDS_TO_END = 5  # for generations that are under way when the server ends: one token, or one piece of a prompt
 UNAVAILABLE = 503
+RENDERED = ("conversations", "messages")  # what Transformers calls a conversation on its way to the template
 TEXTS = ("text", "content", "reasoning_content")  # of a choice or its message
 
 
@@ -169,7 +170,8 @@ class _Chat(_Handler, ChatCompletionHandler):
     def _check(self, asked: dict) -> None:
         check_messages(asked["messages"])
         apply = self.model_manager.tokenizer.apply_chat_template  # type: ignore[attr-defined]
-        taken = inspect.signature(apply).parameters.keys() & asked.get("chat_template_kwargs", {}).keys()
+        known = {*inspect.signature(apply).parameters, *RENDERED}
+        taken = known & asked.get("chat_template_kwargs", {}).keys()
         if taken:
             raise ValueError(f"chat_template_kwargs go to the chat template, which has no {', '.join(sorted(taken))}")
         if tools := asked.get("tools"):

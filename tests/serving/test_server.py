@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import urllib.error
 import urllib.request
 
 import openai
@@ -254,12 +255,32 @@ TWO_ANSWERS = '{"num_return_sequences": 2, "do_sample": true}'
             "one answer is",
         ),
         ({"extra_body": {"generation_config": "{"}}, openai.BadRequestError, "Expecting property name"),
+        ({"extra_body": {"generation_config": "[]"}}, openai.BadRequestError, "generation_config: .* a JSON object"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_wrong_requests_are_told_what_is_wrong(served, asked, error, said, stream):
     with pytest.raises(error, match=said):
         served.complete(**{"prompt": "w1", "stream": stream, **asked})
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("completions", {"prompt": "w1 \ud83d"}),
+        ("completions", {"prompt": "w1", "stop": ["\ud83d"]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "w1 \ud83d"}]}),
+    ],
+)
+def test_a_text_that_was_cut_inside_a_character_is_refused(served, path, asked):
+    """As JavaScript cuts it; OpenAI's client for Python would not send it."""
+    request = urllib.request.Request(
+        f"{served.url}/{path}", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 400
+    assert "'\\ud83d' is half a character" in json.load(refused.value)["error"]["message"]
 
 
 def test_what_asks_for_nothing_changes_nothing(served):
@@ -425,6 +446,7 @@ def test_wrong_conversations_are_told_what_is_wrong(served, messages, said):
         ({"tools": [TOOL]}, "the chat template of this model has no place for tools"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice is not served"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "the chat template, which has no tokenize"),
+        ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "the chat template, which has no messages"),
         ({"extra_body": {"chat_template_kwargs": 5}}, "chat_template_kwargs: .* got 5"),
     ],
 )
