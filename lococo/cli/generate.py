@@ -104,7 +104,7 @@ class DocumentOptions:
     ] = None
 
     def check(self, is_full: bool) -> None:
-        """Refuse options that do not go together.
+        """Refuse options that do not go together, and words that are no text.
 
         Raises
         ------
@@ -112,7 +112,11 @@ class DocumentOptions:
             Says what would.
         """
         from lococo.cache.file import is_cache_file
+        from lococo.data.documents import decoded_text
 
+        for name, texts in (("--prompt", [self.prompt or ""]), ("--question", self.question)):
+            for text in texts:
+                decoded_text(text.encode(errors="surrogateescape"), name)  # the bytes that were typed
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give the text to read once: either --prompt-file or --prompt")
         if (self.save_cache or self.load_cache) and is_full:

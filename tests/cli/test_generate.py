@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import itertools
 import shutil
 
 import pytest
@@ -302,6 +303,13 @@ def test_what_is_no_text_on_standard_input_is_named(monkeypatch, capsys):
         monkeypatch.setattr("sys.stdin", typed(data))
         assert main(["generate", "--model", "none"]) == 2
         assert "standard input: binary data" in errors(capsys)[0]
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--question"])
+def test_words_in_another_encoding_are_named(capsys, option):
+    texts = {"--prompt": "w1", "--question": "w2", option: "m\udcfcde"}  # Latin-1, as Python hands it on
+    assert main(["generate", "--model", "none", *itertools.chain(*texts.items())]) == 2
+    assert f"{option}: binary data or another encoding" in errors(capsys)[0]
 
 
 @pytest.fixture(scope="module")
