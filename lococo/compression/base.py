@@ -133,4 +133,4 @@ def onloaded(head: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def _average(weights: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else (weights @ values[..., None]).squeeze(-1)
+    return None if values is None else (weights.to(values.dtype) @ values[..., None]).squeeze(-1)

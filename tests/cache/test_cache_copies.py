@@ -254,16 +254,20 @@ def test_an_error_before_the_first_layer_leaves_the_cache_usable():
     torch.testing.assert_close(read(model, TEXT[:1, 30:40], cache)[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head"])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float64), (torch.float64, torch.float16)],
+)
+@pytest.mark.parametrize("name", ["open", "open-slot", "slots-per-head", "centroids"])
 @torch.no_grad()
-def test_a_cache_follows_the_model_to_its_device_and_dtype(name, tmp_path):
+def test_a_cache_follows_the_model_to_its_device_and_dtype(name, first, then, tmp_path):
     """What was read in one precision is read on in it, whatever the model computes in by now."""
-    model = patched_llama(CONFIGS[name])
+    model = patched_llama(CONFIGS[name]).to(first)
     cache = read(model, TEXT[:, :30])[1]
-    halves = copy.deepcopy(model).bfloat16()
-    logits = torch.cat([read(halves, TEXT[:, at : at + 1], cache)[0] for at in range(30, 45)], dim=1)
-    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
-    assert {tensor.dtype for tensor in buffers(cache)} == {torch.float32}
+    other = copy.deepcopy(model).to(then)
+    logits = torch.cat([read(other, TEXT[:, at : at + 1], cache)[0] for at in range(30, 45)], dim=1)
+    assert logits.dtype == then and logits.isfinite().all()
+    assert {tensor.dtype for tensor in buffers(cache)} == {first}
     exact = model(TEXT[:, :45]).logits[:, 30:]
     assert (logits - exact).abs().mean() < 0.1 * exact.abs().mean()
 
