@@ -49,7 +49,7 @@ class Registry(Generic[Item]):
             taken = self._items.get(name)
             # A module that is read again, in a notebook for one, may register its own again.
             if taken is not None and _name(taken) != _name(item):
-                raise ValueError(f"{self.kind} {name!r} is registered already: {taken.__qualname__}")
+                raise ValueError(f"{self.kind} {name!r} is registered already: {_name(taken)[1]}")
             self._items[name] = item
             return item
 
@@ -81,7 +81,8 @@ class Registry(Generic[Item]):
 
 
 def _name(item: Any) -> tuple[str, str]:
-    return item.__module__, item.__qualname__
+    named = item if hasattr(item, "__qualname__") else type(item)  # a partial has no name of its own
+    return named.__module__, named.__qualname__
 
 
 SCORES: Registry[type[Score]] = Registry("score", "lococo.compression.scores")

@@ -405,6 +405,8 @@ def test_an_attention_of_ones_own_reads_as_the_library_does(monkeypatch):
         lococo.patch_model(tiny_llama(), attention="theirs")
     with pytest.raises(ValueError, match="attention 'sdpa' is registered already"):
         lococo.register_attention("sdpa")(own)
+    with pytest.raises(ValueError, match="attention 'sdpa' is registered already"):
+        lococo.register_attention("sdpa")(functools.partial(own))
     with pytest.raises(TypeError, match="an attention must be a function"):
         lococo.register_attention("number")(3)
 
