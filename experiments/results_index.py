@@ -116,7 +116,11 @@ RESULTS = (
     Result(
         "ablate", ("ablation",), "memory size, kernel size and kinds of slots, stories260K, calibrated in 30 steps"
     ),
-    Result("chatglm", ("chatglm_zh",), "a tiny ChatGLM, trained here, with heads of M = 32: held-out Chinese"),
+    Result(
+        "chatglm",
+        ("chatglm_zh", "chatglm_zh_recall"),
+        "a tiny ChatGLM, trained here, with heads of M = 32: held-out Chinese",
+    ),
     Result("agreement", ("lm_eval_agreement",), "with more slots than tokens: scores beside lm-eval's own model"),
     Result("memory", ("memory",), f"cache bytes against tokens read; {SMOLLM2}"),
     Result("memory-stream", ("memory_stream",), f"the same for a stream of 102,400 tokens; {SMOLLM2}"),
