@@ -143,15 +143,30 @@ def test_a_result_names_the_commit_that_was_there_when_measuring_began(tmp_path,
     path = tmp_path / "found.partial.jsonl"
     assert Journal(path).commits == ["aaa"], "where nothing is measured, that of now"
     found = []
-    for name in ("a", "b", "a"):
+    for names in ("a", "ab", "ba"):
         journal = Journal(path)
-        journal.measure([name], lambda: 1)
+        for name in names:
+            journal.measure([name], lambda: 1)
         found.append(journal.commits)
     assert found == [["bbb"], ["ccc-dirty", "bbb"], ["ccc-dirty", "bbb"]], "those that are no clean one first"
     write_result(tmp_path / "found", "lococo eval ppl", "cpu", [{"nll": 1.0}], commits=journal.commits)
     content = json.loads((tmp_path / "found.json").read_text())
     assert (content["commit"], content["later_commits"]) == ("ccc-dirty", ["bbb"])
     assert ", commit ccc-dirty, then bbb\n" in (tmp_path / "found.md").read_text()
+
+
+def test_rows_that_only_other_options_need_count_for_neither_time_nor_commits(tmp_path, monkeypatch):
+    present = iter(["aaa", "bbb"])
+    monkeypatch.setattr("lococo.results.journal.own_commit", lambda package: next(present))
+    clock = iter([0.0, 1000.0, 2000.0, 2001.5])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    path = tmp_path / "found.partial.jsonl"
+    Journal(path).measure(["128 slots"], lambda: 1)  # the run is killed, and its options were not right
+    journal = Journal(path)
+    journal.measure(["256 slots"], lambda: 2)
+    assert (journal.seconds, journal.commits) == (1.5, ["bbb"])
+    assert journal.recall(["128 slots"]) == 1, "asked for after all"
+    assert (journal.seconds, journal.commits) == (1001.5, ["aaa", "bbb"])
 
 
 def test_rows_of_something_else_are_left_aside_and_older_ones_go_on(tmp_path):
