@@ -70,8 +70,10 @@ def measure_losses(
         A window that another begins with is not read by itself: no token's loss depends on those after it.
     by_repeat : bool
         Count the tokens that repeat, as ``lococo.evaluation.repeats`` finds them, by their distance instead of length.
+        Where windows of several lengths overlap, the longest count.
     """
     readings = together(windows) if read_once else [[window] for window in windows]
+    readings = _apart(readings, first) if by_repeat else readings
     losses: Losses = {}
     for run in tqdm(runs, desc="methods", disable=None):
         groups = losses[run] = defaultdict(DocumentLosses)
@@ -94,6 +96,20 @@ def together(windows: Sequence[Window]) -> list[list[Window]]:
     for window in windows:
         places.setdefault((window.domain, window.document, window.start), []).append(window)
     return list(places.values())
+
+
+def _apart(readings: Sequence[list[Window]], first: int) -> list[list[Window]]:
+    """The longest of readings, in their order, so that no token counts in two."""
+    counted: dict[tuple[str, str], list[range]] = defaultdict(list)
+    chosen = set()
+    for number in sorted(range(len(readings)), key=lambda number: -_longest(readings[number]).ids.shape[1]):
+        window = _longest(readings[number])
+        tokens = range(window.start + first, window.start + window.ids.shape[1])
+        others = counted[window.domain, window.document]
+        if all(tokens.stop <= each.start or each.stop <= tokens.start for each in others):
+            others.append(tokens)
+            chosen.add(number)
+    return [readings[number] for number in sorted(chosen)]
 
 
 def _longest(parts: Sequence[Window]) -> Window:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_ids, tiny_llama
 
-from lococo.data.texts import Window
+from lococo.data.texts import Cut, Text, Window
 from lococo.evaluation.losses import measure_losses
 from lococo.evaluation.perplexity import evaluate_perplexity
 from lococo.evaluation.recall import recall_rows
@@ -105,6 +105,25 @@ def test_rows_equal_means_by_hand_and_are_what_the_full_cache_does_not_lose(mode
     counts = np.array([len(one) for one in h2o])
     assert (row["lost_low"], row["lost_high"]) == pytest.approx(mean_interval(sums, counts), abs=1e-6)
     assert rows["a", "h2o", 24, 128]["nll"] == pytest.approx(torch.cat(h2o[:2]).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_no_token_counts_twice_where_windows_of_several_lengths_overlap(model, tmp_path, sliding):
+    """A window of 100 tokens that begins in the middle of one of 400 counts what that one counts."""
+    documents = [Text("a", "long", repeating(2, 1000)), Text("a", "short", repeating(3, 130))]
+    least = 130 if sliding else None
+    cut = Cut((100, 400), FIRST, 9, min_length=least, sliding=sliding)
+    windows = cut.windows("a.txt", documents)
+    runs = plan_runs(["full"])
+    losses = measure_losses(model, windows, runs, FIRST, Journal(tmp_path / "j"), read_once=True, by_repeat=True)
+    places = defaultdict(list)  # of each token the window of most tokens before which it counts
+    for window in sorted(windows, key=lambda window: -window.ids.shape[1]):
+        ids = window.ids[0].tolist()
+        for place in range(FIRST, len(ids)):
+            places[window.document, window.start + place].append(naive_distance(ids, place, NGRAM))
+    expected = sum(distances[0] >= NEAREST for distances in places.values())
+    found = {group: measured.table[1].sum() for group, measured in losses[runs[0]].items()}
+    assert sum(tokens for (_, domain), tokens in found.items() if domain == "all") == expected > 0
 
 
 def test_the_command_writes_it_beside_the_perplexity(model, tmp_path):
