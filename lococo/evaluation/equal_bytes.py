@@ -102,11 +102,16 @@ def _fitted(
     def run(num_slots: int) -> Run:
         return in_format(Run(label, method_config(method, num_slots, block_size)), bits)
 
+    def size(num_slots: int) -> int:
+        return bytes_per_head(model, run(num_slots))
+
     def fits(num_slots: int) -> bool:
-        return bytes_per_head(model, run(num_slots)) <= most
+        return size(num_slots) <= most
 
     low, high = 0, 64
     while fits(high):
+        if size(2 * high) == size(high):  # every layer keeps its sliding window: more slots would never be used
+            return run(high)
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from tiny import patched_llama, tiny_llama
+from tiny import SIZES, patched_llama, tiny_llama
+from transformers import MistralConfig, MistralForCausalLM
 
 import lococo
 from lococo import LoCoCoConfig
@@ -70,6 +71,14 @@ def test_heads_are_compared_in_the_formats_in_which_they_fit(model, heads):
     assert names("h2o:6", "16", "8") == ["lococo-8"]
     with pytest.raises(ValueError, match=r"h2o:1 takes \d+ bytes by layer and KV head, .*mine \d[\d,]*"):
         names("h2o:1", "16")
+
+
+def test_where_every_layer_keeps_its_window_more_slots_take_no_more_bytes():
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=32)).eval()
+    for reference in ("h2o:24", "h2o:64"):  # 64: itself no less than the window
+        by_name = {run.name: run for run in plan_equal_bytes(model, reference, ["full", "h2o"], [8], (), ["16", "8"])}
+        most = bytes_per_head(model, by_name["h2o"])
+        assert by_name["h2o-8"].num_slots >= 31 and bytes_per_head(model, by_name["h2o-8"]) <= most
 
 
 @pytest.mark.parametrize("reference", ["h2o", "h2o:", "h2o:0", "h2o:x", "full:3", "full", "h2o:-2"])
