@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 import re
 import statistics
@@ -159,7 +160,8 @@ def make_needles(
         return Needle(torch.tensor([ids]), answer, length, depth)
 
     spaced = [index / max(depths - 1, 1) for index in range(depths)]
-    return [needle(length, depth, index) for length in lengths for depth in spaced for index in range(items)]
+    places = itertools.product(dict.fromkeys(lengths), spaced, range(items))  # a length twice is no other needle
+    return list(itertools.starmap(needle, places))
 
 
 def _prompt(filler: Filler, size: int, depth: float, distractors: int, rng: random.Random) -> tuple[str, str]:

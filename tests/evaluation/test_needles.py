@@ -58,6 +58,11 @@ def test_a_seed_gives_the_same_needles_and_another_seed_others():
     assert answers[0] == answers[1] != answers[2] and len(set(answers[0])) == 6
 
 
+def test_a_length_that_is_named_twice_is_asked_about_once():
+    found = [each.ids.tolist() for each in made((900, 700, 900), depths=2, items=2)[0]]
+    assert found == [each.ids.tolist() for each in made((900, 700), depths=2, items=2)[0]]
+
+
 def test_the_largest_that_fits_is_found():
     for limit in (3, 63, 64, 65, 1000):
         assert largest(lambda size: size, lambda size: size, 1, limit) == limit
