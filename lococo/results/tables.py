@@ -135,7 +135,8 @@ def label_of(row: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    # A domain is named by its file, or as a document says.
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split("\n")).replace("|", "\\|")
 
 
 def own_commit(package: Path) -> str | None:

@@ -425,3 +425,5 @@ def test_journal_measures_each_key_once(tmp_path):
 def test_markdown_table():
     table = markdown_table([{"method": "full", "nll": 3.14159, "slots": None}])
     assert table == "| method | nll | slots |\n| --- | --- | --- |\n| full | 3.142 |  |\n"
+    table = markdown_table([{"domain": "web | books\nand more", "nll": 1.0}])
+    assert table.splitlines()[2] == r"| web \| books and more | 1 |", "a name neither makes columns nor ends a row"
