@@ -224,7 +224,10 @@ def _told_apart(texts: Iterable[Text], times: Counter[tuple[str, str]]) -> list[
     """Texts with names of their own: those of two files, and ids that are none, may be the same."""
     named = []
     for text in texts:
-        times[text.domain, text.name] += 1
-        count = times[text.domain, text.name]
-        named.append(text if count == 1 else dataclasses.replace(text, name=f"{text.name} ({count})"))
+        name = text.name
+        while (text.domain, name) in times:  # also one of a document that is called "name (2)" itself
+            times[text.domain, text.name] += 1
+            name = f"{text.name} ({times[text.domain, text.name]})"
+        times[text.domain, name] += 1
+        named.append(dataclasses.replace(text, name=name))
     return named

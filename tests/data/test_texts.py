@@ -136,6 +136,14 @@ def test_texts_to_measure_on_come_in_every_kind_of_file(tmp_path, suffix):
     assert len({each.document for each in found}) == 2
 
 
+def test_documents_have_names_of_their_own(tmp_path):
+    names = ["x", "x", "x (2)", "x"]
+    lines = [json.dumps({"text": letter * 30, "id": name}) for letter, name in zip("abcd", names, strict=True)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read_windows([tmp_path / "a.jsonl"], Characters(), Cut((20,), 4, 9))
+    assert [window.document for window in found] == ["x", "x (2)", "x (2) (2)", "x (3)"]
+
+
 def test_a_text_file_is_one_document_and_a_domain_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("lococo.data.documents.TEXT_PART", 10)
     for name in "ab":
