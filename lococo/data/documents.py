@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from lococo.hub import HUB_ID
 
@@ -19,6 +19,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HUB_FILES = "hf://"
 TEXT_PART = 2**20  # characters of a .txt file in one document
 STREAMS = 16  # parts of one source read side by side
+ZST_PART = 2**14  # bytes of a .zst file decompressed at a time
 BATCH = 64  # documents held at a time
 NOT_TEXT = "binary data or another encoding; expected UTF-8 text"
 
@@ -270,11 +271,41 @@ def _open(path: Path, suffix: str) -> TextIO:
         binary: Any = gzip.GzipFile(path)
     elif suffix.endswith(".zst"):
         decompressor = _optional("zstandard").ZstdDecompressor(max_window_size=2**31)
-        binary = decompressor.stream_reader(path.open("rb"), read_across_frames=True)
+        binary = io.BufferedReader(_Frames(path.open("rb"), decompressor))
     else:
         binary = path.open("rb")
     # Only "\n" ends a line of JSON: U+2028 and the like stand inside texts.
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None if suffix == ".txt" else "\n")
+
+
+class _Frames(io.RawIOBase):
+    """What is in the frames of a Zstandard file; ``stream_reader`` says nothing where one was cut."""
+
+    def __init__(self, file: BinaryIO, decompressor: Any) -> None:
+        self.file, self.decompressor = file, decompressor
+        self.frame: Any = None
+        self.content = io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not (part := self.content.read(len(buffer))) and (data := self.file.read(ZST_PART)):
+            found = []
+            while data:
+                if self.frame is None or self.frame.eof:
+                    self.frame = self.decompressor.decompressobj()
+                found.append(self.frame.decompress(data))
+                data = self.frame.unused_data
+            self.content = io.BytesIO(b"".join(found))
+        if not part and self.frame is not None and not self.frame.eof:
+            raise EOFError("compressed file ended before the end of a frame was reached")
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _optional(module: str) -> Any:

@@ -199,6 +199,12 @@ def test_a_hub_dataset_that_does_not_open_is_named(monkeypatch, error):
         read("org/name")
 
 
+def cut_after(lines):
+    """A .zst file whose writer handed on these lines and got no further."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(lines) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -216,6 +222,8 @@ def test_a_hub_dataset_that_does_not_open_is_named(monkeypatch, error):
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: "),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9], "a.jsonl.gz: "),
         ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: "),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n')[:-1], "a.jsonl.zst: "),
+        ("a.jsonl.zst", cut_after(b'{"text": "a"}\n'), "a.jsonl.zst: line 1: compressed file ended"),
         ("a.parquet", b"no parquet", "a.parquet: "),
     ],
 )
