@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import command_of
+from lococo.methods import heads_runs
 from lococo.results.journal import Journal
 from lococo.results.tables import beside, markdown_table, write_result
 
@@ -45,6 +46,7 @@ def main() -> None:
     options = _options()
     engines: dict[str, dict[str, Any] | None] = {STOCK: None}
     engines |= {f"lococo-{Path(folder).name}": {"heads": folder} for folder in options.heads}
+    identities = {f"lococo-{Path(run.heads or '').name}": run.identity() for run in heads_runs(options.heads)}
     for slots in options.num_slots:
         engines[f"lococo-uncalibrated-{slots}"] = {"num_slots": slots, "block_size": min(slots, 128)}
     journal = Journal(beside(options.output, ".partial.jsonl"))
@@ -56,7 +58,8 @@ def main() -> None:
         for count in options.requests:
             for name, settings in engines.items():
                 work = {**shape, "settings": settings, "requests": count, "length": length}
-                row = journal.measure((name, work), lambda work=work: _apart(work))  # type: ignore[misc]
+                key = (name, work, identities.get(name))
+                row = journal.measure(key, lambda work=work: _apart(work))  # type: ignore[misc]
                 rows.append({"engine": name, "requests": count, "length": length, **row})
                 print(rows[-1], flush=True)
     how = (
