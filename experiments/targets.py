@@ -21,24 +21,35 @@ Content = dict[str, Any]
 Figure = Callable[[Content, Sequence[Row]], float | None]
 
 
+def chosen(rows: Sequence[Row], **where: Any) -> list[Row]:
+    """The rows with these values in other columns."""
+    return [row for row in rows if all(row.get(name) == value for name, value in where.items())]
+
+
 def values(rows: Sequence[Row], column: str, **where: Any) -> list[float]:
     """What was measured of a column, in the rows with these values in other columns."""
-    chosen = [row for row in rows if all(row.get(name) == value for name, value in where.items())]
-    return [row[column] for row in chosen if row.get(column) is not None]
+    return [row[column] for row in chosen(rows, **where) if row.get(column) is not None]
 
 
 def most(column: str, unit: float = 1, **where: Any) -> Figure:
     """The largest value of a column, in a unit."""
-    return lambda content, rows: max((value / unit for value in values(rows, column, **where)), default=None)
+    return lambda content, rows: _of_all(max, [value / unit for value in values(rows, column, **where)], rows, where)
 
 
 def least(column: str, since: int = 0, **where: Any) -> Figure:
     """The smallest value of a column, for texts of ``since`` tokens and more."""
 
     def figure(content: Content, rows: Sequence[Row]) -> float | None:
-        return min(values([row for row in rows if row["length"] >= since], column, **where), default=None)
+        rows = [row for row in rows if row["length"] >= since]
+        return _of_all(min, values(rows, column, **where), rows, where)
 
     return figure
+
+
+def _of_all(choose: Callable, found: list[float], rows: Sequence[Row], where: dict[str, Any]) -> float | None:
+    """None where a row was left out, for want of memory: the others do not speak for it."""
+    is_whole = not any(row.get("skipped") for row in chosen(rows, **where))
+    return choose(found) if found and is_whole else None
 
 
 def growth(column: str, short: int, long: int) -> Figure:

@@ -130,6 +130,15 @@ def test_figures(figure, expected):
     assert figure({"rows": ROWS}, OURS) == (None if expected is None else pytest.approx(expected))
 
 
+@pytest.mark.parametrize(
+    "figure", [most("tokens_per_second"), least("tokens_per_second"), growth("cache_bytes", 8, 64)]
+)
+def test_cells_that_found_no_memory_are_not_spoken_for_by_others(figure):
+    left_out = [cell(PRESET, length, skipped="out of memory") for length in (64, 128)]
+    rows = [*OURS[:1], *left_out]
+    assert figure({"rows": rows}, rows) is None and figure({"rows": OURS}, OURS) is not None
+
+
 def test_a_calibration_in_one_go_has_its_minutes():
     assert calibration_minutes({"usage": {"seconds": 90.0, "resumed": False}}, []) == 1.5
     assert calibration_minutes({"usage": {"seconds": 90.0, "resumed": True}}, []) is None
