@@ -6,6 +6,7 @@ cache. Where it is further back than the slots could hold by age alone, only a c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, mean_interval
 from lococo.results.plots import Lines, Series, picture, thousands
 from lococo.results.tables import beside, write_result
 
+Row = dict[str, Any]
+Panels = dict[str, dict[str, list[Row]]]  # rows by the title of a panel and the name of a line
+MOST_PANELS, MOST_COLUMNS = 6, 3
+FORMAT = re.compile(r"(?:-b\d+)?(?:-([48](?:-[48])?))?$")  # what a method's name says of blocks and bits
+HEADS = "lococo"  # trained ones, which there may be several of in a format
+
 HOW = (
     f"Tokens that end {NGRAM} tokens which stood earlier in the window, by the distance of the last such place: from "
     "so many tokens back to twice as many. lost: nats per token more than the full cache loses on the same tokens; "
@@ -27,7 +34,7 @@ HOW = (
 )
 
 
-def recall_rows(losses: Losses) -> list[dict[str, Any]]:
+def recall_rows(losses: Losses) -> list[Row]:
     """One row per run, domain and distance of losses that ``measure_losses`` grouped by distance."""
     full = next((groups for run, groups in losses.items() if run.name == "full"), None)
     return [
@@ -37,9 +44,7 @@ def recall_rows(losses: Losses) -> list[dict[str, Any]]:
     ]
 
 
-def _row(
-    columns: dict[str, Any], group: tuple[int, str], measured: DocumentLosses, full: DocumentLosses | None
-) -> dict[str, Any]:
+def _row(columns: Row, group: tuple[int, str], measured: DocumentLosses, full: DocumentLosses | None) -> Row:
     nll, tokens = measured.table
     lost, low, high = None, None, None
     if full is not None:
@@ -75,25 +80,48 @@ def write_recall(
         write_whole(beside(output, ".png"), _picture(compared))
 
 
-def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """What is lost against the distance, a line per method; a panel per number of slots."""
+def _picture(rows: Sequence[Row]) -> bytes:
+    """What is lost against the distance: panels of lines."""
     distances = sorted({row["distance"] for row in rows})
-    budgets = sorted({row["num_slots"] for row in rows})
-    names = list(dict.fromkeys(row["method"] for row in rows))
+    panels = _by_slots(rows)
+    if len(panels) > MOST_PANELS:
+        panels = _by_format(rows)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
 
-    def line(name: str, own: Sequence[dict[str, Any]]) -> Series:
+    def line(name: str, own: Sequence[Row]) -> Series:
         lost, places = [row["lost"] for row in own], [row["distance"] for row in own]
         low, high = (
             [row["lost"] if row[end] is None else row[end] for row in own] for end in ("lost_low", "lost_high")
         )
         return Series(name, lost, places, low, high, {"color": f"C{names.index(name)}"})
 
-    def panel(slots: int) -> Lines:
-        found = {name: [row for row in rows if (row["method"], row["num_slots"]) == (name, slots)] for name in names}
-        lines = [line(name, own) for name, own in found.items() if own]
+    def panel(title: str) -> Lines:
+        lines = [line(name, own) for name, own in panels[title].items()]
         ticks = {distance: thousands(distance) for distance in distances}
-        return Lines(lines, f"{slots} slots", log="x", ticks=ticks, bottom=min(0, *(row["lost"] for row in rows)))
+        return Lines(lines, title, log="x", ticks=ticks, bottom=min(0, *(row["lost"] for row in rows)))
 
-    grid = [[panel(slots) for slots in budgets]]
+    columns = min(len(panels), MOST_COLUMNS)
+    drawn: list[Lines | None] = [*map(panel, panels), *[None] * (-len(panels) % columns)]
+    grid = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
+    size = (max(6, 1 + 3.4 * columns), 1 + 3 * len(grid))
     xlabel, ylabel = "tokens back, and up to twice as many", "lost (nats per token)"
-    return picture(grid, (max(6, 1 + 3.4 * len(budgets)), 4), xlabel=xlabel, ylabel=ylabel, share=True)
+    return picture(grid, size, xlabel=xlabel, ylabel=ylabel, share=True)
+
+
+def _by_slots(rows: Sequence[Row]) -> Panels:
+    """A panel per number of slots, a line per method."""
+    panels: Panels = {}
+    for row in sorted(rows, key=lambda row: row["num_slots"]):
+        panels.setdefault(f"{row['num_slots']} slots", {}).setdefault(row["method"], []).append(row)
+    return panels
+
+
+def _by_format(rows: Sequence[Row]) -> Panels:
+    """A panel per format, a line per method in it; at equal bytes each has a number of slots of its own."""
+    panels: Panels = {}
+    for row in sorted(rows, key=lambda row: -row["block_size"]):
+        name, bits, _ = FORMAT.split(row["method"], maxsplit=1)
+        slots = f" {row['num_slots']}" if name == HEADS else ""
+        title = f"{bits or '16'} bits, blocks of {row['block_size']}"
+        panels.setdefault(title, {}).setdefault(name + slots, []).append(row)
+    return panels

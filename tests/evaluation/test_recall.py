@@ -11,7 +11,7 @@ from tiny import tiny_ids, tiny_llama
 from lococo.data.texts import Cut, Text, Window
 from lococo.evaluation.losses import measure_losses
 from lococo.evaluation.perplexity import evaluate_perplexity
-from lococo.evaluation.recall import recall_rows
+from lococo.evaluation.recall import _by_format, recall_rows
 from lococo.evaluation.repeats import NEAREST, NGRAM, by_distance, repeat_distances
 from lococo.methods import plan_runs
 from lococo.metrics import mean_interval, token_nlls
@@ -142,3 +142,15 @@ def test_the_command_writes_it_beside_the_perplexity(model, tmp_path):
     rows = json.loads((tmp_path / "alone_recall.json").read_text())["rows"]
     assert all(row["lost"] is row["lost_low"] is None and row["nll"] > 0 for row in rows)
     assert not (tmp_path / "alone_recall.png").exists()
+
+
+def test_at_equal_bytes_a_panel_has_the_methods_of_a_format():
+    """Each of them has a number of slots of its own there."""
+    told = [("h2o", 128, 128), ("h2o-slot-b64-8-4", 304, 64), ("lococo-8", 176, 64), ("lococo-8", 352, 64)]
+    rows = [{"method": name, "num_slots": slots, "block_size": size} for name, slots, size in told]
+    panels = {title: list(lines) for title, lines in _by_format(rows).items()}
+    assert panels == {
+        "16 bits, blocks of 128": ["h2o"],
+        "8-4 bits, blocks of 64": ["h2o-slot"],
+        "8 bits, blocks of 64": ["lococo 176", "lococo 352"],
+    }
