@@ -249,8 +249,13 @@ def in_format(run: Run, bits: int | tuple[int, int] | None) -> Run:
     """
     assert run.config is not None
     config = run.config if bits is None else dataclasses.replace(run.config, slot_bits=bits)
-    name = "-".join(map(str, dict.fromkeys(config.bits)))
-    return dataclasses.replace(run, name=run.name if config.bits == (16, 16) else f"{run.name}-{name}", config=config)
+    name = run.name if config.bits == (16, 16) else f"{run.name}-{bits_name(config)}"
+    return dataclasses.replace(run, name=name, config=config)
+
+
+def bits_name(config: LoCoCoConfig) -> str:
+    """Bits of keys and values as ``parse_bits`` reads them: ``8``, or ``8-4`` where they differ."""
+    return "-".join(map(str, dict.fromkeys(config.bits)))
 
 
 @contextlib.contextmanager

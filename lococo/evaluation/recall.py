@@ -6,8 +6,7 @@ cache. Where it is further back than the slots could hold by age alone, only a c
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ import torch
 from lococo.evaluation.losses import ALL_DOMAINS, DocumentLosses, Losses
 from lococo.evaluation.repeats import NGRAM
 from lococo.files import write_whole
+from lococo.methods import bits_name
 from lococo.metrics import CONFIDENCE, RESAMPLES, SEED, mean_interval
-from lococo.results.plots import Lines, Series, picture, thousands
+from lococo.results.plots import Lines, Series, in_rows, picture, thousands
 from lococo.results.tables import beside, write_result
 
 Row = dict[str, Any]
 Panels = dict[str, dict[str, list[Row]]]  # rows by the title of a panel and the name of a line
 MOST_PANELS, MOST_COLUMNS = 6, 3
-FORMAT = re.compile(r"(?:-b\d+)?(?:-([48](?:-[48])?))?$")  # what a method's name says of blocks and bits
 HEADS = "lococo"  # trained ones, which there may be several of in a format
 
 HOW = (
@@ -77,15 +76,16 @@ def write_recall(
     write_result(output, command, device, rows, table=shown, how=HOW, commits=commits)
     compared = [row for row in shown if row["method"] != "full" and row["lost"] is not None]
     if compared:
-        write_whole(beside(output, ".png"), _picture(compared))
+        bits = {run.name: bits_name(run.config) for run in losses if run.config is not None}
+        write_whole(beside(output, ".png"), _picture(compared, bits))
 
 
-def _picture(rows: Sequence[Row]) -> bytes:
-    """What is lost against the distance: panels of lines."""
+def _picture(rows: Sequence[Row], bits: Mapping[str, str]) -> bytes:
+    """What is lost against the distance: panels of lines. ``bits`` are those of each method."""
     distances = sorted({row["distance"] for row in rows})
     panels = _by_slots(rows)
     if len(panels) > MOST_PANELS:
-        panels = _by_format(rows)
+        panels = _by_format(rows, bits)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
 
     def line(name: str, own: Sequence[Row]) -> Series:
@@ -101,8 +101,7 @@ def _picture(rows: Sequence[Row]) -> bytes:
         return Lines(lines, title, log="x", ticks=ticks, bottom=min(0, *(row["lost"] for row in rows)))
 
     columns = min(len(panels), MOST_COLUMNS)
-    drawn: list[Lines | None] = [*map(panel, panels), *[None] * (-len(panels) % columns)]
-    grid = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
+    grid = in_rows(list(map(panel, panels)), columns)
     size = (max(6, 1 + 3.4 * columns), 1 + 3 * len(grid))
     xlabel, ylabel = "tokens back, and up to twice as many", "lost (nats per token)"
     return picture(grid, size, xlabel=xlabel, ylabel=ylabel, share=True)
@@ -116,12 +115,14 @@ def _by_slots(rows: Sequence[Row]) -> Panels:
     return panels
 
 
-def _by_format(rows: Sequence[Row]) -> Panels:
+def _by_format(rows: Sequence[Row], bits: Mapping[str, str]) -> Panels:
     """A panel per format, a line per method in it; at equal bytes each has a number of slots of its own."""
     panels: Panels = {}
     for row in sorted(rows, key=lambda row: -row["block_size"]):
-        name, bits, _ = FORMAT.split(row["method"], maxsplit=1)
+        method, block_size = row["method"], row["block_size"]
+        coded = "" if bits[method] == "16" else f"-{bits[method]}"
+        name = method.removesuffix(coded).removesuffix(f"-b{block_size}")
         slots = f" {row['num_slots']}" if name == HEADS else ""
-        title = f"{bits or '16'} bits, blocks of {row['block_size']}"
+        title = f"{bits[method]} bits, blocks of {block_size}"
         panels.setdefault(title, {}).setdefault(name + slots, []).append(row)
     return panels

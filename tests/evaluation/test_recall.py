@@ -145,12 +145,20 @@ def test_the_command_writes_it_beside_the_perplexity(model, tmp_path):
 
 
 def test_at_equal_bytes_a_panel_has_the_methods_of_a_format():
-    """Each of them has a number of slots of its own there."""
-    told = [("h2o", 128, 128), ("h2o-slot-b64-8-4", 304, 64), ("lococo-8", 176, 64), ("lococo-8", 352, 64)]
-    rows = [{"method": name, "num_slots": slots, "block_size": size} for name, slots, size in told]
-    panels = {title: list(lines) for title, lines in _by_format(rows).items()}
+    """Each of them has a number of slots of its own there; a folder of heads may be called as a format is."""
+    told = [
+        ("h2o", 128, 128, "16"),
+        ("h2o-slot-b64-8-4", 304, 64, "8-4"),
+        ("lococo-8", 176, 64, "8"),
+        ("lococo-8", 352, 64, "8"),
+        ("lococo-mine-8", 176, 64, "16"),
+    ]
+    rows = [{"method": name, "num_slots": slots, "block_size": size} for name, slots, size, _ in told]
+    bits = {name: each for name, _, _, each in told}
+    panels = {title: list(lines) for title, lines in _by_format(rows, bits).items()}
     assert panels == {
         "16 bits, blocks of 128": ["h2o"],
         "8-4 bits, blocks of 64": ["h2o-slot"],
         "8 bits, blocks of 64": ["lococo 176", "lococo 352"],
+        "16 bits, blocks of 64": ["lococo-mine-8"],
     }
